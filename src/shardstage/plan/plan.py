@@ -1,0 +1,64 @@
+"""``Plan``: every decision about how one model runs on many ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from shardstage.layout import Mesh, balanced_sizes
+
+__all__ = ["Plan", "Precision", "Recompute", "ScheduleName", "StageRange"]
+
+Recompute = Literal["none", "selective", "full"]
+ScheduleName = Literal["gpipe", "1f1b"]
+Precision = Literal["float32", "bfloat16", "float64"]
+
+PLAN_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageRange:
+    """A stage: the ops from the one called ``first`` to the one called ``last``, both included, in graph order."""
+
+    first: str
+    last: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How a model runs: mesh, stages, sharding, memory savers, schedule, batch.
+
+    ``global_batch`` samples of ``sequence`` tokens make a step. ``shares[d]`` of them go to data-parallel rank d, which runs them in
+    microbatches of ``microbatch`` samples (its last one smaller where that does not divide).
+    ``zero``: 0 everything replicated over dp; 1 optimizer state sharded; 2 gradients too; 3 parameters too.
+    ``precision`` is the dtype of computation; master weights and optimizer state are always float32 or wider.
+    ``replicate`` names parameters (globs over their fqn) that tensor parallelism must leave whole.
+    """
+
+    mesh: Mesh
+    stages: tuple[StageRange, ...]
+    global_batch: int
+    sequence: int | None
+    microbatch: int
+    shares: tuple[int, ...]
+    zero: Literal[0, 1, 2, 3] = 0
+    recompute: Recompute = "none"
+    schedule: ScheduleName = "1f1b"
+    precision: Precision = "float32"
+    is_sequence_parallel: bool = False
+    is_compiled: bool = False
+    replicate: tuple[str, ...] = ()
+    bucket_bytes: int = 25 * 2**20
+    graph_fingerprint: str = ""
+    version: int = PLAN_VERSION
+
+    def microbatches(self, dp: int) -> tuple[int, ...]:
+        """Sizes of the microbatches of data-parallel rank ``dp``, largest first; every rank runs equally many.
+
+        The number is that of the rank with the largest share, so that all ranks meet in the same collectives.
+        """
+        return balanced_sizes(self.shares[dp], self.num_microbatches)
+
+    @property
+    def num_microbatches(self) -> int:
+        return -(-max(self.shares) // self.microbatch)
