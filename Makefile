@@ -1,0 +1,47 @@
+# Each target sets up everything that it needs:
+#   make demo    train a small model on 4 local ranks and prove the run equal to a single device's
+#   make test    run all tests
+#   make lint    check style, format and types
+PYTHON  ?= python3
+VENV    ?= .venv
+DEMO    ?= train --run demo/run.toml --prove
+TESTS   ?= tests
+
+BIN      = $(VENV)/bin
+INSTALL  = $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
+INPUTS   = constraints.txt pyproject.toml
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/.installed-run
+	$(BIN)/shardstage $(DEMO)
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest $(TESTS)
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check src tests
+	$(BIN)/ruff format --check src tests
+	$(BIN)/mypy --strict src
+
+clean:
+	rm -rf .venv .hypothesis .mypy_cache .pytest_cache .ruff_cache
+
+# torch comes first and by its exact version: resolved later, through another package, the newest build would be
+# taken, with gigabytes of CUDA libraries.
+$(VENV)/.installed-run: $(INPUTS) $(VENV)/bin/python
+	$(INSTALL) "$$(grep '^torch==' constraints.txt)"
+	$(INSTALL) -e ".[hf]"
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed-run
+	$(INSTALL) -e ".[dev]"
+	@touch $@
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "shardstage needs Python 3.11 or newer, and $(PYTHON) is not: $$($(PYTHON) --version 2>&1)"; \
+	  echo "hint: make $(MAKECMDGOALS) PYTHON=python3.11"; exit 2; } >&2
+	@$(PYTHON) -m venv $(VENV) || { \
+	  echo "$(PYTHON) cannot make a virtual environment"; \
+	  echo "hint: apt-get install python3-venv"; exit 2; } >&2
