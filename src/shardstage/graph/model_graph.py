@@ -34,13 +34,18 @@ class Ref:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Value:
-    """A tensor of the graph: an input, parameter, buffer, constant or the output of an op."""
+    """A tensor of the graph: an input, parameter, buffer, constant, the output of an op, or what autograd keeps of one.
+
+    ``alias_of`` names the value whose storage this one views (a reshape, a slice); empty where it has its own. Values of kind
+    ``saved`` are no op's output: they are what autograd keeps besides inputs and outputs (a logsumexp, a normalisation's mean).
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
-    kind: Literal["input", "parameter", "buffer", "constant", "activation"]
+    kind: Literal["input", "parameter", "buffer", "constant", "activation", "saved"]
     requires_grad: bool = False
+    alias_of: str = ""
 
     @property
     def numel(self) -> int:
@@ -79,6 +84,7 @@ class Op:
     ``kwargs`` are literals, ``Ref``s, and tuples of both; dtypes and devices are strings (``"float32"``). An op with one
     output lists one name; one that returns several tensors lists them in order, ``None`` where nobody uses it.
     ``module`` is the path of the submodule that called it and ``module_type`` its class; ``source`` is ``file:line: code``.
+    ``saved`` names the values that autograd keeps from this op's forward to its backward (inputs, outputs, or kind ``saved``).
     """
 
     name: str
@@ -90,6 +96,7 @@ class Op:
     module: str = ""
     module_type: str = ""
     source: str = ""
+    saved: tuple[str, ...] = ()
 
     @property
     def inputs(self) -> tuple[str, ...]:
