@@ -70,7 +70,7 @@ def parse_bytes(text: str) -> int:
         )
     number, prefix, binary = match.groups()
     power = _DECIMAL.index(prefix.replace("K", "k"))
-    return round(float(number) * (1024 if binary else 1000) ** power)
+    return round(float(number) * math.pow(1024 if binary else 1000, power))
 
 
 def format_bytes(num_bytes: float) -> str:

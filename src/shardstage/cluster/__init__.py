@@ -1,0 +1,41 @@
+"""What there is to run on: devices, the links between them, and what both were measured to do.
+
+In goes a preset's name, a TOML file or a measurement of this machine; out comes a frozen ``Cluster``. The package
+refuses to know what will run on it: no model, plan or price of a step. Only ``probe.py`` imports torch, and nothing
+here imports ``probe.py``.
+
+    cluster = load("h100:512")                  a preset's name or a file's path, and optionally a number of devices
+    cluster.num_devices, cluster.levels         levels are innermost first
+    cluster.with_devices(64)                    the same machine, another number of its devices
+    cluster.level_for(8)                        innermost LinkLevel that joins ranks 0..7; or any sequence of ranks
+    cluster.collective("all_reduce", 8)         → LinearCost(latency_s, bytes_per_s); or any sequence of ranks
+    cluster.collective(...).seconds(num_bytes)  latency_s + num_bytes / bytes_per_s
+    cluster.device.memory_bytes                 of one device (of one rank, for a CPU)
+    cluster.device.flops_per_s["bfloat16"]      best rate of a large matrix product
+    cluster.device.gemm_efficiency(flops, dtype="bfloat16")     ratio of that rate that a product of so many FLOPs reaches
+    cluster.device.gemm_s(flops, dtype=...)     seconds of one matrix product
+    cluster.device.bytes_per_s                  reading plus writing of device memory
+    cluster.to_toml(), Cluster.from_toml(text), save(cluster, path)     exact round trip
+
+``num_bytes`` of a collective is the whole tensor: what all_reduce reduces, what all_gather returns, what reduce_scatter
+and all_to_all are given by each rank, what broadcast and p2p send.
+"""
+
+from __future__ import annotations
+
+from shardstage.cluster.cluster import Cluster, load, preset_names, save
+from shardstage.cluster.device import DeviceClass, GemmCurve
+from shardstage.cluster.links import CollectiveCurve, CollectiveKind, LinearCost, LinkLevel
+
+__all__ = [
+    "Cluster",
+    "CollectiveCurve",
+    "CollectiveKind",
+    "DeviceClass",
+    "GemmCurve",
+    "LinearCost",
+    "LinkLevel",
+    "load",
+    "preset_names",
+    "save",
+]

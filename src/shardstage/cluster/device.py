@@ -1,0 +1,137 @@
+"""One kind of device: how much it holds, how fast it multiplies, how fast it reads."""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from shardstage.cluster.table import Table
+from shardstage.errors import ClusterError
+
+__all__ = ["DeviceClass", "GemmCurve"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GemmCurve:
+    """What a matrix product of a given size reaches: ``points`` are (flops, flops_per_s), by rising flops."""
+
+    dtype: str
+    points: tuple[tuple[float, float], ...]
+    source: str
+
+    def __post_init__(self) -> None:
+        sizes = [flops for flops, _ in self.points]
+        if not sizes or sizes != sorted(set(sizes)) or min(map(min, self.points)) <= 0:
+            raise ClusterError(
+                f"the GEMM curve of {self.dtype} must have positive points of rising size, not {self.points}",
+                hint="points = [[1e9, 2e11], [1e10, 5e11]]",
+            )
+
+    def flops_per_s(self, flops: float) -> float:
+        """Interpolated over the logarithm of the size. Below the first point a product takes as long as that point
+        (the time is launch and latency), above the last it is as fast as the last."""
+        sizes = [size for size, _ in self.points]
+        above = bisect.bisect_left(sizes, flops)
+        if above == 0:
+            return self.points[0][1] * flops / sizes[0]
+        if above == len(sizes):
+            return self.points[-1][1]
+        (low, low_rate), (high, high_rate) = self.points[above - 1 : above + 1]
+        share = math.log(flops / low) / math.log(high / low)
+        return low_rate + share * (high_rate - low_rate)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceClass:
+    """One kind of device; every number says its source.
+
+    ``flops_per_s`` is the best rate of a large matrix product by dtype, dense; ``bytes_per_s`` counts reading plus
+    writing of device memory. ``kind`` is torch's device type. For a CPU, the device is one rank's share of it.
+    """
+
+    name: str
+    kind: str
+    memory_bytes: int
+    bytes_per_s: float
+    flops_per_s: Mapping[str, float] = field(hash=False)
+    source: str
+    flops_source: str
+    gemm: tuple[GemmCurve, ...] = ()
+
+    def __post_init__(self) -> None:
+        rates = {"memory_bytes": self.memory_bytes, "bytes_per_s": self.bytes_per_s, **self.flops_per_s}
+        for name, value in rates.items():
+            if not value > 0:
+                raise ClusterError(
+                    f"device {self.name!r}: {name} must be above zero, not {value}", hint=f"{name} = 1e12"
+                )
+        if not self.flops_per_s:
+            raise ClusterError(
+                f"device {self.name!r} has no flops_per_s", hint="[device.flops_per_s]\nfloat32 = 1e12"
+            )
+
+    def gemm_efficiency(self, flops: float, *, dtype: str | None = None) -> float:
+        """The ratio of ``flops_per_s[dtype]`` that one matrix product of ``flops`` reaches.
+
+        Without a curve of ``dtype`` the first curve's shape serves; without any curve the ratio is 1.
+        """
+        curve = self._curve(dtype)
+        if curve is None or flops <= 0:
+            return 1.0
+        return curve.flops_per_s(flops) / self.rate(curve.dtype)
+
+    def gemm_s(self, flops: float, *, dtype: str) -> float:
+        """Seconds of one matrix product of ``flops``."""
+        return flops / (self.rate(dtype) * self.gemm_efficiency(flops, dtype=dtype)) if flops > 0 else 0.0
+
+    def rate(self, dtype: str) -> float:
+        """``flops_per_s[dtype]``; ClusterError for a dtype that the device has no figure for."""
+        if dtype not in self.flops_per_s:
+            raise ClusterError(
+                f"device {self.name!r} has no flops_per_s for {dtype}",
+                hint=f"known: {', '.join(self.flops_per_s)}; or add `{dtype} = …` under [device.flops_per_s]",
+            )
+        return self.flops_per_s[dtype]
+
+    def to_table(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "kind": self.kind,
+            "memory_bytes": self.memory_bytes,
+            "bytes_per_s": self.bytes_per_s,
+            "source": self.source,
+            "flops_per_s": {"source": self.flops_source, **self.flops_per_s},
+            "gemm": [
+                {"dtype": each.dtype, "source": each.source, "points": each.points} for each in self.gemm
+            ],
+        }
+
+    @staticmethod
+    def from_table(table: Table) -> DeviceClass:
+        rates = table.table("flops_per_s")
+        flops_source = rates.text("source")
+        device = DeviceClass(
+            name=table.text("name"),
+            kind=table.text("kind"),
+            memory_bytes=table.integer("memory_bytes"),
+            bytes_per_s=table.number("bytes_per_s"),
+            source=table.text("source"),
+            flops_source=flops_source,
+            flops_per_s=rates.remaining_numbers(),
+            gemm=tuple(_curve_from(entry) for entry in table.tables("gemm")),
+        )
+        table.done()
+        return device
+
+    def _curve(self, dtype: str | None) -> GemmCurve | None:
+        exact = (curve for curve in self.gemm if curve.dtype == dtype)
+        return next(exact, self.gemm[0] if self.gemm else None)
+
+
+def _curve_from(table: Table) -> GemmCurve:
+    curve = GemmCurve(dtype=table.text("dtype"), source=table.text("source"), points=table.points("points"))
+    table.done()
+    return curve
