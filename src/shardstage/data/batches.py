@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +20,7 @@ class Microbatch:
     """Samples that go through the model together.
 
     ``sample_ids`` number them in the data set, ``positions`` in the global batch; ``tensors`` are
-    ``[b, ...]`` each; ``num_targets`` counts the labels that are not -100, or the samples when there are no labels.
+    ``[b, ...]`` each; ``num_targets`` counts the labels that are not -100, or the samples without labels.
     """
 
     sample_ids: tuple[int, ...]
@@ -103,7 +103,7 @@ class RankBatches:
 class _ReadAhead:
     """Reads a step, and the one after it in a thread. All reads are in that one thread, one at a time."""
 
-    def __init__(self, read: Any) -> None:
+    def __init__(self, read: Callable[[int], tuple[Microbatch, ...]]) -> None:
         self._read = read
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="shardstage-data")
         self._pending: dict[int, Future[tuple[Microbatch, ...]]] = {}

@@ -137,7 +137,7 @@ class PackedText(SampleSource):
             raise DataError(
                 f"validation_ratio {self.config.validation_ratio} of {num_windows} samples leaves none "
                 f"for {self.split}",
-                hint=f"validation_ratio = {0.5 if num_windows > 1 else 0.0}",
+                hint="validation_ratio = 0.5" if num_windows > 1 else f"--seq {self.config.sequence // 2}",
             )
         return windows
 

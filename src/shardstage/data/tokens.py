@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
@@ -35,23 +36,28 @@ def cached_tokens(path: Path, documents: Iterable[str], tokenizer: Tokenizer) ->
 
     Ranks may race: each writes its own file and renames it, so ``path`` is never seen half written.
     """
+    if not path.exists():
+        _write(path, pack_documents(documents, tokenizer))
     try:
-        if not path.exists():
-            _write(path, pack_documents(documents, tokenizer))
         return np.load(path, mmap_mode="r", allow_pickle=False)  # type: ignore[no-any-return]
-    except (OSError, ValueError) as error:
-        raise DataError(f"the token cache {path} cannot be used: {error}", hint=f"rm -f {path}") from error
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"the token cache {path} cannot be read: {error}", hint=f"rm -f {path}") from error
 
 
 def _write(path: Path, tokens: TokenArray) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("wb") as file:
             np.save(file, tokens, allow_pickle=False)
         partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    except OSError as error:
+        with suppress(OSError):
+            partial.unlink()
+        raise DataError(
+            f"the token cache {path} ({tokens.nbytes} bytes) cannot be written: {error.strerror or error}",
+            hint=f"df -h {path.parent}",
+        ) from error
 
 
 def _encode(texts: Sequence[str], tokenizer: Tokenizer) -> list[TokenArray]:
