@@ -2,4 +2,36 @@
 
 from __future__ import annotations
 
-__all__: list[str] = []
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+__all__ = ["backend_all_to_all", "backend_reduce_scatter", "process_group_name"]
+
+
+def process_group_name(group: dist.ProcessGroup) -> str:
+    """The name under which torch registered the group.
+
+    A process group written in Python holds no back end object that could keep the name (2.11, 2.13).
+    """
+    names: dict[dist.ProcessGroup, str] = dist.distributed_c10d._world.pg_names
+    return names[group]
+
+
+def backend_reduce_scatter(
+    backend: Any, output: torch.Tensor, tensor: torch.Tensor, options: Any
+) -> dist.Work:
+    """``reduce_scatter_single`` of a back end object: private until it got its public name (after 2.13)."""
+    call = getattr(backend, "reduce_scatter_single", None) or backend._reduce_scatter_base
+    work: dist.Work = call(output, tensor, options)
+    return work
+
+
+def backend_all_to_all(
+    backend: Any, output: torch.Tensor, tensor: torch.Tensor, output_sizes: list[int], input_sizes: list[int]
+) -> dist.Work:
+    """``all_to_all_single`` of a back end object: ``alltoall_base`` until 2.13."""
+    call = getattr(backend, "all_to_all_single", None) or backend.alltoall_base
+    work: dist.Work = call(output, tensor, output_sizes, input_sizes, dist.AllToAllOptions())
+    return work
