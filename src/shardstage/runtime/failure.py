@@ -32,14 +32,17 @@ _MAX_TEXT_CHARS = 8_000
 _MAX_PICKLE_BYTES = 24_000
 """Both together stay below the 64 KiB that a Linux pipe takes without a reader (pipe(7))."""
 
-# What gloo, NCCL, TCPStore and our own process group say when a peer is gone, or does not come.
+# What gloo, NCCL, TCPStore and our process group say when a peer is gone, or does not come.
 _LOST_PEER = re.compile(
     r"connection (reset|closed|refused|was closed)|broken pipe|socket (was )?closed|connection abort"
-    r"|remote process exited|failed to recv|is gone|has ended|died",
+    r"|remote process exited|failed to recv",
     re.IGNORECASE,
 )
-_TIMED_OUT = re.compile(r"timed out|timeout|did not arrive", re.IGNORECASE)
-_WAITING_FRAME = re.compile(r"torch/distributed/|shardstage/runtime/(process_group|shared_memory|transport)")
+_TIMED_OUT = re.compile(
+    r"timed out waiting|timed out after \d+ ?ms|(connect|wait|socket|operation) timeout|did not arrive",
+    re.IGNORECASE,
+)
+_WAITING_FRAME = re.compile(r"torch/distributed/|shardstage/runtime/(process_group|shared_|gloo_|transport)")
 _STACK_TITLE = "Stack (most recent call first):"
 
 
@@ -53,7 +56,7 @@ class ExceptionReport:
     hint: str | None
     kind: Kind
     pickled_error: bytes | None
-    """A pickled ShardstageError, None for every other exception."""
+    """A pickled ShardstageError, empty if it cannot travel; None for every other exception."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +73,6 @@ class RankEnd:
 
 def report_exception(error: BaseException) -> ExceptionReport:
     """What a rank tells its launcher about the exception that ends it."""
-    pickled = pickle.dumps(error) if isinstance(error, ShardstageError) else None
     message = error.message if isinstance(error, ShardstageError) else str(error)
     return ExceptionReport(
         raised_s=time.time(),
@@ -78,7 +80,7 @@ def report_exception(error: BaseException) -> ExceptionReport:
         message=message[:_MAX_TEXT_CHARS],
         hint=error.hint if isinstance(error, ShardstageError) else None,
         kind=_kind_of(error),
-        pickled_error=pickled if pickled and len(pickled) <= _MAX_PICKLE_BYTES else None,
+        pickled_error=_pickled(error) if isinstance(error, ShardstageError) else None,
     )
 
 
@@ -119,14 +121,21 @@ def last_lines(log: Path, num_lines: int = NUM_LAST_LINES) -> tuple[str, ...]:
     return tuple(lines[-num_lines:])
 
 
+def _pickled(error: ShardstageError) -> bytes:
+    try:
+        pickled = pickle.dumps(error)
+    except Exception:  # whatever a user's subclass refers to
+        return b""
+    return pickled if len(pickled) <= _MAX_PICKLE_BYTES else b""
+
+
 def _kind_of(error: BaseException) -> Kind:
     for cause in _chain(error):
-        if isinstance(cause, (RuntimeError, OSError, RankFailedError)):
-            text = str(cause)
-            if isinstance(cause, ConnectionError) or _LOST_PEER.search(text):
-                return "lost_peer"
-            if isinstance(cause, TimeoutError) or _TIMED_OUT.search(text):
+        if isinstance(cause, (RuntimeError, RankFailedError)):  # torch's Dist…Error are RuntimeErrors
+            if _TIMED_OUT.search(str(cause)):
                 return "timed_out"
+            if isinstance(cause, RankFailedError) or _LOST_PEER.search(str(cause)):
+                return "lost_peer"
     return "died"
 
 
@@ -145,7 +154,7 @@ def _kind_of_end(end: RankEnd) -> Kind:
         text = "\n".join(end.log_lines)
         if _LOST_PEER.search(text):
             return "lost_peer"
-        if "Watchdog caught collective operation timeout" in text:
+        if _TIMED_OUT.search(text):  # "Watchdog caught collective operation timeout"
             return "timed_out"
     return "died"
 

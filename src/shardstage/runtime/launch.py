@@ -38,13 +38,22 @@ from shardstage.runtime.terminal import Tee
 __all__ = ["launch", "run_as_rank"]
 
 _POLL_S = 0.05
-_SETTLE_S = 1.0
+_SETTLE_S = 0.5
 """How long the others may still speak after the first failure: a reset connection takes milliseconds."""
 
 _STACK_S = 0.3
 """How long a hung rank gets to print its stack; the signal handler is native code and writes at once."""
 
-_BOOT = "import sys; from shardstage.runtime.rank_entry import run_rank; run_rank(*map(int, sys.argv[1:]))"
+_KILL_S = 2.0
+"""How long SIGKILL may take; with the default grace a stop ends within 4 s whatever the ranks do."""
+
+_BOOT = """
+import sys
+sys.path[:] = sys.argv[1].split(sys.argv[2])
+from shardstage.runtime.rank_entry import run_rank
+run_rank(*map(int, sys.argv[3:]))
+"""
+"""A rank looks for modules where its launcher does, from the first import on."""
 
 
 def launch(
@@ -206,7 +215,7 @@ def _shared_file(content: bytes) -> Iterator[int]:
     if hasattr(os, "memfd_create"):
         file = os.fdopen(os.memfd_create("shardstage"), "w+b")
     else:
-        file = tempfile.TemporaryFile()  # noqa: SIM115  (closed by the with below)
+        file = tempfile.TemporaryFile()
     with file:
         file.write(content)
         file.flush()
@@ -245,8 +254,6 @@ def _rank_variables(
     }
     # gloo would listen on the address that the host's name resolves to, which may be public or none at all.
     variables.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
-    package_root = str(Path(__file__).parents[2])  # so that a rank finds the very package that launches it
-    variables["PYTHONPATH"] = os.pathsep.join(filter(None, (package_root, variables.get("PYTHONPATH"))))
     return variables
 
 
@@ -257,9 +264,10 @@ def _start_rank(rank: int, base: Mapping[str, str], packed_fd: int, log: _Logs) 
         report_fd, report_write_fd = os.pipe()
         stack.callback(os.close, report_fd)
         fds = (packed_fd, report_write_fd, log.err)
+        search_path = (os.pathsep.join(sys.path), os.pathsep)
         try:
             popen = subprocess.Popen(
-                [sys.executable, *_interpreter_flags(), "-c", _BOOT, *map(str, fds)],
+                [sys.executable, *_interpreter_flags(), "-c", _BOOT, *search_path, *map(str, fds)],
                 env={**base, "RANK": str(rank), "LOCAL_RANK": str(rank)},
                 stdin=subprocess.DEVNULL,
                 stdout=log.out,
@@ -327,7 +335,7 @@ def _stop(ranks: Sequence[_Rank], grace_s: float, stop_signal: _StopSignal) -> N
     for rank in running:
         rank.signal_group(signal.SIGKILL)
         with contextlib.suppress(subprocess.TimeoutExpired):  # stuck in the kernel: nothing can end it
-            rank.popen.wait(grace_s)
+            rank.popen.wait(_KILL_S)
 
 
 def _read_report(report_fd: int) -> ExceptionReport | None:
