@@ -15,7 +15,9 @@ here imports ``probe.py``.
     cluster.device.gemm_efficiency(flops, dtype="bfloat16")     ratio of that rate that a product of so many FLOPs reaches
     cluster.device.gemm_s(flops, dtype=...)     seconds of one matrix product
     cluster.device.bytes_per_s                  reading plus writing of device memory
+    cluster.device.op_latency_s                 what an op takes however small its tensors; 0 where unknown
     cluster.to_toml(), Cluster.from_toml(text), save(cluster, path)     exact round trip
+    shardstage.cluster.probe.probe(4)           → Cluster: this machine as measured; imports torch
 
 ``num_bytes`` of a collective is the whole tensor: what all_reduce reduces, what all_gather returns, what reduce_scatter
 and all_to_all are given by each rank, what broadcast and p2p send.

@@ -31,17 +31,20 @@ class GemmCurve:
             )
 
     def flops_per_s(self, flops: float) -> float:
-        """Interpolated over the logarithm of the size. Below the first point a product takes as long as that point
-        (the time is launch and latency), above the last it is as fast as the last."""
+        """A power law between neighbouring points: rate = a × flops^b.
+
+        Below the first point its law goes on, with 0 <= b <= 1: a smaller product is neither faster nor slower in
+        seconds. Above the last point the rate stays.
+        """
         sizes = [size for size, _ in self.points]
         above = bisect.bisect_left(sizes, flops)
-        if above == 0:
-            return self.points[0][1] * flops / sizes[0]
-        if above == len(sizes):
+        if above == len(sizes) or len(sizes) == 1:
             return self.points[-1][1]
-        (low, low_rate), (high, high_rate) = self.points[above - 1 : above + 1]
-        share = math.log(flops / low) / math.log(high / low)
-        return low_rate + share * (high_rate - low_rate)
+        (low, low_rate), (high, high_rate) = self.points[max(above, 1) - 1 : max(above, 1) + 1]
+        exponent = math.log(high_rate / low_rate) / math.log(high / low)
+        if above == 0:
+            exponent = min(max(exponent, 0.0), 1.0)
+        return low_rate * math.pow(flops / low, exponent)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +52,8 @@ class DeviceClass:
     """One kind of device; every number says its source.
 
     ``flops_per_s`` is the best rate of a large matrix product by dtype, dense; ``bytes_per_s`` counts reading plus
-    writing of device memory. ``kind`` is torch's device type. For a CPU, the device is one rank's share of it.
+    writing of device memory; ``op_latency_s`` is what an op takes however small its tensors (0 where unknown). ``kind``
+    is torch's device type. For a CPU, the device is one rank's share of it.
     """
 
     name: str
@@ -60,6 +64,7 @@ class DeviceClass:
     source: str
     flops_source: str
     gemm: tuple[GemmCurve, ...] = ()
+    op_latency_s: float = 0.0
 
     def __post_init__(self) -> None:
         rates = {"memory_bytes": self.memory_bytes, "bytes_per_s": self.bytes_per_s, **self.flops_per_s}
@@ -102,6 +107,7 @@ class DeviceClass:
             "kind": self.kind,
             "memory_bytes": self.memory_bytes,
             "bytes_per_s": self.bytes_per_s,
+            **({"op_latency_s": self.op_latency_s} if self.op_latency_s else {}),
             "source": self.source,
             "flops_per_s": {"source": self.flops_source, **self.flops_per_s},
             "gemm": [
@@ -118,6 +124,7 @@ class DeviceClass:
             kind=table.text("kind"),
             memory_bytes=table.integer("memory_bytes"),
             bytes_per_s=table.number("bytes_per_s"),
+            op_latency_s=table.number("op_latency_s", default=0.0),
             source=table.text("source"),
             flops_source=flops_source,
             flops_per_s=rates.remaining_numbers(),

@@ -30,7 +30,9 @@ class Table:
             raise ClusterError(f"{self._where}: {key} must be text, not {value!r}", hint=f'{key} = "…"')
         return value
 
-    def number(self, key: str) -> float:
+    def number(self, key: str, *, default: float | None = None) -> float:
+        if default is not None and key not in self._entries:
+            return default
         return _number(self._take(key), f"{self._where}: {key}")
 
     def integer(self, key: str) -> int:
