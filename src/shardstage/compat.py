@@ -15,8 +15,7 @@ def process_group_name(group: dist.ProcessGroup) -> str:
 
     A process group written in Python holds no back end object that could keep the name (2.11, 2.13).
     """
-    names: dict[dist.ProcessGroup, str] = dist.distributed_c10d._world.pg_names
-    return names[group]
+    return str(dist.distributed_c10d._world.pg_names[group])
 
 
 def backend_reduce_scatter(

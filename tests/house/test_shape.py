@@ -72,7 +72,10 @@ def test_every_folder_of_source_is_a_package() -> None:
 
 
 def test_no_module_is_named_after_nothing() -> None:
-    named = {module.path: set(re.split(r"[/_.]", module.path)) for module in modules()}
+    # A process group is torch's own term.
+    named = {
+        module.path: set(re.split(r"[/_.]", module.path.replace("process_group", ""))) for module in modules()
+    }
     assert [path for path, words in named.items() if words & BANNED_MODULES] == []
 
 

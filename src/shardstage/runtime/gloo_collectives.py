@@ -1,6 +1,7 @@
 """The collectives of a group whose ranks cannot share memory: gloo, completed where it lacks a form.
 
-Tensors are contiguous, one-dimensional and on the CPU, as in ``shared_collectives``. Every method returns gloo's Work.
+Tensors are contiguous, one-dimensional and on the CPU, as in ``shared_collectives``. Every method
+returns gloo's Work (None: done), as Any, for torch declares its back ends untyped.
 """
 
 from __future__ import annotations
@@ -24,26 +25,26 @@ class GlooCollectives:
     def __init__(self, store: dist.Store, rank: int, size: int, timeout: timedelta) -> None:
         self._rank = rank
         self._size = size
-        self._gloo = dist.ProcessGroupGloo(store, rank, size, timeout=timeout)
+        self._gloo: Any = dist.ProcessGroupGloo(store, rank, size, timeout=timeout)
 
-    def barrier(self) -> dist.Work:
+    def barrier(self) -> Any:
         """Completes once every rank has called it."""
         return self._gloo.barrier(dist.BarrierOptions())
 
-    def all_reduce(self, tensor: torch.Tensor, reduction: Reduction) -> dist.Work:
+    def all_reduce(self, tensor: torch.Tensor, reduction: Reduction) -> Any:
         """Replaces ``tensor`` by the reduction over all ranks' tensors."""
         options = dist.AllreduceOptions()
         options.reduceOp = _operator(reduction)
         return self._gloo.allreduce([tensor], options)
 
-    def reduce(self, tensor: torch.Tensor, reduction: Reduction, root: int) -> dist.Work:
+    def reduce(self, tensor: torch.Tensor, reduction: Reduction, root: int) -> Any:
         """Replaces ``tensor`` of ``root`` by the reduction over all ranks' tensors."""
         mine = tensor if self._rank == root else tensor.clone()  # gloo leaves partial sums in the others'
         options = dist.ReduceOptions()
         options.reduceOp, options.rootRank = _operator(reduction), root
         return self._gloo.reduce([mine], options)
 
-    def all_gather(self, outputs: Sequence[torch.Tensor], tensor: torch.Tensor) -> dist.Work | None:
+    def all_gather(self, outputs: Sequence[torch.Tensor], tensor: torch.Tensor) -> Any:
         """Fills ``outputs[rank]`` with that rank's ``tensor``; sizes may differ by rank."""
         if len({output.numel() for output in outputs}) == 1:
             return self._gloo.allgather([list(outputs)], [tensor])
@@ -51,11 +52,11 @@ class GlooCollectives:
         _wait([self.broadcast(output, root) for root, output in enumerate(outputs)])
         return None
 
-    def all_gather_single(self, output: torch.Tensor, tensor: torch.Tensor) -> dist.Work | None:
+    def all_gather_single(self, output: torch.Tensor, tensor: torch.Tensor) -> Any:
         """Fills ``output`` [n * N] with the ranks' tensors [N] in rank order."""
         return self.all_gather(list(output.chunk(self._size)) or [output] * self._size, tensor)
 
-    def gather(self, outputs: Sequence[torch.Tensor] | None, tensor: torch.Tensor, root: int) -> dist.Work:
+    def gather(self, outputs: Sequence[torch.Tensor] | None, tensor: torch.Tensor, root: int) -> Any:
         """Fills ``outputs[rank]`` of ``root`` with that rank's ``tensor``."""
         options = dist.GatherOptions()
         options.rootRank = root
@@ -63,7 +64,7 @@ class GlooCollectives:
 
     def reduce_scatter(
         self, output: torch.Tensor, tensors: Sequence[torch.Tensor], reduction: Reduction
-    ) -> dist.Work | None:
+    ) -> Any:
         """Fills ``output`` with the reduction over ranks of their ``tensors[my rank]``; sizes may differ by rank."""
         if len({tensor.numel() for tensor in tensors}) == 1:
             return self.reduce_scatter_single(output, torch.cat(list(tensors)), reduction)
@@ -72,15 +73,13 @@ class GlooCollectives:
         output.copy_(mine[self._rank])
         return None
 
-    def reduce_scatter_single(
-        self, output: torch.Tensor, tensor: torch.Tensor, reduction: Reduction
-    ) -> dist.Work:
+    def reduce_scatter_single(self, output: torch.Tensor, tensor: torch.Tensor, reduction: Reduction) -> Any:
         """Fills ``output`` [N] with my part of the reduction over the ranks' ``tensor`` [n * N]."""
         options = dist.ReduceScatterOptions()
         options.reduceOp = _operator(reduction)
         return compat.backend_reduce_scatter(self._gloo, output, tensor, options)
 
-    def broadcast(self, tensor: torch.Tensor, root: int) -> dist.Work:
+    def broadcast(self, tensor: torch.Tensor, root: int) -> Any:
         """Fills ``tensor`` of every rank with that of ``root``."""
         options = dist.BroadcastOptions()
         options.rootRank, options.rootTensor = root, 0
@@ -91,20 +90,20 @@ class GlooCollectives:
         received = torch.empty(sum(output.numel() for output in outputs), dtype=outputs[0].dtype)
         sizes = [[part.numel() for part in parts] for parts in (outputs, tensors)]
         _wait([compat.backend_all_to_all(self._gloo, received, torch.cat(list(tensors)), *sizes)])
-        for output, part in zip(outputs, received.split(sizes[0]), strict=True):
+        for output, part in zip(outputs, torch.split(received, sizes[0]), strict=True):
             output.copy_(part)
 
-    def scatter(self, output: torch.Tensor, tensors: Sequence[torch.Tensor] | None, root: int) -> dist.Work:
+    def scatter(self, output: torch.Tensor, tensors: Sequence[torch.Tensor] | None, root: int) -> Any:
         """Fills ``output`` with ``tensors[my rank]`` of ``root``."""
         options = dist.ScatterOptions()
         options.rootRank = root
         return self._gloo.scatter([output], [] if tensors is None else [list(tensors)], options)
 
-    def send(self, tensor: torch.Tensor, destination: int, tag: int) -> dist.Work:
+    def send(self, tensor: torch.Tensor, destination: int, tag: int) -> Any:
         """Sends ``tensor``, which must not change before the Work is done."""
         return self._gloo.send([tensor], destination, tag)
 
-    def receive(self, tensor: torch.Tensor, source: int | None, tag: int) -> dist.Work:
+    def receive(self, tensor: torch.Tensor, source: int | None, tag: int) -> Any:
         """Fills ``tensor`` with the next message of ``source`` with that tag; None is any rank."""
         if source is None:
             return self._gloo.recv_anysource([tensor], tag)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from enum import IntEnum
+from itertools import pairwise
 
 import torch
 
@@ -422,7 +423,7 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
 def _shares(length: int, size: int) -> list[slice]:
     """``length`` elements cut into ``size`` runs that differ by at most one element."""
     edges = [length * rank // size for rank in range(size + 1)]
-    return [slice(start, stop) for start, stop in zip(edges, edges[1:], strict=False)]
+    return [slice(start, stop) for start, stop in pairwise(edges)]
 
 
 def _tiles(length: int, most: int) -> Iterator[slice]:
