@@ -13,10 +13,11 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOME_OF: dict[str, str] = {
+    "Cluster": "shardstage.cluster",
     "ShardstageError": "shardstage.errors",
 }
 
-__all__ = ["ShardstageError", "__version__"]
+__all__ = ["Cluster", "ShardstageError", "__version__"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,144 @@
+"""Clusters as files: presets, round trips and what is refused."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.cluster.machines import curve, device, gemm_curve, two_level
+
+from shardstage.cluster import Cluster, load, preset_names, save
+from shardstage.cluster.table import to_toml
+from shardstage.errors import ClusterError
+
+
+def full_cluster() -> Cluster:
+    cluster = two_level(16, curve(), curve(kind="p2p", group=2))
+    replaced = device(
+        gemm=(gemm_curve((10.0, 20.0), (1000.0, 40.0)),), op_latency_s=1e-6, name='a "quoted" name'
+    )
+    return Cluster(
+        name=cluster.name,
+        device=replaced,
+        num_devices=16,
+        levels=cluster.levels,
+        collectives=cluster.collectives,
+    )
+
+
+def test_the_presets_of_the_readme_exist() -> None:
+    assert {"a100-40", "a100-80", "b200", "cpu", "h100", "h200"} <= set(preset_names())
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_a_preset_is_written_exactly_as_it_is_read(name: str) -> None:
+    cluster = load(name)
+    assert cluster.name == name
+    assert Cluster.from_toml(cluster.to_toml()) == cluster
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_every_number_of_a_preset_has_its_source(name: str) -> None:
+    cluster = load(name)
+    sourced = [*cluster.levels, *cluster.collectives, *cluster.device.gemm, cluster.device]
+    assert all(len(each.source) > 10 for each in sourced)
+    assert len(cluster.device.flops_source) > 10
+
+
+@pytest.mark.parametrize("name", sorted({*preset_names()} - {"cpu"}))
+def test_a_gpu_preset_is_faster_within_a_node_than_across_nodes(name: str) -> None:
+    cluster = load(name).with_devices(64)
+    inside = cluster.collective("all_gather", 8).bytes_per_s
+    across = cluster.collective("all_gather", range(0, 64, 8)).bytes_per_s
+    assert inside > 5 * across
+    assert cluster.device.flops_per_s["bfloat16"] >= 4 * cluster.device.flops_per_s["float32"]
+
+
+def test_a_measured_preset_repeats_its_measurement() -> None:
+    # nccl-tests on 8 H100: 1 GiB in 4029.4 µs; the line through 1 MiB .. 2 GiB is within 15 % of it.
+    assert load("h100").collective("all_reduce", 8).seconds(2**30) == pytest.approx(4029.4e-6, rel=0.15)
+
+
+def test_a_cluster_with_everything_survives_its_file(tmp_path: Path) -> None:
+    save(full_cluster(), tmp_path / "toy.toml")
+    assert load(tmp_path / "toy.toml") == full_cluster()
+    assert load(f"{tmp_path / 'toy.toml'}:3") == full_cluster().with_devices(3)
+    assert (tmp_path / "toy.toml").read_text(encoding="utf-8") == full_cluster().to_toml()
+
+
+def test_a_preset_is_cut_to_any_number_of_devices() -> None:
+    assert load("h100:512").num_devices == 512
+    assert load("h100:3").with_devices(512) == load("h100:512")
+
+
+def test_equal_clusters_have_equal_hashes() -> None:
+    assert len({load("h100"), load("h100"), load("h100:9")}) == 2
+
+
+@given(st.floats(allow_nan=False, allow_infinity=False), st.text(st.characters(codec="utf-8")))
+def test_any_number_and_text_survives_toml(number: float, text: str) -> None:
+    assert tomllib.loads(to_toml({"number": number, "text": text})) == {"number": number, "text": text}
+
+
+def test_numbers_are_written_as_people_write_them() -> None:
+    values = {"rate": 3.35e12, "latency": 5e-6, "ratio": 0.5, "count": 8}
+    assert to_toml(values) == "rate = 3.35e12\nlatency = 5e-6\nratio = 0.5\ncount = 8\n"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("num_devices = 16", "num_devices = 17", "cluster 'toy' joins at most 16 devices, not 17"),
+        ("num_devices = 16", "num_devices = 0", "joins at most 16 devices, not 0"),
+        ("num_devices = 16", "num_devices = 1.5", "cluster: num_devices must be a whole number, not 1.5"),
+        ("version = 1", "version = 2", "cluster: version 2 of the format is unknown"),
+        ('name = "toy"', "", "cluster: name is missing"),
+        ("memory_bytes = 1000", "memory_byte = 1000", r"cluster \[device\]: memory_bytes is missing"),
+        ("num_devices = 16", "num_devices = 16\nnum_device = 3", "unknown key 'num_device'"),
+        (
+            "bytes_per_s = 100.0",
+            'bytes_per_s = "fast"',
+            r"\[device\]: bytes_per_s must be a number, not 'fast'",
+        ),
+        ("bfloat16 = 100.0", "bfloat16 = nan", r"\[flops_per_s\]: bfloat16 must be a number, not nan"),
+        ('kind = "p2p"', 'kind = "gossip"', "unknown collective 'gossip'"),
+        ('kind = "p2p"\ngroup = 2', 'kind = "all_reduce"\ngroup = 4', "has two all_reduce curves of 4 ranks"),
+        ("points = [[10.0, 20.0], [1000.0, 40.0]]", "points = [10.0]", "points must be a list of pairs"),
+        ("size = 4", "size = ", "cluster is not TOML"),
+    ],
+)
+def test_a_wrong_file_is_refused_with_the_place_and_the_reason(old: str, new: str, message: str) -> None:
+    text = full_cluster().to_toml()
+    assert old in text
+    with pytest.raises(ClusterError, match=message) as caught:
+        Cluster.from_toml(text.replace(old, new, 1))
+    assert caught.value.hint
+
+
+def test_a_misspelt_key_is_answered_with_the_right_one() -> None:
+    text = full_cluster().to_toml().replace("num_devices = 16", "num_devices = 16\nnum_device = 3")
+    with pytest.raises(ClusterError) as caught:
+        Cluster.from_toml(text)
+    assert caught.value.hint == "num_devices = …"
+
+
+def test_a_name_that_is_neither_preset_nor_file_lists_the_presets(tmp_path: Path) -> None:
+    with pytest.raises(ClusterError, match="'h1000' is neither a preset nor a cluster file") as caught:
+        load("h1000:8")
+    assert "h100" in str(caught.value.hint)
+    (tmp_path / "binary.toml").write_bytes(b"\xff\xfe")
+    with pytest.raises(ClusterError, match="it is not UTF-8 text"):
+        load(tmp_path / "binary.toml")
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ClusterError, match=r"cannot write the cluster file .*: No such file"):
+        save(full_cluster(), tmp_path / "nowhere" / "toy.toml")
+
+
+def test_a_cluster_without_links_is_refused() -> None:
+    with pytest.raises(ClusterError, match="cluster 'bare' has no link level"):
+        Cluster(name="bare", device=device(), num_devices=1, levels=())

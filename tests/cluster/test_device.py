@@ -1,0 +1,70 @@
+"""How fast a device multiplies."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.cluster.machines import device, gemm_curve
+
+from shardstage.cluster import Cluster, GemmCurve, load, preset_names
+from shardstage.errors import ClusterError
+
+
+def test_a_measured_size_reaches_its_measured_rate() -> None:
+    measured = device(gemm=(gemm_curve((10, 20), (1000, 40)),))
+    assert measured.gemm_efficiency(10, dtype="float32") == pytest.approx(0.4)
+    assert measured.gemm_efficiency(1000, dtype="float32") == pytest.approx(0.8)
+    assert measured.gemm_s(1000, dtype="float32") == pytest.approx(25.0)
+
+
+def test_between_sizes_the_rate_follows_a_power_law() -> None:
+    measured = device(gemm=(gemm_curve((10, 20), (1000, 40)),))
+    assert measured.gemm_efficiency(100, dtype="float32") * 50 == pytest.approx((20 * 40) ** 0.5)
+
+
+def test_above_the_largest_size_the_rate_stays_and_below_the_smallest_the_law_goes_on() -> None:
+    measured = device(gemm=(gemm_curve((100, 20), (200, 40)),))
+    assert measured.gemm_efficiency(1e9, dtype="float32") == pytest.approx(0.8)
+    assert measured.gemm_s(1, dtype="float32") == pytest.approx(measured.gemm_s(100, dtype="float32"))
+
+
+def test_a_dtype_without_a_curve_borrows_the_shape_of_the_first() -> None:
+    measured = device(gemm=(gemm_curve((10, 20), (1000, 40)),))
+    assert measured.gemm_efficiency(10, dtype="bfloat16") == pytest.approx(0.4)
+    assert measured.gemm_efficiency(10) == pytest.approx(0.4)
+    assert device().gemm_efficiency(10, dtype="float32") == 1.0
+
+
+def test_nothing_to_multiply_takes_no_time() -> None:
+    assert device().gemm_s(0, dtype="float32") == 0.0
+
+
+@pytest.mark.parametrize("preset", [load(name) for name in preset_names()], ids=preset_names())
+@given(pair=st.tuples(st.floats(1, 1e15), st.floats(1, 1e15)).map(sorted))
+def test_a_larger_product_never_takes_less_time_on_any_preset(preset: Cluster, pair: list[float]) -> None:
+    small, large = (preset.device.gemm_s(flops, dtype="bfloat16") for flops in pair)
+    assert small <= large * (1 + 1e-9)
+
+
+def test_a_dtype_without_a_rate_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(ClusterError, match="device 'toy' has no flops_per_s for float64") as caught:
+        device().gemm_s(10, dtype="float64")
+    assert "float32, bfloat16" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize(
+    "points", [(), ((10.0, 1.0), (10.0, 2.0)), ((20.0, 1.0), (10.0, 2.0)), ((0.0, 1.0),)]
+)
+def test_a_curve_that_does_not_rise_is_refused(points: tuple[tuple[float, float], ...]) -> None:
+    with pytest.raises(ClusterError, match="must have positive points of rising size"):
+        GemmCurve(dtype="float32", points=points, source="")
+
+
+def test_a_device_without_memory_or_rates_is_refused() -> None:
+    with pytest.raises(ClusterError, match="device 'toy': memory_bytes must be above zero, not 0"):
+        device(memory_bytes=0)
+    with pytest.raises(ClusterError, match="device 'toy': bfloat16 must be above zero, not -1"):
+        device(flops_per_s={"bfloat16": -1})
+    with pytest.raises(ClusterError, match="device 'toy' has no flops_per_s"):
+        device(flops_per_s={})

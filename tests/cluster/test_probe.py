@@ -1,0 +1,106 @@
+"""The probe: its arithmetic on made-up samples, and one real measurement of this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from shardstage.cluster import Cluster, LinearCost, load, save
+from shardstage.cluster.probe import probe
+from shardstage.cluster.samples import Sample, cluster_from_samples, group_sizes
+from shardstage.errors import ClusterError, RankFailedError
+
+LOCAL = (
+    Sample("gemm", "float32", 1, 1e3, 1e-6),
+    Sample("gemm", "float32", 1, 1e6, 5e-7),
+    Sample("gemm", "float32", 1, 1e9, 1e-2),
+    Sample("op", "", 1, 1, 3e-6),
+    Sample("copy", "", 1, 1e6, 1e-3),
+)
+
+
+def exchanges(kind: str, group: int, line: LinearCost) -> list[Sample]:
+    return [Sample(kind, "float32", group, size, line.seconds(size)) for size in (1e3, 1e5, 1e7)]
+
+
+def reduced(num_ranks: int, *samples: Sample) -> Cluster:
+    return cluster_from_samples(
+        (*LOCAL, *samples),
+        num_ranks=num_ranks,
+        device_name="Toy CPU",
+        device_kind="cpu",
+        memory_bytes=1000,
+        source="made up",
+    )
+
+
+def fail_to_prepare() -> None:
+    raise ValueError("nothing is ready")
+
+
+def test_samples_become_rates() -> None:
+    device = reduced(1).device
+    assert device.bytes_per_s == 2e9
+    assert device.op_latency_s == 3e-6
+    assert device.flops_per_s == {"float32": 1e12}
+
+
+def test_a_larger_product_is_never_quicker_than_a_smaller_one() -> None:
+    assert reduced(1).device.gemm[0].points == ((1e3, 1e9), (1e6, 1e12), (1e9, 1e11))
+
+
+def test_exchanges_become_one_curve_for_each_kind_and_group() -> None:
+    all_reduce, message = LinearCost(1e-3, 1e9), LinearCost(1e-4, 2e9)
+    cluster = reduced(2, *exchanges("all_reduce", 2, all_reduce), *exchanges("p2p", 2, message))
+    assert cluster.collective("all_reduce", 2) == pytest.approx(all_reduce)
+    assert cluster.collective("p2p", [1, 0]) == pytest.approx(message)
+    assert (cluster.levels[0].latency_s, cluster.levels[0].bytes_per_s) == pytest.approx(message)
+
+
+def test_three_ranks_take_their_link_from_the_gathering_of_all() -> None:
+    cluster = reduced(3, *exchanges("all_gather", 3, LinearCost(2e-3, 3e9)))
+    assert (cluster.levels[0].latency_s, cluster.levels[0].bytes_per_s) == pytest.approx((1e-3, 2e9))
+
+
+def test_groups_tile_the_ranks() -> None:
+    assert [group_sizes(ranks) for ranks in (1, 2, 3, 4, 6)] == [(), (2,), (3,), (2, 4), (2, 3, 6)]
+
+
+def test_two_real_ranks_measure_this_machine(tmp_path: Path) -> None:
+    cluster = probe(2, budget_s=1.0, device="cpu")
+    assert cluster.num_devices == 2
+    assert {"float32", "bfloat16", "float64"} == set(cluster.device.flops_per_s)
+    assert (
+        cluster.collective("all_reduce", 2).seconds(2**20)
+        > cluster.collective("all_reduce", 2).seconds(8)
+        > 0
+    )
+    assert {curve.kind for curve in cluster.collectives} > {
+        "all_gather",
+        "reduce_scatter",
+        "all_to_all",
+        "p2p",
+    }
+    assert cluster.device.source.startswith("measured by shardstage probe on ")
+    assert cluster.device.source.endswith(", 2 ranks, gloo")
+    save(cluster, tmp_path / "here.toml")
+    assert load(tmp_path / "here.toml") == cluster
+
+
+def test_a_rank_that_fails_is_named_with_its_reason() -> None:
+    with pytest.raises(RankFailedError, match="rank 0 of the probe failed: ValueError: nothing is ready"):
+        probe(1, budget_s=1.0, device="cpu", prepare=fail_to_prepare)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "device", "message"),
+    [
+        (0, None, "cannot be measured with 0 ranks"),
+        (2, "tpu", "unknown device 'tpu'"),
+        (4096, "cuda", "4096 ranks need 4096 GPUs"),
+    ],
+)
+def test_a_machine_that_is_not_there_is_refused(ranks: int, device: str | None, message: str) -> None:
+    with pytest.raises(ClusterError, match=message):
+        probe(ranks, device=device)
