@@ -31,6 +31,7 @@ ORDER = (
     "runtime",
     "data",
     "checkpoint",
+    "training",
     "parity",
     "inference",
     "report",
