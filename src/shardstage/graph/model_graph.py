@@ -8,22 +8,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
+from shardstage.units import dtype_bytes
+
 __all__ = ["Constant", "ModelGraph", "Op", "Parameter", "Ref", "Value", "refs_in", "substitute"]
-
-DTYPE_BYTES: Mapping[str, int] = {
-    "float64": 8,
-    "float32": 4,
-    "float16": 2,
-    "bfloat16": 2,
-    "int64": 8,
-    "int32": 4,
-    "int16": 2,
-    "int8": 1,
-    "uint8": 1,
-    "bool": 1,
-}
-"""Bytes of one element of each dtype, by torch's name without the ``torch.`` prefix."""
-
 
 @dataclass(frozen=True, slots=True)
 class Ref:
@@ -53,7 +40,7 @@ class Value:
 
     @property
     def num_bytes(self) -> int:
-        return self.numel * DTYPE_BYTES[self.dtype]
+        return self.numel * dtype_bytes(self.dtype)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,0 +1,64 @@
+"""The verbs put together, and errors turned into one clear line and an exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+import click
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from shardstage.cli.plan import plan
+from shardstage.cli.probe import probe
+from shardstage.cli.prove import prove
+from shardstage.cli.train import train
+from shardstage.errors import ParityError, RankFailedError, ShardstageError
+
+__all__ = ["run"]
+
+EXIT_FAILED = 1
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
+
+app = typer.Typer(
+    name="shardstage",
+    help="Make one PyTorch model run as one program on many devices: plan it, run it, prove it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for verb in (plan, train, prove, probe):
+    app.command()(verb)
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Runs a verb; returns the exit code. ``SHARDSTAGE_DEBUG=1`` lets errors through with their traceback."""
+    if os.environ.get("SHARDSTAGE_DEBUG"):
+        app(list(arguments) if arguments is not None else None, standalone_mode=False)
+        return 0
+    try:
+        code = app(list(arguments) if arguments is not None else None, standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except click.exceptions.Exit as stop:
+        return stop.exit_code
+    except click.ClickException as error:
+        error.show()
+        return EXIT_BAD_INPUT
+    except (KeyboardInterrupt, click.Abort):
+        print("stopped", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except ShardstageError as error:
+        _show(error)
+        return EXIT_FAILED if isinstance(error, ParityError | RankFailedError) else EXIT_BAD_INPUT
+
+
+def _show(error: ShardstageError) -> None:
+    console = Console(stderr=True, highlight=False)
+    console.print(f"[bold red]error:[/] {escape(error.message)}", soft_wrap=True)
+    if error.hint is not None:
+        console.print(f"[bold]hint:[/] {escape(error.hint)}", soft_wrap=True)

@@ -1,0 +1,72 @@
+"""What the command line knows of the machine it runs on: how many ranks, and its measured cluster file."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+from shardstage.cluster import Cluster, load, save
+from shardstage.cluster.machine import cpu_model, memory_bytes
+
+__all__ = ["cluster_named", "num_default_ranks", "probe_machine"]
+
+QUICK_BUDGET_S = 15.0
+"""Seconds that a run spends on looking at a machine it has not seen before; `shardstage probe` takes more care."""
+
+
+def num_default_ranks() -> int:
+    """One rank for each GPU, or for each core where there is none."""
+    import torch
+
+    from shardstage.runtime.environment import num_usable_cores
+
+    return torch.cuda.device_count() or num_usable_cores()
+
+
+def probe_machine(ranks: int, *, budget_s: float) -> Cluster:
+    """This machine as ``ranks`` ranks see it through the process group that runs use."""
+    import torch
+
+    from shardstage.cluster.probe import probe
+    from shardstage.runtime.process_group import BACKEND, register_backend
+
+    if torch.cuda.device_count() >= ranks:
+        return probe(ranks, budget_s=budget_s)
+    return probe(ranks, budget_s=budget_s, device="cpu", backend=BACKEND, prepare=register_backend)
+
+
+def cluster_named(spec: str, *, ranks: int) -> Cluster:
+    """A preset or file; ``local`` is this machine, measured once and remembered in the user's cache folder."""
+    if spec != "local":
+        return load(spec)
+    path = _cache_folder() / f"cluster-{_machine_key(ranks)}.toml"
+    if not path.exists():
+        cluster = probe_machine(ranks, budget_s=QUICK_BUDGET_S)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save(cluster, path)
+        except OSError:
+            return cluster
+    return load(path)
+
+
+def _cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "shardstage"
+
+
+def _machine_key(ranks: int) -> str:
+    """Changes with whatever would make an old measurement wrong."""
+    import torch
+
+    from shardstage.runtime.environment import num_usable_cores
+
+    described = (
+        cpu_model(),
+        memory_bytes(),
+        num_usable_cores(),
+        torch.__version__,
+        torch.cuda.device_count(),
+        ranks,
+    )
+    return hashlib.sha256(repr(described).encode()).hexdigest()[:12]

@@ -1,0 +1,32 @@
+"""``shardstage probe``: measures this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from shardstage.cli.machine import num_default_ranks, probe_machine
+from shardstage.cluster import save
+
+__all__ = ["probe"]
+
+
+def probe(
+    ranks: Annotated[
+        int | None, typer.Option(help="Ranks that will share the machine [default: cores or GPUs]")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="File to write")] = Path("cluster.toml"),
+    budget: Annotated[float, typer.Option(help="Seconds to spend at most")] = 45.0,
+) -> None:
+    """Measure this machine: matrix products, memory, collectives, with all ranks busy at once.
+
+    The file says what was measured and can be edited; `shardstage plan --cluster cluster.toml` reads it.
+
+    [bold]Example[/]   shardstage probe --ranks 4 --out laptop.toml
+    """
+    cluster = probe_machine(ranks or num_default_ranks(), budget_s=budget)
+    save(cluster, out)
+    typer.echo(cluster.to_toml())
+    typer.echo(f"written to {out}: shardstage plan --cluster {out}")

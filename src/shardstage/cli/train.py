@@ -1,0 +1,119 @@
+"""``shardstage train``: plans, runs and, on request, proves a training run."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from shardstage.training.run_config import RunConfig, load_run_config
+
+__all__ = ["train"]
+
+
+def train(
+    run: Annotated[Path | None, typer.Option(help="Run file; the other options override it")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Built-in name, Hugging Face config or folder, or module:factory")
+    ] = None,
+    plan: Annotated[
+        str | None, typer.Option(help='"auto", a shorthand such as "dp=2,tp=2", or a plan file')
+    ] = None,
+    ranks: Annotated[
+        int | None, typer.Option(help="Local ranks to start (ignored under torchrun and srun)")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps in all, resumed ones included")] = None,
+    batch: Annotated[int | None, typer.Option(help="Samples of a step, over all ranks")] = None,
+    seq: Annotated[int | None, typer.Option(help="Tokens of a sample")] = None,
+    data: Annotated[
+        list[str] | None, typer.Option(help="Text files or folders [default: Python's own sources]")
+    ] = None,
+    out: Annotated[str | None, typer.Option(help="Run folder")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the run folder's newest checkpoint")
+    ] = False,
+    prove: Annotated[
+        bool, typer.Option("--prove", help="Then prove the run equal to a single device's")
+    ] = False,
+    export_hf: Annotated[str | None, typer.Option(help="Folder for transformers' from_pretrained")] = None,
+) -> int:
+    """Train a model on text, split over ranks as a plan says.
+
+    Everything else (optimizer, precision, tokenizer, checkpoints) stands in a run file; each run writes its own, complete, as
+    [bold]run.toml[/] into its folder.
+
+    [bold]Examples[/]
+
+      shardstage train --model llama-tiny --ranks 4 --plan "tp=2,pp=2"
+
+      shardstage train --run run.toml --steps 500 --resume
+
+      torchrun --nproc-per-node 4 -m shardstage train --plan "zero=3,dp=4"
+    """
+    config = (load_run_config(run) if run is not None else RunConfig()).with_changes(
+        **_given(
+            {
+                "model": model,
+                "plan": plan,
+                "ranks": ranks,
+                "steps": steps,
+                "global_batch": batch,
+                "data.sequence": seq,
+                "data.paths": None if data is None else tuple(data),
+                "out": out,
+                "resume": resume or None,
+                "export_hf": export_hf,
+            }
+        )
+    )
+    from shardstage.runtime.environment import detect_environment
+
+    environment = detect_environment()
+    if environment is not None:
+        from shardstage.training.joined import train_as_rank
+
+        return train_as_rank(environment, config, is_proved=prove)
+    return _launch(config, is_proved=prove)
+
+
+def _launch(config: RunConfig, *, is_proved: bool) -> int:
+    from shardstage.cli.machine import cluster_named
+    from shardstage.runtime.launch import launch
+    from shardstage.training.prepare import prepare
+    from shardstage.training.rank import train_rank
+    from shardstage.training.table import print_plan, print_summary
+
+    console = Console(highlight=False)
+    folder = Path(config.out) if config.out else _new_folder()
+    cluster = None
+    if config.plan == "auto":
+        with console.status("looking at this machine"):
+            cluster = cluster_named(config.cluster, ranks=config.ranks)
+    with console.status("capturing the model and choosing a plan"):
+        job = prepare(config, num_ranks=config.ranks, cluster=cluster, folder=folder)
+    print_plan(console, job)
+    launch(train_rank, (job,), num_ranks=config.ranks, log_dir=folder / "logs")
+    verdict = None
+    if is_proved:
+        from shardstage.parity import prove_job
+
+        verdict = prove_job(job)
+        console.print(verdict.text())
+    if config.export_hf:
+        from shardstage.training.export import export
+
+        export(job, Path(config.export_hf))
+    print_summary(console, job, cluster=cluster, verdict=None if verdict is None else verdict.is_equal)
+    return 0 if verdict is None or verdict.is_equal else 1
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    """The options that were typed."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _new_folder() -> Path:
+    return Path("runs") / time.strftime("%Y%m%d-%H%M%S")

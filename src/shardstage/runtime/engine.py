@@ -1,0 +1,259 @@
+"""``Engine``: one rank of the real thing: it walks a Program's instructions over plain local tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from shardstage.graph.cuts import Segment
+from shardstage.operators import RandomState
+from shardstage.program import Instruction, Program
+from shardstage.runtime.groups import RankGroups
+from shardstage.runtime.leaves import Leaf
+from shardstage.runtime.optimizer import Optimizer
+from shardstage.runtime.stage import Stage
+from shardstage.runtime.transfers import Shape, Transfers
+
+__all__ = ["Engine", "Microbatch", "Parameters", "StepResult"]
+
+
+class Microbatch(Protocol):
+    """Samples that go through the model together: ``shardstage.data.Microbatch`` is one.
+
+    ``positions`` are theirs in the global batch, ``tensors`` the graph's inputs by name ``[b, ...]``, ``num_targets`` the terms of the loss.
+    """
+
+    @property
+    def positions(self) -> tuple[int, ...]: ...
+    @property
+    def tensors(self) -> Mapping[str, Tensor]: ...
+    @property
+    def num_targets(self) -> int: ...
+
+
+class Parameters(Protocol):
+    """Who owns a stage's parameters and gradients: ``BucketedParameters`` or ``FullyShardedParameters``."""
+
+    leaves: tuple[Leaf, ...]
+
+    def begin(self) -> None: ...
+    def expect_last_backward(self) -> None: ...
+    def finish(self) -> None: ...
+    def publish(self) -> None: ...
+    def assign(self, name: str, local: Tensor) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepResult:
+    """What a step says of itself, equal on every rank: ``loss`` is the mean over all target tokens of the global batch.
+
+    ``gradient_norm`` is the L2 norm over all parameters before clipping, ``None`` if clipping is off.
+    """
+
+    loss: float
+    gradient_norm: float | None
+    num_targets: int
+    learning_rate: float
+
+
+@dataclass(kw_only=True, eq=False)
+class _InFlight:
+    """A microbatch between its forward and its backward on this stage."""
+
+    batch: Microbatch
+    received: dict[str, Tensor] = field(default_factory=dict)
+    outputs: dict[str, Tensor] = field(default_factory=dict)
+    gradients: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Engine:
+    """Runs steps of one rank.
+
+    The loss of a step, whatever the mesh, shares and padding, and the only place where it is written:
+
+        loss = (sum over the global batch of the losses of its target tokens) / (number of those tokens)
+
+    Each microbatch's graph yields its sum; backward is seeded with 1 / (number of targets of the global batch), and gradients are
+    summed over microbatches and dp. So no average of averages is ever taken.
+    """
+
+    def __init__(
+        self,
+        *,
+        program: Program,
+        groups: RankGroups,
+        stage: Stage,
+        segments: Mapping[int, Segment],
+        parameters: Parameters,
+        optimizer: Optimizer,
+        random: RandomState,
+        device: torch.device,
+    ) -> None:
+        self.program = program
+        self.groups = groups
+        self.stage = stage
+        self.parameters = parameters
+        self.optimizer = optimizer
+        self.random = random
+        self.device = device
+        self.loss_scale = 1.0
+        self._segments = dict(segments)
+        self._transfers = Transfers(program, groups, device)
+        self._row = program.instructions[groups.pp]
+        self._loss_name = next(iter(segments.values())).graph.output
+        self._last_backward = max(i for i, instruction in enumerate(self._row) if instruction.kind == "B")
+        self._flights: dict[int, _InFlight] = {}
+        self._loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+        self._num_targets = 0
+        self._result: StepResult | None = None
+
+    def step(
+        self,
+        step: int,
+        batches: Sequence[Microbatch],
+        *,
+        on_gradients: Callable[[Engine], None] | None = None,
+    ) -> StepResult:
+        """Trains on one global batch, of which ``batches`` are this dp rank's microbatches.
+
+        ``on_gradients`` sees the engine when all gradients are reduced and not yet clipped.
+        """
+        self.random.step = step
+        self._loss_sum.zero_()
+        self._num_targets = self._count_targets(batches)
+        self._flights = {m: _InFlight(batch=batch) for m, batch in enumerate(batches)}
+        self.parameters.begin()
+        for position, instruction in enumerate(self._row):
+            if position == self._last_backward:
+                self.parameters.expect_last_backward()
+            self._post_receives(position)
+            if instruction.kind == "STEP":
+                if on_gradients is not None:
+                    on_gradients(self)
+                self._result = self._update(step)
+            else:
+                self._run(instruction)
+        self._transfers.flush()
+        assert self._result is not None
+        return self._result
+
+    def _run(self, instruction: Instruction) -> None:
+        flight = None if instruction.microbatch is None else self._flights[instruction.microbatch]
+        match instruction.kind, flight:
+            case "F", _InFlight():
+                self._forward(flight)
+            case "B", _InFlight():
+                self._backward(flight)
+            case "RECV_F", _InFlight():
+                flight.received.update(self._as_leaves(self._transfers.receive(instruction)))
+            case "RECV_B", _InFlight():
+                for name, gradient in self._transfers.receive(instruction).items():
+                    held = flight.gradients.get(name)
+                    flight.gradients[name] = gradient if held is None else held.add_(gradient)
+            case "SEND_F", _InFlight():
+                names = self._transfers.values(instruction)
+                self._transfers.send(instruction, [flight.outputs[name].detach() for name in names])
+            case "SEND_B", _InFlight():
+                names = self._transfers.values(instruction)
+                self._transfers.send(instruction, [_gradient_of(flight.received[name]) for name in names])
+                for name in names:
+                    flight.received.pop(name)
+            case "REDUCE_GRAD", _:
+                self.parameters.finish()
+            case _:
+                raise AssertionError(f"no way to run {instruction}")
+
+    def _forward(self, flight: _InFlight) -> None:
+        batch = flight.batch
+        size = len(batch.positions)
+        inputs = {
+            name: batch.tensors[name].to(self.device, non_blocking=True)
+            for name in self._segments[size].graph.inputs
+            if name in batch.tensors
+        }
+        flight.outputs = self.stage(size, batch.positions, {**inputs, **flight.received})
+        loss = flight.outputs.get(self._loss_name)
+        if loss is not None:
+            self._loss_sum += loss.detach()
+
+    def _backward(self, flight: _InFlight) -> None:
+        """From the loss, or from the gradients that arrived, to those of the parameters and of what was received."""
+        roots, seeds = [], []
+        for name, output in flight.outputs.items():
+            if name == self._loss_name:
+                roots.append(output)
+                seeds.append(torch.full_like(output, self.loss_scale / self._num_targets))
+            elif name in flight.gradients:
+                roots.append(output)
+                seeds.append(flight.gradients.pop(name))
+        torch.autograd.backward(roots, seeds)
+        flight.outputs.clear()
+        flight.received = {name: tensor for name, tensor in flight.received.items() if tensor.requires_grad}
+
+    def _update(self, step: int) -> StepResult:
+        """Clips by the global norm, steps the optimizer, publishes the parameters."""
+        max_norm = self.optimizer.config.max_grad_norm
+        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        if self.groups.tp == 0:
+            sums[0] = self._loss_sum
+        if max_norm is not None:
+            sums[1] = _sum_of_squares(self.parameters.leaves, self.device)
+        if self.groups.mesh.world_size > 1:
+            dist.all_reduce(sums)  # over the world: each loss and each element is counted by one rank
+        loss_sum, square_sum = sums.tolist()
+        norm = None if max_norm is None else square_sum**0.5
+        scale = 1.0 if norm is None or max_norm is None or norm <= max_norm else max_norm / (norm + 1e-6)
+        rate = self.optimizer.step(step, gradient_scale=scale)
+        self.parameters.publish()
+        return StepResult(
+            loss=loss_sum / self._num_targets,
+            gradient_norm=norm,
+            num_targets=self._num_targets,
+            learning_rate=rate,
+        )
+
+    def _count_targets(self, batches: Sequence[Microbatch]) -> int:
+        """Targets of the global batch: the sum over dp of what this rank's microbatches hold."""
+        count = torch.tensor(
+            sum(batch.num_targets for batch in batches), dtype=torch.int64, device=self.device
+        )
+        if self.groups.dp_group is not None:
+            dist.all_reduce(count, group=self.groups.dp_group)
+        return max(1, int(count))
+
+    def _post_receives(self, position: int) -> None:
+        """Begins the receives up to the second computation from here, so that they arrive under the first."""
+        computations = 0
+        for instruction in self._row[position:]:
+            if instruction.kind.startswith("RECV"):
+                self._transfers.post(instruction, self._shapes(instruction))
+            computations += instruction.kind in ("F", "B")
+            if computations == 2:
+                return
+
+    def _shapes(self, instruction: Instruction) -> list[Shape]:
+        assert instruction.microbatch is not None
+        graph = self._segments[len(self._flights[instruction.microbatch].batch.positions)].graph
+        values = (graph.values[name] for name in self._transfers.values(instruction))
+        return [(value.shape, getattr(torch, value.dtype)) for value in values]
+
+    def _as_leaves(self, received: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        needs_gradient = {e.value for e in self.program.edges if e.requires_grad}
+        return {name: tensor.requires_grad_(name in needs_gradient) for name, tensor in received.items()}
+
+
+def _gradient_of(received: Tensor) -> Tensor:
+    return torch.zeros_like(received) if received.grad is None else received.grad
+
+
+def _sum_of_squares(leaves: Sequence[Leaf], device: torch.device) -> Tensor:
+    gradients = [g for leaf in leaves if leaf.is_counted and (g := leaf.gradient()) is not None and g.numel()]
+    if not gradients:
+        return torch.zeros((), dtype=torch.float64, device=device)
+    norms = torch._foreach_norm(gradients)
+    return torch.stack([norm.to(torch.float64) for norm in norms]).square().sum()

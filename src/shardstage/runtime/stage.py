@@ -1,0 +1,185 @@
+"""``Stage``: one rank's part of the model as a module that runs blocks of local ops."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shardstage.graph.blocks import find_blocks
+from shardstage.graph.cuts import Segment
+from shardstage.operators import OperatorContext
+from shardstage.plan.plan import Recompute
+from shardstage.runtime.block import Block, BlockCode, block_code
+from shardstage.runtime.leaves import ParameterInfo
+
+__all__ = ["Stage", "build_stage"]
+
+
+class Stage(nn.Module):
+    """Runs its blocks one after the other on named values.
+
+    Holds the parameters that several blocks use and all buffers; a block holds its own parameters. ``parameters_by_name`` lists
+    every parameter once with what is known about it.
+    """
+
+    def __init__(
+        self,
+        *,
+        index: int,
+        infos: Mapping[str, ParameterInfo],
+        buffer_fqns: Mapping[str, str],
+        outputs: tuple[str, ...],
+    ) -> None:
+        super().__init__()
+        self.index = index
+        self.infos = dict(infos)
+        self.buffer_fqns = dict(buffer_fqns)
+        self.outputs = outputs
+        self.blocks = nn.ModuleList()
+        self._codes: list[Mapping[int, BlockCode]] = []
+
+    def add(self, block: Block, codes: Mapping[int, BlockCode]) -> None:
+        self.blocks.append(block)
+        self._codes.append(codes)
+
+    def forward(
+        self, size: int, positions: tuple[int, ...], values: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """The values that others need (``outputs``) for a microbatch of ``size`` samples at ``positions`` of the global batch."""
+        known = dict(values)
+        last_use = self._last_uses(size)
+        for number, (block, codes) in enumerate(zip(self.blocks, self._codes, strict=True)):
+            code = codes[size]
+            results = block(size, positions, tuple(known[name] for name in code.inputs))
+            known.update(zip(code.outputs, results, strict=True))
+            for name in last_use[number]:
+                known.pop(name, None)
+        return {name: known[name] for name in self.outputs}
+
+    def parameters_by_name(self) -> dict[str, tuple[nn.Module, nn.Parameter]]:
+        """Every parameter once: graph value name → (the module that holds it, the parameter)."""
+        return {
+            name: (module, parameter)
+            for module in (self, *self.blocks)
+            for name, parameter in module._parameters.items()
+            if parameter is not None
+        }
+
+    def set_buffer(self, name: str, tensor: Tensor) -> None:
+        """Gives a buffer its value, in the dtype of the graph."""
+        held = self.get_buffer(name)
+        self._buffers[name] = tensor.to(held.dtype)
+
+    def _last_uses(self, size: int) -> tuple[tuple[str, ...], ...]:
+        last: dict[str, int] = {}
+        for number, codes in enumerate(self._codes):
+            last.update(dict.fromkeys((*codes[size].inputs, *codes[size].outputs), number))
+        kept = set(self.outputs)
+        return tuple(
+            tuple(name for name, number in last.items() if number == at and name not in kept)
+            for at in range(len(self._codes))
+        )
+
+
+def build_stage(
+    segments: Mapping[int, Segment],
+    infos: Mapping[str, ParameterInfo],
+    *,
+    context: OperatorContext,
+    library: Mapping[str, Callable[..., Any]],
+    recompute: Recompute,
+    parameter_dtype: torch.dtype | None,
+    device: torch.device,
+) -> Stage:
+    """The stage with its parameters and buffers on meta.
+
+    ``segments`` hold the same ops for every size of microbatch. ``parameter_dtype`` overrides the dtype of floating parameters (master
+    weights where FSDP2 casts them itself). A block is recomputed only if its kind repeats or it lies in a repeated module: the
+    embedding and the head with its loss keep their few, large activations.
+    """
+    first = next(iter(segments.values()))
+    blocks = find_blocks(first.graph)
+    outputs = _stage_outputs(first)
+    buffer_fqns = {buffer.name: buffer.fqn for buffer in first.graph.buffers}
+    stage = Stage(index=first.index, infos=infos, buffer_fqns=buffer_fqns, outputs=outputs)
+    codes = [
+        {
+            size: _code(segment, number, [(b.start, b.stop) for b in blocks], outputs, library, device)
+            for size, segment in segments.items()
+        }
+        for number in range(len(blocks))
+    ]
+    uses = Counter(name for by_size in codes for name in by_size[next(iter(by_size))].parameters)
+    _hold_shared(stage, first, uses, parameter_dtype)
+    repeated = Counter(block.kind for block in blocks)
+    for block, by_size in zip(blocks, codes, strict=True):
+        own = {
+            name: _meta_parameter(first, name, parameter_dtype)
+            for name in by_size[next(iter(by_size))].parameters
+            if uses[name] == 1 and first.graph.values[name].kind == "parameter"
+        }
+        is_recomputed = repeated[block.kind] > 1 or len(blocks) == 1
+        stage.add(
+            Block(
+                name=block.module,
+                codes=by_size,
+                own=own,
+                shared=stage,
+                context=context,
+                recompute=recompute if is_recomputed else "none",
+            ),
+            by_size,
+        )
+    return stage
+
+
+def _hold_shared(stage: Stage, segment: Segment, uses: Mapping[str, int], dtype: torch.dtype | None) -> None:
+    for name, count in uses.items():
+        value = segment.graph.values[name]
+        if value.kind == "buffer":
+            tensor = torch.empty(value.shape, dtype=getattr(torch, value.dtype), device="meta")
+            stage.register_buffer(name, tensor)
+        elif count > 1:
+            stage.register_parameter(name, _meta_parameter(segment, name, dtype))
+
+
+def _meta_parameter(segment: Segment, name: str, dtype: torch.dtype | None) -> nn.Parameter:
+    value = segment.graph.values[name]
+    own_dtype: torch.dtype = getattr(torch, value.dtype)
+    chosen = dtype if dtype is not None and own_dtype.is_floating_point else own_dtype
+    return nn.Parameter(
+        torch.empty(value.shape, dtype=chosen, device="meta"), requires_grad=value.requires_grad
+    )
+
+
+def _code(
+    segment: Segment,
+    number: int,
+    bounds: Sequence[tuple[int, int]],
+    stage_outputs: tuple[str, ...],
+    library: Mapping[str, Callable[..., Any]],
+    device: torch.device,
+) -> BlockCode:
+    """Code of block ``number``; its outputs are what later blocks read and what leaves the stage."""
+    start, stop = bounds[number]
+    graph = segment.graph
+    produced = {name for op in graph.ops[start:stop] for name in op.outputs}
+    read_later = {name for op in graph.ops[stop:] for name in op.inputs}
+    outputs = tuple(
+        name
+        for op in graph.ops[start:stop]
+        for name in op.outputs
+        if name is not None and name in produced and (name in read_later or name in stage_outputs)
+    )
+    return block_code(graph, graph.ops[start:stop], outputs, library=library, device=device)
+
+
+def _stage_outputs(segment: Segment) -> tuple[str, ...]:
+    """What the stage sends, and the loss where it makes it."""
+    sent = tuple(dict.fromkeys(edge.value for edge in segment.sends))
+    has_loss = segment.graph.output in segment.graph.producer
+    return (*sent, segment.graph.output) if has_loss else sent

@@ -1,0 +1,96 @@
+"""What travels between stages: activations forwards, their gradients backwards."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from shardstage.program import Instruction, Program
+from shardstage.runtime.groups import RankGroups
+
+__all__ = ["Transfers"]
+
+Shape = tuple[tuple[int, ...], torch.dtype]
+
+
+class Transfers:
+    """Sends and receives the values of edges, each under a tag of its own, so that no order of arrival can mix them up.
+
+    Receives are posted early (``post``) and waited for when needed; a sent tensor is kept alive until it has left.
+    """
+
+    def __init__(self, program: Program, groups: RankGroups, device: torch.device) -> None:
+        self._program = program
+        self._groups = groups
+        self._device = device
+        self._edge_number = {(e.value, e.source, e.target): i for i, e in enumerate(program.edges)}
+        self._incoming: dict[Instruction, list[tuple[str, Tensor, dist.Work]]] = {}
+        self._outgoing: list[tuple[dist.Work, Tensor]] = []
+
+    def values(self, instruction: Instruction) -> tuple[str, ...]:
+        """Names of the values that a SEND or RECV moves, in edge order."""
+        stage, peer, kind = instruction.stage, instruction.peer, instruction.kind
+        assert peer is not None
+        source, target = (stage, peer) if kind in ("SEND_F", "RECV_B") else (peer, stage)
+        edges = self._program.edges_between(source, target)
+        return tuple(e.value for e in edges if kind.endswith("F") or e.requires_grad)
+
+    def post(self, instruction: Instruction, shapes: Sequence[Shape]) -> None:
+        """Begins a RECV; ``shapes`` of its values in order. Posting again does nothing."""
+        if instruction in self._incoming:
+            return
+        assert instruction.peer is not None
+        arriving = []
+        for name, (shape, dtype) in zip(self.values(instruction), shapes, strict=True):
+            buffer = torch.empty(shape, dtype=dtype, device=self._device)
+            work = dist.irecv(
+                buffer,
+                src=self._groups.peer(instruction.peer),
+                group=self._group(instruction),
+                tag=self._tag(instruction, name),
+            )
+            assert work is not None
+            arriving.append((name, buffer, work))
+        self._incoming[instruction] = arriving
+
+    def receive(self, instruction: Instruction) -> dict[str, Tensor]:
+        """The values of a posted RECV, when they are here."""
+        arrived = {}
+        for name, buffer, work in self._incoming.pop(instruction):
+            work.wait()
+            arrived[name] = buffer
+        return arrived
+
+    def send(self, instruction: Instruction, tensors: Sequence[Tensor]) -> None:
+        """Begins a SEND of the values in order."""
+        assert instruction.peer is not None
+        self._outgoing = [(work, tensor) for work, tensor in self._outgoing if not work.is_completed()]
+        for name, tensor in zip(self.values(instruction), tensors, strict=True):
+            sent = tensor.contiguous()
+            work = dist.isend(
+                sent,
+                dst=self._groups.peer(instruction.peer),
+                group=self._group(instruction),
+                tag=self._tag(instruction, name),
+            )
+            assert work is not None
+            self._outgoing.append((work, sent))
+
+    def flush(self) -> None:
+        """Returns when everything sent has left."""
+        for work, _ in self._outgoing:
+            work.wait()
+        self._outgoing.clear()
+
+    def _group(self, instruction: Instruction) -> dist.ProcessGroup | None:
+        return self._groups.forward_group if instruction.kind.endswith("F") else self._groups.backward_group
+
+    def _tag(self, instruction: Instruction, value: str) -> int:
+        stage, peer = instruction.stage, instruction.peer
+        assert instruction.microbatch is not None and peer is not None
+        source, target = (stage, peer) if instruction.kind in ("SEND_F", "RECV_B") else (peer, stage)
+        number = self._edge_number[value, source, target]
+        return number * self._program.plan.num_microbatches + instruction.microbatch

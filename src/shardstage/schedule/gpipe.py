@@ -1,0 +1,32 @@
+"""GPipe: all forwards, then all backwards."""
+
+from __future__ import annotations
+
+from shardstage.schedule.action import Action, Schedule
+
+__all__ = ["gpipe"]
+
+
+def gpipe(num_stages: int, num_microbatches: int) -> Schedule:
+    """The schedule of Huang et al., "GPipe", 2019, figure 2c; every stage holds the activations of all microbatches.
+
+        stage 0 | 0 1 2 3             3 2 1 0
+        stage 1 |   0 1 2 3         3 2 1 0
+        stage 2 |     0 1 2 3     3 2 1 0
+        stage 3 |       0 1 2 3 3 2 1 0
+
+    Backwards run in the order of the forwards reversed: the last activations made are the first freed.
+    """
+    microbatches = range(num_microbatches)
+    return Schedule(
+        name="gpipe",
+        num_stages=num_stages,
+        num_microbatches=num_microbatches,
+        actions=tuple(
+            (
+                *(Action(stage, "F", m) for m in microbatches),
+                *(Action(stage, "B", m) for m in reversed(microbatches)),
+            )
+            for stage in range(num_stages)
+        ),
+    )

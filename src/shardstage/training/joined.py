@@ -1,0 +1,42 @@
+"""A run whose ranks somebody else started: torchrun, or srun."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from shardstage.cluster import Cluster
+from shardstage.errors import ShardstageError
+from shardstage.runtime.environment import RankEnvironment, leave_world
+from shardstage.runtime.groups import broadcast_from_first
+from shardstage.training.job import TrainJob
+from shardstage.training.prepare import prepare
+from shardstage.training.rank import join_job, train_joined
+from shardstage.training.run_config import RunConfig
+
+__all__ = ["train_as_rank"]
+
+
+def train_as_rank(
+    environment: RankEnvironment, config: RunConfig, *, folder: Path, cluster: Callable[[], Cluster] | None
+) -> TrainJob:
+    """Rank 0 prepares the job and gives it to all; then every rank trains. Returns the job.
+
+    What rank 0 refuses is raised on every rank, so that all end alike. ``folder`` lies on storage that all ranks share.
+    """
+    device = join_job(environment, config)
+    prepared: TrainJob | ShardstageError | None = None
+    if environment.rank == 0:
+        try:
+            machine = cluster() if cluster is not None and config.plan == "auto" else None
+            prepared = prepare(config, num_ranks=environment.world_size, cluster=machine, folder=folder)
+        except ShardstageError as error:
+            prepared = error
+    job = broadcast_from_first(prepared)
+    if isinstance(job, ShardstageError):
+        leave_world()
+        raise job
+    train_joined(environment, job, device)
+    leave_world()
+    assert isinstance(job, TrainJob)
+    return job
