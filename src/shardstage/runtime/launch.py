@@ -13,6 +13,7 @@ that Ctrl-C reaches the launcher alone and what a rank started ends with it.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import pickle
 import select
@@ -24,6 +25,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -64,7 +66,7 @@ def launch(
     log_dir: Path,
     threads_per_rank: int | None = None,
     env: Mapping[str, str] | None = None,
-    timeout_s: float | None = None,
+    timeout_s: float = math.inf,
     stop_grace_s: float = 2.0,
 ) -> None:
     """Run ``entry(environment, *args)`` in ``num_ranks`` new processes of this host and return when all have
@@ -86,12 +88,13 @@ def launch(
         listener = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=4 * num_ranks))
         stop_signal = stack.enter_context(_stop_signals())
         base = _rank_variables(num_ranks, listener.getsockname()[1], threads_per_rank, env or {})
+        hosting = stack.enter_context(ThreadPoolExecutor(1, "store"))
         ranks: list[_Rank] = []
         try:
             for rank in range(num_ranks):
                 ranks.append(stack.enter_context(_start_rank(rank, base, packed, logs[rank])))
-            store = _host_store(listener)
-            ends = _watch(ranks, stop_signal, None if timeout_s is None else time.monotonic() + timeout_s)
+            store = hosting.submit(_host_store, listener)
+            ends = _watch(ranks, store, stop_signal, time.monotonic() + timeout_s)
         finally:
             _stop(ranks, stop_grace_s, stop_signal)
         del store  # not before the ranks, which may still ask it
@@ -291,8 +294,8 @@ def _interpreter_flags() -> list[str]:
 def _host_store(listener: socket.socket) -> object:
     """The store in which the ranks meet, on the listening socket whose port they were given already.
 
-    After the start of the ranks, so that theirs and this import of torch overlap; who connects early waits in
-    the backlog.
+    On a thread and after the start of the ranks: their import of torch and this one overlap, and a stop need not
+    wait for it. Who connects early waits in the backlog.
     """
     from torch.distributed import TCPStore
 
@@ -300,16 +303,20 @@ def _host_store(listener: socket.socket) -> object:
     return TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
 
 
-def _watch(ranks: Sequence[_Rank], stop_signal: _StopSignal, deadline_s: float | None) -> list[RankEnd]:
+def _watch(
+    ranks: Sequence[_Rank], store: Future[object], stop_signal: _StopSignal, deadline_s: float
+) -> list[RankEnd]:
     """Wait until all ranks have ended, or one has failed and the others could say why, or a signal came."""
-    settled_s: float | None = None
+    until_s = deadline_s
     while stop_signal.signum is None and any(rank.poll() is None for rank in ranks):
         now_s = time.monotonic()
-        if settled_s is None and any(rank.poll() for rank in ranks):
-            settled_s = now_s + _SETTLE_S
-        if any(limit_s is not None and now_s >= limit_s for limit_s in (settled_s, deadline_s)):
+        if until_s == deadline_s and any(rank.poll() for rank in ranks):
+            until_s = min(deadline_s, now_s + _SETTLE_S)
+        if now_s >= until_s:
             _ask_for_stacks(ranks)
             break
+        if store.done():
+            store.result()  # raises what kept the launcher from hosting it
         time.sleep(_POLL_S)
     return [rank.end() for rank in ranks]
 
