@@ -8,7 +8,7 @@ DEMO    ?= train --run demo/run.toml --prove
 TESTS   ?= tests
 
 BIN      = $(VENV)/bin
-INSTALL  = $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
+INSTALL  = $(BIN)/python -m pip --disable-pip-version-check install -qq -c constraints.txt
 INPUTS   = constraints.txt pyproject.toml
 
 .PHONY: demo test lint clean
@@ -30,12 +30,13 @@ clean:
 # torch comes first and by its exact version: resolved later, through another package, the newest build would be
 # taken, with gigabytes of CUDA libraries.
 $(VENV)/.installed-run: $(INPUTS) $(VENV)/bin/python
-	$(INSTALL) "$$(grep '^torch==' constraints.txt)"
-	$(INSTALL) -e ".[hf]"
+	@echo "installing shardstage and what it needs into $(VENV) (a few minutes, only the first time)"
+	@$(INSTALL) "$$(grep '^torch==' constraints.txt)"
+	@$(INSTALL) -e ".[hf]"
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed-run
-	$(INSTALL) -e ".[dev]"
+	@$(INSTALL) -e ".[dev]"
 	@touch $@
 
 $(VENV)/bin/python:
