@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from tests.runtime import process_group_cases as cases
 
-from shardstage.runtime.process_group import CompletedWork
+from shardstage.runtime.collectives import CompletedWork
 
 Outcomes = dict[int, dict[str, str]]
 

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from shardstage import compat
-from shardstage.runtime.shared_collectives import Reduction
+from shardstage.runtime.collectives import Reduction
 
 __all__ = ["GlooCollectives"]
 

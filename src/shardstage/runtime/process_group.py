@@ -19,17 +19,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from shardstage import compat
 from shardstage.errors import ProgramError
+from shardstage.runtime.collectives import Collectives, CompletedWork, Pipes, Reduction
 from shardstage.runtime.gloo_collectives import GlooCollectives
-from shardstage.runtime.shared_collectives import Reduction, SharedCollectives
-from shardstage.runtime.shared_memory import Progress, SharedMemoryOptions, SharedSegments, connect
+from shardstage.runtime.shared_collectives import SharedCollectives
+from shardstage.runtime.shared_memory import Progress, SharedMemoryOptions, SharedSegments
 from shardstage.runtime.shared_pipes import SharedPipes
+from shardstage.runtime.shared_rendezvous import connect
 
 __all__ = [
     "BACKEND",
@@ -83,76 +85,6 @@ def allocate_shared(numel: int, dtype: torch.dtype, group: dist.ProcessGroup | N
     return allocation.buffers[segments.rank].view(dtype)
 
 
-class CompletedWork(dist.Work):
-    """The Work of a collective that was done when its call returned; ``outputs`` is what its future holds."""
-
-    def __init__(self, outputs: list[Any]) -> None:
-        super().__init__()
-        self._outputs = outputs
-
-    def is_completed(self) -> bool:
-        """True."""
-        return True
-
-    def is_success(self) -> bool:
-        """True."""
-        return True
-
-    def wait(self, timeout: timedelta | None = None) -> bool:
-        """Returns True at once."""
-        return True
-
-    def synchronize(self) -> None:
-        """Does nothing: there is no stream."""
-
-    def exception(self) -> None:
-        """None: an error was raised by the call."""
-
-    def result(self) -> list[Any]:
-        """The outputs."""
-        return self._outputs
-
-    def get_future(self) -> torch.futures.Future[Any]:
-        """A completed future of the outputs."""
-        future: torch.futures.Future[Any] = torch.futures.Future()
-        future.set_result(self._outputs)
-        return future
-
-
-class _Collectives(Protocol):
-    """What carries the collectives; tensors are contiguous and one-dimensional, None as Work means done."""
-
-    def barrier(self) -> dist.Work | None: ...
-    def all_reduce(self, tensor: torch.Tensor, reduction: Reduction) -> dist.Work | None: ...
-    def reduce(self, tensor: torch.Tensor, reduction: Reduction, root: int) -> dist.Work | None: ...
-    def all_gather(self, outputs: Sequence[torch.Tensor], tensor: torch.Tensor) -> dist.Work | None: ...
-    def all_gather_single(self, output: torch.Tensor, tensor: torch.Tensor) -> dist.Work | None: ...
-    def gather(
-        self, outputs: Sequence[torch.Tensor] | None, tensor: torch.Tensor, root: int
-    ) -> dist.Work | None: ...
-    def reduce_scatter(
-        self, output: torch.Tensor, tensors: Sequence[torch.Tensor], reduction: Reduction
-    ) -> dist.Work | None: ...
-    def reduce_scatter_single(
-        self, output: torch.Tensor, tensor: torch.Tensor, reduction: Reduction
-    ) -> dist.Work | None: ...
-    def broadcast(self, tensor: torch.Tensor, root: int) -> dist.Work | None: ...
-    def all_to_all(
-        self, outputs: Sequence[torch.Tensor], tensors: Sequence[torch.Tensor]
-    ) -> dist.Work | None: ...
-    def scatter(
-        self, output: torch.Tensor, tensors: Sequence[torch.Tensor] | None, root: int
-    ) -> dist.Work | None: ...
-
-
-class _Pipes(Protocol):
-    """What carries point to point messages; source None is any rank."""
-
-    def send(self, tensor: torch.Tensor, destination: int, tag: int) -> dist.Work: ...
-    def receive(self, tensor: torch.Tensor, source: int | None, tag: int) -> dist.Work: ...
-    def close(self) -> None: ...
-
-
 class ShardstageProcessGroup(dist.ProcessGroup):
     """A group of CPU ranks. ``segments`` is None when it uses gloo; ``record`` may be set to a Recorder.
 
@@ -181,8 +113,8 @@ class ShardstageProcessGroup(dist.ProcessGroup):
             timeout_s=timeout.total_seconds(),
             progress=progress,
         )
-        self._collectives: _Collectives
-        self._pipes: _Pipes
+        self._collectives: Collectives
+        self._pipes: Pipes
         if self.segments is None:
             self._collectives = self._pipes = GlooCollectives(store, rank, size, timeout)
         else:
@@ -412,13 +344,14 @@ def _flat(tensor: torch.Tensor) -> torch.Tensor:
 def _reduction(opts: Any) -> Reduction:
     if opts is None:
         return Reduction.SUM
-    name = opts.reduceOp.op.name
-    if name not in Reduction.__members__:
+    name: str = opts.reduceOp.op.name
+    try:
+        return Reduction[name]
+    except KeyError:
         raise ProgramError(
             f"ReduceOp.{name} is not available on the {BACKEND} back end",
             hint="scale the tensor, then use ReduceOp.SUM",
-        )
-    return Reduction[name]
+        ) from None
 
 
 def _run_lengths(tensor: torch.Tensor, split_sizes: list[int], size: int) -> list[int]:

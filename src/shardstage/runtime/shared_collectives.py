@@ -13,40 +13,30 @@ read it, or write to it, where it lies. If only some ranks pass such a tensor, e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from enum import IntEnum
 from itertools import pairwise
 
 import torch
 
 from shardstage.errors import ProgramError
+from shardstage.runtime.collectives import Reduction, reduce_into
 from shardstage.runtime.shared_memory import Allocation, SharedSegments
 
-__all__ = ["Reduction", "SharedCollectives", "reduce_into"]
+__all__ = ["SharedCollectives"]
 
 _DIRECT_BYTES = 64 << 10  # up to here everyone adds everything, to save an exchange
-_TILE_BYTES = 512 << 10  # a tile of every rank and the sum fit into a core's share of the caches
+_STREAM_BYTES = (
+    1 << 20
+)  # of a tile that everyone adds: short, so that it is still in the caches when it is read
+_TILE_BYTES = 1 << 20  # a tile of every rank and the sum fit into a core's share of the caches
 
 _DTYPES = (
     torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.int16, torch.int8,
     torch.uint8, torch.bool, torch.complex64, torch.complex128,
 )  # fmt: skip
-_ROUNDED_ONCE = (torch.bfloat16, torch.float16)
 
 Place = tuple[Allocation, int]
-
-
-class Reduction(IntEnum):
-    """How the tensors of the ranks become one."""
-
-    SUM = 0
-    AVG = 1
-    MAX = 2
-    MIN = 3
-    PRODUCT = 4
-    BAND = 5
-    BOR = 6
-    BXOR = 7
 
 
 class _Kind(IntEnum):
@@ -222,7 +212,8 @@ class SharedCollectives:
         *,
         has_result: bool = True,
     ) -> None:
-        for tile in _tiles(tensor.numel(), self._slot_bytes // tensor.itemsize):
+        most_bytes = min(self._slot_bytes, _STREAM_BYTES)
+        for tile in _tiles(tensor.numel(), most_bytes // tensor.itemsize):
             length = tile.stop - tile.start
             part = tensor[tile]
             self._segments.outbox(tensor.dtype)[:length].copy_(part)
@@ -362,41 +353,6 @@ class SharedCollectives:
                 theirs = inbox[rank][offset : offset + piece.numel()]
                 piece.copy_(sent[rank][tile] if rank == self._rank else theirs)
             start += share
-
-
-def reduce_into(out: torch.Tensor, sources: Sequence[torch.Tensor], reduction: Reduction) -> None:
-    """Sets ``out`` to the reduction of ``sources``, from the first to the last; ``out`` may be one of them.
-
-    SUM and AVG of two-byte floats are accumulated in fp32. Errors: ProgramError if the dtype cannot be so reduced.
-    """
-    operator = _OPERATORS[reduction]
-    try:
-        is_sum = reduction in (Reduction.SUM, Reduction.AVG)
-        is_rounded_once = is_sum and out.dtype in _ROUNDED_ONCE
-        if len(sources) == 1:
-            out.copy_(sources[0])
-        elif len(sources) == 2 and not (is_rounded_once and reduction is Reduction.AVG):
-            operator(sources[0], sources[1], out=out)  # one addition rounds once anyway
-            if reduction is Reduction.AVG:
-                out.div_(2)
-        else:
-            total = sources[0].float() if is_rounded_once else sources[0].clone()
-            for source in sources[1:]:
-                operator(total, source, out=total)
-            if reduction is Reduction.AVG:
-                total.div_(len(sources))
-            out.copy_(total)
-    except (RuntimeError, TypeError) as error:
-        raise ProgramError(
-            f"{reduction.name} of {out.dtype} tensors does not exist: {error}",
-            hint="reduce tensors of a float dtype, or move them as bytes: tensor.view(torch.uint8)",
-        ) from error
-
-
-_OPERATORS: tuple[Callable[..., torch.Tensor], ...] = (
-    torch.add, torch.add, torch.maximum, torch.minimum, torch.mul,
-    torch.bitwise_and, torch.bitwise_or, torch.bitwise_xor,
-)  # fmt: skip
 
 
 def _header(

@@ -11,17 +11,14 @@ so one barrier a step is enough: whoever writes slot ``k % 2`` at step k has pas
 finished reading step k-2, the last one to use that slot.
 
 Announcing by a plain store after the data, without a fence, is right only where stores become visible in program order:
-x86. Elsewhere ``connect`` declines and the caller uses gloo.
+x86. Elsewhere ``shared_rendezvous`` declines and the caller uses gloo.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import mmap
 import os
-import platform
-import secrets
 import select
 import struct
 import time
@@ -29,18 +26,26 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 
 from shardstage.errors import ProgramError, RankFailedError
 
-__all__ = ["Allocation", "Peer", "Progress", "SharedMemoryOptions", "SharedSegments", "connect"]
+__all__ = [
+    "SLOTS_OFFSET_BYTES",
+    "Allocation",
+    "Peer",
+    "Progress",
+    "SharedMemoryOptions",
+    "SharedSegments",
+    "create_mapping",
+    "open_mapping",
+]
 
 _CACHE_LINE_BYTES = 64
 _ARRIVED = 0  # word index: number of exchanges this rank has announced
 _CLOSED = 8  # word index, one cache line further: 1 once the rank has left the group
 _HEADERS_OFFSET_BYTES = 128
 _HEADER_FORMAT = struct.Struct("8q")
-_SLOTS_OFFSET_BYTES = 4096
+SLOTS_OFFSET_BYTES = 4096
 _NUM_CALL_FIELDS = (
     5  # of a header: kind, operator, dtype, size, root; then allocation, offset; then a free field
 )
@@ -60,7 +65,7 @@ class SharedMemoryOptions:
     enabled: False makes every group use gloo.
     """
 
-    slot_bytes: int = 1 << 20
+    slot_bytes: int = 4 << 20
     part_bytes: int = 1 << 19
     num_parts: int = 64
     enabled: bool = True
@@ -69,7 +74,7 @@ class SharedMemoryOptions:
         if self.slot_bytes < 4096 or self.slot_bytes % 4096 or self.part_bytes < 64 or self.part_bytes % 64:
             raise ProgramError(
                 f"slot_bytes={self.slot_bytes}, part_bytes={self.part_bytes}: must be multiples of 4096 and of 64",
-                hint="SharedMemoryOptions(slot_bytes=1 << 20, part_bytes=1 << 19)",
+                hint="SharedMemoryOptions(slot_bytes=4 << 20, part_bytes=1 << 19)",
             )
 
     @property
@@ -84,7 +89,7 @@ class SharedMemoryOptions:
 
     def pipe_offset_bytes(self, peer: int) -> int:
         """Where in a rank's segment lies what it keeps for ``peer``."""
-        return _SLOTS_OFFSET_BYTES + 2 * self.slot_bytes + peer * self.pipe_bytes
+        return SLOTS_OFFSET_BYTES + 2 * self.slot_bytes + peer * self.pipe_bytes
 
     def segment_bytes(self, size: int) -> int:
         """Bytes of one rank's segment in a group of ``size`` ranks; those never touched cost nothing."""
@@ -217,7 +222,7 @@ class SharedSegments:
 
     def allocate(self, num_bytes: int) -> Allocation:
         """A new buffer of ``num_bytes``, zeroed, on every rank; every rank of the group must call it, in the same order."""
-        fd, memory = _create(max(num_bytes, 1), "shardstage-buffer")
+        fd, memory = create_mapping(max(num_bytes, 1), "shardstage-buffer")
         outbox = self.outbox(torch.int64)
         outbox[0], outbox[1], outbox[2] = os.getpid(), fd, num_bytes
         inbox = self.exchange(torch.int64)
@@ -230,7 +235,7 @@ class SharedSegments:
                 hint="pad the buffer to the largest rank's size",
             )
         memories = [
-            memory if rank == self.rank else _open(pid, peer_fd, max(num_bytes, 1))
+            memory if rank == self.rank else open_mapping(pid, peer_fd, max(num_bytes, 1))
             for rank, (pid, peer_fd, _) in enumerate(cards)
         ]
         self._barrier()  # everyone has opened my file
@@ -272,7 +277,7 @@ class SharedSegments:
         if slots is None:
             first, second = (
                 tuple(buffer[start : start + self.options.slot_bytes].view(dtype) for buffer in self.buffers)
-                for start in (_SLOTS_OFFSET_BYTES, _SLOTS_OFFSET_BYTES + self.options.slot_bytes)
+                for start in (SLOTS_OFFSET_BYTES, SLOTS_OFFSET_BYTES + self.options.slot_bytes)
             )
             slots = self._slots[dtype] = (first, second)
         return slots
@@ -338,99 +343,17 @@ class SharedSegments:
         return all(header[5:7] == mine[5:7] for header in headers)
 
 
-def connect(
-    store: dist.Store,
-    *,
-    rank: int,
-    size: int,
-    labels: Sequence[str],
-    options: SharedMemoryOptions,
-    timeout_s: float,
-    progress: Progress,
-) -> SharedSegments | None:
-    """Segments shared by all ranks of a group, or None, on every rank alike, if one of them cannot share.
-
-    All ranks leave a card in the store, open each other's files and vote; a rank on another host or in another process
-    namespace, an unsupported machine, different options: all mean None. ``labels`` name the ranks in errors.
-    """
-    fd, memory = (
-        _create(options.segment_bytes(size), "shardstage-segment") if _is_supported(options) else (-1, None)
-    )
-    try:
-        nonce = secrets.token_hex(8)
-        card = {"host": _host(), "pid": os.getpid(), "fd": fd, "nonce": nonce, "options": repr(options)}
-        if memory is not None:
-            memory[_SLOTS_OFFSET_BYTES : _SLOTS_OFFSET_BYTES + 16] = nonce.encode()
-        store.set(f"shared_memory/card/{rank}", json.dumps(card))
-        cards = [json.loads(store.get(f"shared_memory/card/{peer}")) for peer in range(size)]
-        memories = None if memory is None else _open_all(cards, rank, memory, options.segment_bytes(size))
-        store.set(f"shared_memory/vote/{rank}", "no" if memories is None else "yes")
-        votes = [store.get(f"shared_memory/vote/{peer}") for peer in range(size)]
-    finally:
-        if fd >= 0:
-            os.close(fd)
-    if memories is None or any(vote != b"yes" for vote in votes):
-        return None
-    peers = [
-        Peer(rank=peer, label=labels[peer], pid=card["pid"], pidfd=_pidfd(card["pid"]))
-        for peer, card in enumerate(cards)
-        if peer != rank
-    ]
-    return SharedSegments(
-        rank=rank, memories=memories, peers=peers, options=options, timeout_s=timeout_s, progress=progress
-    )
-
-
-def _is_supported(options: SharedMemoryOptions) -> bool:
-    return options.enabled and platform.machine() in ("x86_64", "AMD64") and hasattr(os, "memfd_create")
-
-
-def _host() -> str:
-    """Names the kernel and process namespace in which a pid and its files can be found."""
-    with contextlib.suppress(OSError):
-        with open("/proc/sys/kernel/random/boot_id") as file:
-            return f"{platform.node()} {file.read().strip()} {os.readlink('/proc/self/ns/pid')}"
-    return f"{platform.node()} {secrets.token_hex(8)}"  # unknown: equal to no other
-
-
-def _create(num_bytes: int, name: str) -> tuple[int, mmap.mmap]:
+def create_mapping(num_bytes: int, name: str) -> tuple[int, mmap.mmap]:
+    """An anonymous memory file of ``num_bytes`` zeros, open and mapped; the peers open it while its number is open here."""
     fd = os.memfd_create(name)
     os.ftruncate(fd, num_bytes)
     return fd, mmap.mmap(fd, num_bytes)
 
 
-def _open(pid: int, fd: int, num_bytes: int) -> mmap.mmap:
+def open_mapping(pid: int, fd: int, num_bytes: int) -> mmap.mmap:
+    """The memory file that process ``pid`` has open under the number ``fd``. Errors: OSError."""
     opened = os.open(f"/proc/{pid}/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
     try:
         return mmap.mmap(opened, num_bytes)
     finally:
         os.close(opened)
-
-
-def _open_all(
-    cards: Sequence[dict[str, str | int]], rank: int, memory: mmap.mmap, num_bytes: int
-) -> list[mmap.mmap] | None:
-    """Every rank's segment, or None if one cannot be opened or is not the file that its card promises."""
-    memories = []
-    for peer, card in enumerate(cards):
-        if (
-            card["fd"] == -1
-            or card["host"] != cards[rank]["host"]
-            or card["options"] != cards[rank]["options"]
-        ):
-            return None
-        try:
-            opened = memory if peer == rank else _open(int(card["pid"]), int(card["fd"]), num_bytes)
-        except (OSError, ValueError):
-            return None
-        if opened[_SLOTS_OFFSET_BYTES : _SLOTS_OFFSET_BYTES + 16] != str(card["nonce"]).encode():
-            return None
-        memories.append(opened)
-    return memories
-
-
-def _pidfd(pid: int) -> int | None:
-    try:
-        return os.pidfd_open(pid)
-    except (AttributeError, OSError):
-        return None
