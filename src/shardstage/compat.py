@@ -6,8 +6,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode  # documented by torch, never made public
 
-__all__ = ["backend_all_to_all", "backend_reduce_scatter", "process_group_name"]
+__all__ = [
+    "TorchDispatchMode",
+    "backend_all_to_all",
+    "backend_reduce_scatter",
+    "process_group_name",
+    "storage_key",
+    "written_tensors",
+]
 
 
 def process_group_name(group: dist.ProcessGroup) -> str:
@@ -34,3 +42,18 @@ def backend_all_to_all(
     call = getattr(backend, "all_to_all_single", None) or backend.alltoall_base
     work: dist.Work = call(output, tensor, output_sizes, input_sizes, dist.AllToAllOptions())
     return work
+
+
+def storage_key(tensor: torch.Tensor) -> int:
+    """Names the storage of a tensor while it lives: the address of its C++ object, for on meta there are no data."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+def written_tensors(operator: Any, args: Any, kwargs: Any) -> list[torch.Tensor]:
+    """The arguments that an ATen operator writes to, by its schema (2.11, 2.13)."""
+    found = []
+    for position, argument in enumerate(operator._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            given = args[position] if position < len(args) else kwargs.get(argument.name)
+            found += [t for t in (given if isinstance(given, list | tuple) else [given]) if t is not None]
+    return found
