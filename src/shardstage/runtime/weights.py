@@ -53,7 +53,9 @@ def initial_weights(
         yield fqn, local_part(_cast(blueprint.value(fqn), dtype), placement, tp_rank)
 
 
-def initial_buffers(source: ModelSource, wanted: Iterable[str], *, seed: int = 0) -> Iterator[tuple[str, Tensor]]:
+def initial_buffers(
+    source: ModelSource, wanted: Iterable[str], *, seed: int = 0
+) -> Iterator[tuple[str, Tensor]]:
     """Yields (fqn, tensor) of each wanted buffer, whole, in the dtype of the model, on the CPU.
 
     ``seed`` matters only to a model that draws its buffers at random. Raises ConfigError for a name that the model lacks.
@@ -102,7 +104,9 @@ def local_part(tensor: Tensor, placement: Placement, tp_rank: int) -> Tensor:
             f"{placement} does not fit a tensor of shape {tuple(tensor.shape)}",
             hint="make the plan again from this model",
         )
-    parts = [tensor.narrow(placement.dim, start, stop - start) for start, stop in placement.intervals(tp_rank)]
+    parts = [
+        tensor.narrow(placement.dim, start, stop - start) for start, stop in placement.intervals(tp_rank)
+    ]
     return torch.cat(parts, dim=placement.dim)
 
 

@@ -30,7 +30,9 @@ _FILLS = frozenset(
     f"aten::{name}_"
     for name in "normal uniform fill zero copy random exponential bernoulli log_normal cauchy geometric".split()
 )
-_ALLOCATIONS = frozenset(f"aten::{name}" for name in ("empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided"))
+_ALLOCATIONS = frozenset(
+    f"aten::{name}" for name in ("empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided")
+)
 # torch.nn.init does nothing in these on meta: their Python code looks at the values.
 _BLIND_ON_META = ("trunc_normal_", "orthogonal_", "dirac_", "sparse_")
 
@@ -204,7 +206,9 @@ def _strided_like(real: Tensor, meta: Tensor) -> Tensor:
     if real.stride() == meta.stride() and real.storage_offset() == meta.storage_offset():
         return real
     storage = torch.UntypedStorage(meta.untyped_storage().nbytes())
-    strided = torch.empty(0, dtype=meta.dtype).set_(storage, meta.storage_offset(), meta.size(), meta.stride())
+    strided = torch.empty(0, dtype=meta.dtype).set_(
+        storage, meta.storage_offset(), meta.size(), meta.stride()
+    )
     return strided.copy_(real)
 
 
@@ -225,7 +229,9 @@ def _replaced_init_functions(note: Callable[..., None]) -> Iterator[None]:
 
 def _places(functions: list[Callable[..., Any]]) -> Iterator[tuple[dict[str, Any], str, Callable[..., Any]]]:
     """Where the functions are bound: modules that imported them by name, and Hugging Face's own table of them."""
-    tables: list[dict[str, Any]] = [vars(module) for module in list(sys.modules.values()) if hasattr(module, "__dict__")]
+    tables: list[dict[str, Any]] = [
+        vars(module) for module in list(sys.modules.values()) if hasattr(module, "__dict__")
+    ]
     tables.append(getattr(sys.modules.get("transformers.initialization"), "TORCH_INIT_FUNCTIONS", {}))
     for table in tables:
         for function in functions:
@@ -245,7 +251,9 @@ def _noting(original: Callable[..., Any], note: Callable[..., None]) -> Callable
 
 
 def _covers_storage(tensor: Tensor) -> bool:
-    return tensor.is_contiguous() and tensor.numel() * tensor.element_size() == tensor.untyped_storage().nbytes()
+    return (
+        tensor.is_contiguous() and tensor.numel() * tensor.element_size() == tensor.untyped_storage().nbytes()
+    )
 
 
 def _kept(argument: Any) -> Any:

@@ -59,7 +59,8 @@ def _read(stored: Any, placement: Placement, tp_rank: int) -> Tensor:
         return whole
     before = (slice(None),) * placement.dim
     return torch.cat(
-        [stored[(*before, slice(start, stop))] for start, stop in placement.intervals(tp_rank)], dim=placement.dim
+        [stored[(*before, slice(start, stop))] for start, stop in placement.intervals(tp_rank)],
+        dim=placement.dim,
     )
 
 
@@ -125,7 +126,9 @@ def _refuse_foreign(folder: Path, model: nn.Module, extra: set[str]) -> None:
     What belongs to a part that the model lacks altogether, such as another task's head, is left out and logged.
     """
     prefix = getattr(model, "base_model_prefix", "")
-    ignored = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
+    ignored = [
+        re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    ]
     ties = set(getattr(model, "_tied_weights_keys", None) or ())
     extra = {name for name in extra if name not in ties and not any(p.search(name) for p in ignored)}
     modules = {spelling for name, _ in model.named_modules() for spelling in _spellings(name, prefix)}
@@ -136,7 +139,9 @@ def _refuse_foreign(folder: Path, model: nn.Module, extra: set[str]) -> None:
             hint=f"use the model that {folder}/config.json describes",
         )
     if extra:
-        _log.warning("%s also holds tensors of parts that the model lacks, left out: %s", folder, _some(sorted(extra)))
+        _log.warning(
+            "%s also holds tensors of parts that the model lacks, left out: %s", folder, _some(sorted(extra))
+        )
 
 
 def _parent(name: str) -> str:
