@@ -47,6 +47,8 @@ BACKEND = "shardstage"
 Recorder = Callable[[str, "ShardstageProcessGroup", int], None]
 """Called as ``record(kind, group, num_bytes)`` before each collective, send and receive."""
 
+_REDUCTIONS = {getattr(dist.ReduceOp, reduction.name): reduction for reduction in Reduction}
+
 
 def register_backend(options: SharedMemoryOptions | None = None) -> None:
     """Makes ``"shardstage"`` a back end of ``torch.distributed`` for CPU tensors; again is harmless.
@@ -333,25 +335,26 @@ def _flat(tensor: torch.Tensor) -> torch.Tensor:
 
     ``.data``, because a collective is not an in-place operation to autograd: gloo and NCCL leave the version as it is.
     """
-    if tensor.device.type != "cpu":
+    if not tensor.is_cpu:
         raise ProgramError(
             f"the {BACKEND} back end carries CPU tensors, not {tensor.device.type}",
             hint='dist.init_process_group("nccl")',
         )
-    return tensor.data.reshape(-1)
+    data = tensor.data
+    return data if data.dim() == 1 and data.is_contiguous() else data.reshape(-1)
 
 
 def _reduction(opts: Any) -> Reduction:
     if opts is None:
         return Reduction.SUM
-    name: str = opts.reduceOp.op.name
-    try:
-        return Reduction[name]
-    except KeyError:
+    operator = opts.reduceOp.op
+    reduction = _REDUCTIONS.get(operator)
+    if reduction is None:
         raise ProgramError(
-            f"ReduceOp.{name} is not available on the {BACKEND} back end",
+            f"ReduceOp.{operator.name} is not available on the {BACKEND} back end",
             hint="scale the tensor, then use ReduceOp.SUM",
-        ) from None
+        )
+    return reduction
 
 
 def _run_lengths(tensor: torch.Tensor, split_sizes: list[int], size: int) -> list[int]:
