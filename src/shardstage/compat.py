@@ -6,9 +6,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # documented by torch, never made public
 from torch.utils._python_dispatch import TorchDispatchMode  # documented by torch, never made public
 
 __all__ = [
+    "FakeTensor",
+    "FakeTensorMode",
     "TorchDispatchMode",
     "backend_all_to_all",
     "backend_reduce_scatter",

@@ -24,7 +24,15 @@ TORCH_FREE = (
     "planner",
 )
 # What turns a model into a graph, as opposed to the graph itself.
-GRAPH_WITH_TORCH = ("graph/capture", "graph/fallback", "graph/saved_trace", "graph/source")
+GRAPH_WITH_TORCH = (
+    "graph/capture",
+    "graph/fallback",
+    "graph/normalise",
+    "graph/saved_trace",
+    "graph/skeleton",
+    "graph/source",
+    "graph/tasks",
+)
 USES_DISTRIBUTED = ("compat", "operators", "runtime", "checkpoint", "inference")
 
 
