@@ -8,8 +8,10 @@ Every sub-group of ranks that share a host gets its own segments; a group that s
 Over shared memory a collective is complete when the call returns, also with ``async_op=True``; the Work is already done.
 So the ranks of a group must make its calls in the same order, and groups that have two ranks in common must be called
 in compatible orders: rank 0 must not wait in group A for rank 1 while rank 1 waits in group B for rank 0. Sends are
-different: ``isend`` returns at once, and unfinished sends move on during every later wait of the rank. Use a group from
-one thread at a time.
+different: ``isend`` returns at once, and unfinished sends move on during every later wait of the rank.
+
+Use the groups of a process from one thread. What talks from a thread of its own, like ``dcp.async_save``, needs
+``process_group=dist.new_group(backend="gloo")``.
 """
 
 # torch declares two or three overloads for each of these methods; its own front end calls only one.
