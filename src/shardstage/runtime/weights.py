@@ -9,10 +9,11 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,10 +21,12 @@ from torch import Tensor, nn
 
 from shardstage.errors import ConfigError
 from shardstage.graph.skeleton import build_skeleton
-from shardstage.graph.source import ModelSource
 from shardstage.layout import Placement, Replicate, Shard
 from shardstage.runtime.weights_recording import InitRecording, draw_seed
 from shardstage.runtime.weights_stream import stream_safetensors
+
+if TYPE_CHECKING:
+    from shardstage.graph.source import ModelSource
 
 __all__ = ["initial_buffers", "initial_weights", "initialised_model", "local_part"]
 
@@ -127,7 +130,7 @@ class _Blueprint:
             )
         if not tensor.is_meta:
             return tensor.detach()
-        if not self.recording.writes(tensor):
+        if not self.recording.has_value(tensor):
             _log.warning("%s is never initialised by the model: it starts as zeros", fqn)
         return self.recording.value(tensor, self.seed)
 
@@ -139,12 +142,26 @@ class _Blueprint:
 
 def _blueprint(source: ModelSource, seed: int) -> _Blueprint:
     recording = InitRecording()
-    is_materialised = getattr(source, "is_materialised", False)
-    with _seeded(seed), nullcontext() if is_materialised else recording:
-        model = source.factory() if is_materialised else build_skeleton(source.factory)
+    model = _filled_model(source, seed) if getattr(source, "is_materialised", False) else None
+    if model is None:
+        try:
+            with _seeded(seed), recording.running():
+                model = build_skeleton(source.factory)
+        except (NotImplementedError, RuntimeError) as error:
+            _log.warning(
+                "the model needs real weights to be built, so each rank builds it whole for a moment: %s",
+                error,
+            )
+            model = _filled_model(source, seed)
     named = (*model.named_parameters(), *model.named_buffers())
     recording.name_draws((fqn, tensor) for fqn, tensor in named if tensor.is_meta)
     return _Blueprint(model=model, recording=recording, seed=seed)
+
+
+def _filled_model(source: ModelSource, seed: int) -> nn.Module:
+    with _seeded(seed):
+        model: nn.Module = source.factory()
+    return model
 
 
 @contextmanager

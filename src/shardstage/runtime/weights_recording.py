@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any
@@ -50,45 +50,23 @@ class _Call:
     filled: int | None
 
 
-class InitRecording(TorchDispatchMode):
-    """Records, while entered, every call that writes to a tensor on meta.
+class InitRecording:
+    """Every call that wrote to a tensor on meta while the recording was ``running``.
 
     Every call draws from a generator of its own, seeded by the name of the first tensor that needs it (``name_draws``): a value does not
     depend on which other values are made, on this rank or elsewhere.
     """
 
     def __init__(self) -> None:
-        super().__init__()
         self._calls: list[_Call] = []
         self._by_storage: dict[int, list[int]] = {}
         self._draw_names: dict[int, str] = {}
-        self._init_functions: AbstractContextManager[None] | None = None
 
-    def __enter__(self) -> InitRecording:
-        self._init_functions = _replaced_init_functions(self._note_init)
-        self._init_functions.__enter__()
-        super().__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        assert self._init_functions is not None
-        self._init_functions.__exit__(*error)
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        name = func._schema.name
-        outputs = tuple(_on_meta(result))
-        inputs = {storage_key(t) for t in _on_meta((args, kwargs))}
-        written = [t for t in written_tensors(func, args, kwargs) if t.is_meta]
-        made = {storage_key(t) for t in outputs} - inputs
-        if written or (made and name not in _ALLOCATIONS):
-            writes = frozenset({storage_key(t) for t in written} | made)
-            self._add(func, args, kwargs, outputs, writes, may_fill=name in _FILLS)
-        return result
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Records what is called in the block."""
+        with _replaced_init_functions(self._note_init), _Watch(self._note):
+            yield
 
     def name_draws(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Names each call after the first of ``tensors`` (name, tensor) whose value needs it."""
@@ -96,8 +74,8 @@ class InitRecording(TorchDispatchMode):
             for ordinal, index in enumerate(self._needed(tensor)):
                 self._draw_names.setdefault(index, f"{name}#{ordinal}")
 
-    def writes(self, tensor: Tensor) -> bool:
-        """Whether any call wrote to the tensor."""
+    def has_value(self, tensor: Tensor) -> bool:
+        """Whether any call gave the tensor a value."""
         return bool(self._needed(tensor))
 
     def value(self, tensor: Tensor, seed: int) -> Tensor:
@@ -107,7 +85,17 @@ class InitRecording(TorchDispatchMode):
             for index in self._needed(tensor):
                 torch.default_generator.manual_seed(draw_seed(seed, self._draw_names.get(index, f"#{index}")))
                 replay.repeat(self._calls[index])
-            return replay.real(tensor) if self.writes(tensor) else torch.zeros_like(tensor, device="cpu")
+            return replay.real(tensor) if self.has_value(tensor) else torch.zeros_like(tensor, device="cpu")
+
+    def _note(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        name = function._schema.name
+        outputs = tuple(_on_meta(result))
+        inputs = {storage_key(t) for t in _on_meta((args, kwargs))}
+        written = [t for t in written_tensors(function, args, kwargs) if t.is_meta]
+        made = {storage_key(t) for t in outputs} - inputs
+        if written or (made and name not in _ALLOCATIONS):
+            writes = frozenset({storage_key(t) for t in written} | made)
+            self._add(function, args, kwargs, outputs, writes, may_fill=name in _FILLS)
 
     def _note_init(self, function: Callable[..., Any], tensor: Tensor, *args: Any, **kwargs: Any) -> None:
         self._add(function, (tensor, *args), kwargs, (), frozenset({storage_key(tensor)}), may_fill=True)
@@ -173,6 +161,21 @@ def draw_seed(seed: int, name: str) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves its modes untyped
+    """Shows every call of an ATen operator to ``note``."""
+
+    def __init__(self, note: Callable[..., None]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._note = note
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self._note(func, args, kwargs or {}, result)
+        return result
+
+
 class _Replay:
     """Real storages in the place of those on meta."""
 
@@ -182,7 +185,7 @@ class _Replay:
     def real(self, meta: Tensor) -> Tensor:
         key = storage_key(meta)
         if key not in self._storages:
-            self._storages[key] = torch.UntypedStorage(meta.untyped_storage().nbytes())
+            self._storages[key] = _empty_storage(meta)
         empty = torch.empty(0, dtype=meta.dtype)
         return empty.set_(self._storages[key], meta.storage_offset(), meta.size(), meta.stride())
 
@@ -205,11 +208,13 @@ class _Replay:
 def _strided_like(real: Tensor, meta: Tensor) -> Tensor:
     if real.stride() == meta.stride() and real.storage_offset() == meta.storage_offset():
         return real
-    storage = torch.UntypedStorage(meta.untyped_storage().nbytes())
-    strided = torch.empty(0, dtype=meta.dtype).set_(
-        storage, meta.storage_offset(), meta.size(), meta.stride()
-    )
-    return strided.copy_(real)
+    empty = torch.empty(0, dtype=meta.dtype)
+    return empty.set_(_empty_storage(meta), meta.storage_offset(), meta.size(), meta.stride()).copy_(real)
+
+
+def _empty_storage(meta: Tensor) -> torch.UntypedStorage:
+    """As large as the one on meta."""
+    return torch.empty(meta.untyped_storage().nbytes(), dtype=torch.uint8).untyped_storage()
 
 
 @contextmanager
