@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
+from shardstage.graph.scale import at
 from shardstage.units import dtype_bytes
 
 __all__ = ["Constant", "ModelGraph", "Op", "Parameter", "Ref", "Value", "refs_in", "substitute"]
+
 
 @dataclass(frozen=True, slots=True)
 class Ref:
@@ -97,7 +99,8 @@ class ModelGraph:
 
     ``output`` is a scalar: the *sum* of the losses of all target tokens of the microbatch (never the mean: the engine divides
     by the number of targets of the global batch). ``microbatch`` and ``sequence`` are the sizes that it was captured at;
-    ``at`` gives the same graph at other sizes. Invariants: acyclic and ordered; every parameter listed exactly once.
+    ``at`` gives the same graph at other microbatches where it ``is_scalable``, at other lengths where it ``is_sequence_scalable``.
+    Invariants: acyclic and ordered; every parameter listed exactly once.
     """
 
     ops: tuple[Op, ...]
@@ -110,7 +113,12 @@ class ModelGraph:
     microbatch: int = 1
     sequence: int | None = None
     is_scalable: bool = False
+    is_sequence_scalable: bool = False
     notes: tuple[str, ...] = field(default=())
+
+    def at(self, *, microbatch: int, sequence: int | None = None) -> ModelGraph:
+        """The same computation for ``microbatch`` samples of ``sequence`` tokens; ``shardstage.graph.scale`` has the rule."""
+        return at(self, microbatch=microbatch, sequence=sequence)
 
     @cached_property
     def producer(self) -> Mapping[str, int]:

@@ -1,0 +1,170 @@
+"""``capture``: from an unmodified model to its graph, without memory for one weight."""
+
+from __future__ import annotations
+
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shardstage.compat import FakeTensorMode
+from shardstage.errors import CaptureError
+from shardstage.graph.capture_program import StoredNames, graph_of
+from shardstage.graph.capture_replay import contiguous, replay
+from shardstage.graph.capture_transformers import as_untraced
+from shardstage.graph.model_graph import ModelGraph
+from shardstage.graph.scale import at, markers
+from shardstage.graph.skeleton import build_skeleton, fake_parameters
+from shardstage.graph.source import ModelSource, source_of_model
+from shardstage.graph.tasks import Task, batch_task
+
+__all__ = ["capture"]
+
+_DEFAULT_SEQUENCE = 128
+# Sizes at which a graph must still fit together to be called scalable: coprime to each other and unlike any marker.
+_OTHER_MICROBATCH, _OTHER_SEQUENCE = 2, 48
+_PREFIX = "model"
+
+
+def capture(
+    model: nn.Module | Callable[[], nn.Module] | ModelSource,
+    *,
+    microbatch: int | None = None,
+    sequence: int | None = None,
+    task: Task | None = None,
+    dtype: str = "float32",
+) -> ModelGraph:
+    """The graph of the model's training forward, from a batch to the sum of its losses, with parameters in ``dtype``.
+
+    Without ``microbatch`` it is captured at marker sizes (``sequence`` says near which length) and can be had at others by
+    ``graph.at``; with it, at exactly these sizes. A model without a task of its own needs one: ``batch_task(loss, batch)``.
+    The model given is left as it was. Raises CaptureError, with the model's line, for what is no flat list of operators.
+    """
+    source = _source(model, task)
+    skeleton = model if isinstance(model, nn.Module) else build_skeleton(source.factory)
+    if microbatch is not None:
+        return _capture_at(skeleton, source, microbatch, sequence, dtype)
+    wanted = min(sequence or _DEFAULT_SEQUENCE, source.max_sequence or (1 << 62))
+    marked = markers(
+        _sizes(skeleton, source.task),
+        sequence=wanted if source.task.has_sequence else None,
+        max_sequence=source.max_sequence,
+    )
+    graph = _capture_at(skeleton, source, *marked, dtype)
+    return _as_scalable(graph)
+
+
+def _source(model: nn.Module | Callable[[], nn.Module] | ModelSource, task: Task | None) -> ModelSource:
+    if isinstance(model, ModelSource):
+        return model if task is None else replace(model, task=task)
+    if isinstance(model, nn.Module):
+        return source_of_model(model, task=task)
+    return replace(source_of_model(build_skeleton(model), task=task), factory=model)
+
+
+def _sizes(model: nn.Module, task: Task) -> Iterator[int]:
+    """Every size that is the model's own."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        yield from tensor.shape
+    for spec in task.inputs.values():
+        yield from (size for size in spec.shape if isinstance(size, int))
+
+
+def _as_scalable(graph: ModelGraph) -> ModelGraph:
+    """The graph marked with the sizes in which it was found to scale."""
+    is_scalable = _fits(replace(graph, is_scalable=True), _OTHER_MICROBATCH, graph.sequence)
+    is_sequence_scalable = graph.sequence is not None and _fits(
+        replace(graph, is_sequence_scalable=True), graph.microbatch, min(_OTHER_SEQUENCE, graph.sequence)
+    )
+    return replace(graph, is_scalable=is_scalable, is_sequence_scalable=is_sequence_scalable)
+
+
+def _fits(graph: ModelGraph, microbatch: int, sequence: int | None) -> bool:
+    """Whether the ops, run at other sizes, make values of the shapes that the rule of ``at`` expects."""
+    scaled = at(graph, microbatch=microbatch, sequence=sequence)
+    try:
+        made = replay(
+            scaled.ops, {name: contiguous(v) for name, v in scaled.values.items() if v.kind != "activation"}
+        )
+    except (RuntimeError, ValueError, IndexError, TypeError):
+        return False
+    return all(scaled.values[name].shape == value.shape for name, value in made.items())
+
+
+def _capture_at(
+    model: nn.Module, source: ModelSource, microbatch: int, sequence: int | None, dtype: str
+) -> ModelGraph:
+    task, mode = source.task, FakeTensorMode(allow_non_fake_inputs=True)
+    torch_dtype: torch.dtype = getattr(torch, dtype)
+    if not task.has_sequence:
+        sequence = None
+    batch = _fake_batch(task.example_batch(microbatch, sequence), mode, torch_dtype)
+    stored = StoredNames.of(model)
+    with _training(model), fake_parameters(model, mode, torch_dtype), as_untraced(model, batch):
+        program = _exported(_WithLoss(model, task), batch)
+        return graph_of(
+            program, stored, model, batch, prefix=_PREFIX, microbatch=microbatch, sequence=sequence
+        )
+
+
+def _fake_batch(batch: Mapping[str, Tensor], mode: FakeTensorMode, dtype: torch.dtype) -> dict[str, Tensor]:
+    with mode:
+        return {
+            name: torch.empty(
+                tensor.shape, dtype=dtype if tensor.is_floating_point() else tensor.dtype, device="cpu"
+            )
+            for name, tensor in batch.items()
+        }
+
+
+@contextmanager
+def _training(model: nn.Module) -> Iterator[None]:
+    """The model in training mode; afterwards every module in the mode that it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.train()
+    try:
+        yield
+    finally:
+        for module, is_training in modes:
+            module.training = is_training
+
+
+class _WithLoss(nn.Module):
+    """What is exported: from the batch to the task's loss."""
+
+    def __init__(self, model: nn.Module, task: Task) -> None:
+        super().__init__()
+        self.add_module(_PREFIX, model)
+        self._task = task
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        return self._task.loss(self.get_submodule(_PREFIX), batch)
+
+
+def _exported(module: nn.Module, batch: dict[str, Tensor]) -> torch.export.ExportedProgram:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a tracer's remarks about what does not matter here
+            return torch.export.export(module, (batch,), strict=False)
+    except Exception as error:  # whatever the model's own code raises
+        raise CaptureError(
+            f"the model cannot be captured: {_first_line(error)}\n  at {_user_line(error)}",
+            hint="capture_or_blocks(...) falls back to whole modules",
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+
+
+def _user_line(error: Exception) -> str:
+    """``file:line: code`` of the innermost frame outside torch and this package."""
+    own = (torch.__path__[0], str(__file__).rsplit("/", 1)[0])
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(own)]
+    return f"{frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}" if frames else "an unknown line"
