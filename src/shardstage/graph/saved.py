@@ -1,0 +1,192 @@
+"""Bytes that a stage keeps from a microbatch's forward to its backward, and what recomputing them costs.
+
+    recompute    kept of a layer                                              computed again
+    none         what autograd saves of each op                               nothing
+    selective    its inputs, and the results of products and attention        everything else
+    full         its inputs                                                   everything
+
+Only layers are recomputed (``Block.is_layer``): the embedding and the head with its loss keep their few, large tensors. Bytes count
+storages, once each; parameters and buffers live anyway, and what carries no gradient of the batch is listed apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Final, Literal
+
+from shardstage.graph.blocks import Block, find_blocks, within
+from shardstage.graph.flops import forward_flops
+from shardstage.graph.model_graph import ModelGraph, Op
+
+__all__ = [
+    "SELECTIVE_TARGETS",
+    "peak_extra_bytes",
+    "recompute_flops",
+    "saved_bytes",
+    "saved_input_bytes",
+    "saved_values",
+    "transient_bytes",
+]
+
+Recompute = Literal["none", "selective", "full"]
+
+# What selective recomputation keeps the results of. Half of the names are those of a graph, the others what torch calls in their
+# place when an op runs, which is where its selective checkpoint decides.
+SELECTIVE_TARGETS: Final = (
+    *("aten.linear.default", "aten.matmul.default", "aten.einsum.default"),
+    *("aten.mm.default", "aten.bmm.default", "aten.addmm.default", "aten.baddbmm.default"),
+    *("aten.conv1d.default", "aten.conv2d.default", "aten.conv3d.default"),
+    *("aten.conv1d.padding", "aten.conv2d.padding", "aten.conv3d.padding"),
+    *("aten.conv_transpose1d.default", "aten.conv_transpose2d.input", "aten.conv_transpose3d.input"),
+    "aten.convolution.default",
+    "aten.scaled_dot_product_attention.default",
+    "aten._scaled_dot_product_flash_attention_for_cpu.default",
+    "aten._scaled_dot_product_flash_attention.default",
+    "aten._scaled_dot_product_efficient_attention.default",
+    "aten._scaled_dot_product_cudnn_attention.default",
+    "aten._scaled_dot_product_fused_attention_overrideable.default",
+)
+
+
+def saved_bytes(
+    graph: ModelGraph, start: int, stop: int, recompute: Recompute, *, blocks: Sequence[Block] | None = None
+) -> int:
+    """Bytes that ops[start:stop] keep of one microbatch until its backward, without parameters, buffers and the batch.
+
+    ``blocks`` are those of the graph, to save finding them again.
+    """
+    names = saved_values(graph, start, stop, recompute, blocks=blocks)
+    return sum(graph.values[name].num_bytes for name in names if not _is_of_batch(graph, name))
+
+
+def saved_input_bytes(
+    graph: ModelGraph, start: int, stop: int, recompute: Recompute, *, blocks: Sequence[Block] | None = None
+) -> int:
+    """Bytes of the batch's own tensors that ops[start:stop] keep, such as token ids and labels."""
+    names = saved_values(graph, start, stop, recompute, blocks=blocks)
+    return sum(graph.values[name].num_bytes for name in names if _is_of_batch(graph, name))
+
+
+def saved_values(
+    graph: ModelGraph, start: int, stop: int, recompute: Recompute, *, blocks: Sequence[Block] | None = None
+) -> tuple[str, ...]:
+    """The values whose storages ops[start:stop] keep, each storage once; parameters, buffers and constants left out.
+
+    A view of a tensor that an earlier stage made counts by itself, for only the view has travelled.
+    """
+    owners: dict[str, None] = {}
+    for block in _parts(graph, start, stop, recompute, blocks):
+        for name in _kept_of(graph, block, recompute):
+            owners[_owner_from(graph, name, start)] = None
+    stored = ("parameter", "buffer", "constant")
+    return tuple(name for name in owners if graph.values[name].kind not in stored)
+
+
+def recompute_flops(
+    graph: ModelGraph, start: int, stop: int, recompute: Recompute, *, blocks: Sequence[Block] | None = None
+) -> int:
+    """FLOPs of computing again what ops[start:stop] did not keep of one microbatch.
+
+    As torch's checkpoint does, a layer is computed again only as far as its backward needs.
+    """
+    return sum(
+        forward_flops(graph, op)
+        for block in _parts(graph, start, stop, recompute, blocks)
+        for op in _recomputed_ops(graph, block, recompute)
+    )
+
+
+def peak_extra_bytes(
+    graph: ModelGraph, start: int, stop: int, recompute: Recompute, *, blocks: Sequence[Block] | None = None
+) -> int:
+    """The most that recomputing one layer of ops[start:stop] brings back at once, beyond what is kept anyway."""
+    kept = set(saved_values(graph, start, stop, recompute, blocks=blocks))
+    parts = _parts(graph, start, stop, recompute, blocks)
+    return max(
+        (
+            sum(
+                graph.values[name].num_bytes
+                for name in saved_values(graph, block.start, block.stop, "none", blocks=())
+                if name not in kept and not _is_of_batch(graph, name)
+            )
+            for block in parts
+            if block.is_layer and recompute != "none"
+        ),
+        default=0,
+    )
+
+
+def transient_bytes(graph: ModelGraph, start: int, stop: int) -> int:
+    """The largest working set of one op among ops[start:stop]: what it reads and writes, and autograd's own copies of that.
+
+    Its backward needs as much again for gradients: think of logits in float32 under their loss.
+    """
+    return max((_working_set_bytes(graph, op) for op in graph.ops[start:stop]), default=0)
+
+
+def _parts(
+    graph: ModelGraph, start: int, stop: int, recompute: Recompute, blocks: Sequence[Block] | None
+) -> Sequence[Block]:
+    if recompute == "none":
+        return (Block(start=start, stop=stop, module="", kind="", is_layer=False),)
+    return within(graph, find_blocks(graph) if blocks is None else blocks, start, stop)
+
+
+def _kept_of(graph: ModelGraph, block: Block, recompute: Recompute) -> Iterator[str]:
+    ops = graph.ops[block.start : block.stop]
+    if recompute == "none" or not block.is_layer:
+        yield from (name for op in ops for name in op.saved)
+        return
+    made = {name for op in ops for name in op.outputs}
+    yield from (name for op in ops for name in op.inputs if name not in made)
+    if recompute == "selective":
+        for op in filter(_is_selected, ops):
+            yield from (name for name in op.outputs if name is not None)
+            yield from (name for name in op.saved if graph.values[name].kind == "saved")
+
+
+def _is_selected(op: Op) -> bool:
+    return op.target in _SELECTED
+
+
+_SELECTED: Final = frozenset(SELECTIVE_TARGETS)
+
+
+def _recomputed_ops(graph: ModelGraph, block: Block, recompute: Recompute) -> Iterator[Op]:
+    if recompute == "none" or not block.is_layer:
+        return
+    ops = graph.ops[block.start : block.stop]
+    saving = [index for index, op in enumerate(ops) if op.saved]
+    last = saving[-1] if saving else -1
+    for index, op in enumerate(ops[: last + 1]):
+        is_needed = index < last or not set(op.saved) <= set(op.inputs)
+        if is_needed and not (recompute == "selective" and _is_selected(op)):
+            yield op
+
+
+def _owner_from(graph: ModelGraph, name: str, start: int) -> str:
+    """The value whose storage ``name`` lies in, as far as a stage knows that begins at op ``start``."""
+    producer = graph.producer
+    while (viewed := graph.values[name].alias_of) and producer.get(name, start) >= start:
+        name = viewed
+    return name
+
+
+def _is_of_batch(graph: ModelGraph, name: str) -> bool:
+    value = graph.values[name]
+    return value.kind == "input" and not value.requires_grad
+
+
+def _working_set_bytes(graph: ModelGraph, op: Op) -> int:
+    return sum(graph.values[name].num_bytes for name in _distinct(graph, op))
+
+
+def _distinct(graph: ModelGraph, op: Op) -> Iterable[str]:
+    """One name per storage among what an op reads, writes and saves, weights left out."""
+    names = [*op.inputs, *(name for name in op.outputs if name is not None), *op.saved]
+    owners = {_owner_from(graph, name, 0): name for name in names}
+    return [
+        name
+        for owner, name in owners.items()
+        if graph.values[owner].kind not in ("parameter", "buffer", "constant")
+    ]
