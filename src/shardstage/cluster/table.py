@@ -118,6 +118,8 @@ def _is_table(value: object) -> bool:
 def _value(value: object) -> str:
     if isinstance(value, str):
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, bool):
+        return "true" if value else "false"
     if isinstance(value, float):
         return _float(value)
     if isinstance(value, list | tuple):

@@ -1,0 +1,212 @@
+"""``check``: refuses a plan that cannot run, before any rank starts, and says what is odd about one that can."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Final
+
+from shardstage.cluster import Cluster
+from shardstage.errors import PlanError
+from shardstage.graph import ModelGraph
+from shardstage.graph.file import fingerprint
+from shardstage.layout import balanced_sizes
+from shardstage.plan.plan import Plan
+from shardstage.units import format_bytes
+
+__all__ = ["check"]
+
+
+def check(
+    plan: Plan,
+    graph: ModelGraph,
+    *,
+    num_ranks: int | None = None,
+    cluster: Cluster | None = None,
+    max_sequence: int | None = None,
+) -> tuple[str, ...]:
+    """Raises ``PlanError`` if ``plan`` cannot run ``graph``; returns sentences about what is allowed but hardly meant.
+
+    ``max_sequence`` is the longest sample that the model was made for, ``num_ranks`` and ``cluster`` what there is to run on.
+    """
+    _check_model(plan, graph)
+    _check_ranks(plan, num_ranks, cluster)
+    _check_stages(plan, graph)
+    _check_batch(plan, graph)
+    _check_sequence(plan, graph, max_sequence)
+    return tuple(note for noted in _NOTES if (note := noted(plan, cluster)))
+
+
+def _check_model(plan: Plan, graph: ModelGraph) -> None:
+    if plan.graph_fingerprint and plan.graph_fingerprint != fingerprint(graph):
+        raise PlanError(
+            f"the plan was made for another model: its graph is {plan.graph_fingerprint[:12]}, "
+            f"this one's {fingerprint(graph)[:12]}",
+            hint="--plan auto, or the model that the plan was made for",
+        )
+    dtypes = {graph.values[p.name].dtype for p in graph.parameters}
+    floating = sorted(dtype for dtype in dtypes if "float" in dtype)
+    if floating and plan.precision not in floating:
+        raise PlanError(
+            f"the plan computes in {plan.precision}, and the model was captured in {' and '.join(floating)}",
+            hint=f'precision = "{plan.precision}" in the run file, or --plan "...,dtype={floating[0]}"',
+        )
+
+
+def _check_ranks(plan: Plan, num_ranks: int | None, cluster: Cluster | None) -> None:
+    mesh = plan.mesh
+    axes = f"dp={mesh.dp} × tp={mesh.tp} × pp={mesh.pp}"
+    if num_ranks is not None and mesh.world_size != num_ranks:
+        model_ranks = mesh.tp * mesh.pp
+        raise PlanError(
+            f"the plan is for {mesh.world_size} ranks ({axes}), and there are {num_ranks}",
+            hint=f'--plan "dp={num_ranks // model_ranks},tp={mesh.tp},pp={mesh.pp}"'
+            if num_ranks % model_ranks == 0
+            else f"--ranks {mesh.world_size}",
+        )
+    if cluster is not None and mesh.world_size > cluster.num_devices:
+        raise PlanError(
+            f"the plan is for {mesh.world_size} ranks ({axes}), and cluster {cluster.name!r} has {cluster.num_devices} devices",
+            hint=f"--cluster {cluster.name}:{mesh.world_size}",
+        )
+
+
+def _check_stages(plan: Plan, graph: ModelGraph) -> None:
+    """Stages are as many as pp and cover the ops in order: no gap, no overlap."""
+    anew = f'--plan "pp={plan.mesh.pp}" cuts this model anew'
+    if len(plan.stages) != plan.mesh.pp:
+        raise PlanError(
+            f"the plan lists {len(plan.stages)} stages, and pp is {plan.mesh.pp}",
+            hint=f'--plan "pp={max(1, len(plan.stages))}", or one [[pipeline.stage]] for each stage',
+        )
+    index = {op.name: i for i, op in enumerate(graph.ops)}
+    expected = 0
+    for number, stage in enumerate(plan.stages):
+        for name in (stage.first, stage.last):
+            if name not in index:
+                raise PlanError(f"stage {number} names op {name!r}, which the model does not have", hint=anew)
+        first, last = index[stage.first], index[stage.last]
+        if last < first:
+            raise PlanError(
+                f"stage {number} ends at op {stage.last!r}, before its first op {stage.first!r}",
+                hint=f'first = "{stage.last}"\nlast = "{stage.first}"',
+            )
+        if first != expected:
+            what = "leaves out" if first > expected else "runs again"
+            wanted = graph.ops[expected].name if expected < len(graph.ops) else "none"
+            raise PlanError(
+                f"stage {number} begins at op {stage.first!r} and {what} ops: the next op is {wanted!r}",
+                hint=f'first = "{wanted}"',
+            )
+        expected = last + 1
+    if expected != len(graph.ops):
+        raise PlanError(
+            f"the last stage ends at op {plan.stages[-1].last!r}, and the model at {graph.ops[-1].name!r}",
+            hint=f'last = "{graph.ops[-1].name}"',
+        )
+
+
+def _check_batch(plan: Plan, graph: ModelGraph) -> None:
+    shares, dp = plan.shares, plan.mesh.dp
+    written = f"shares = {list(balanced_sizes(plan.global_batch, dp))}"
+    if plan.global_batch < dp:
+        raise PlanError(
+            f"a batch of {plan.global_batch} samples leaves {dp - plan.global_batch} of {dp} data-parallel ranks without any",
+            hint=f"--batch {dp}",
+        )
+    if len(shares) != dp:
+        raise PlanError(
+            f"the plan has shares for {len(shares)} data-parallel ranks, and dp is {dp}", hint=written
+        )
+    if sum(shares) != plan.global_batch:
+        raise PlanError(
+            f"the shares add up to {sum(shares)} samples, and the batch has {plan.global_batch}", hint=written
+        )
+    if min(shares) < 1:
+        raise PlanError(f"data-parallel rank {shares.index(0)} gets no sample of the batch", hint=written)
+    if not 1 <= plan.microbatch:
+        raise PlanError(f"a microbatch of {plan.microbatch} samples is none", hint="microbatch = 1")
+    if min(shares) < plan.num_microbatches:
+        least = -(-max(shares) // min(shares))
+        raise PlanError(
+            f"data-parallel rank {shares.index(min(shares))} has {min(shares)} samples for {plan.num_microbatches} microbatches: "
+            "every rank runs equally many, and none may be empty",
+            hint=f"microbatch = {least}",
+        )
+    if not graph.is_scalable and {graph.microbatch} != {s for d in range(dp) for s in plan.microbatches(d)}:
+        raise PlanError(
+            f"this model's graph holds for microbatches of exactly {graph.microbatch} samples, "
+            f"and the plan has some of {sorted({s for d in range(dp) for s in plan.microbatches(d)})}",
+            hint=f'--plan "...,mb={graph.microbatch}" with a batch that it divides',
+        )
+
+
+def _check_sequence(plan: Plan, graph: ModelGraph, max_sequence: int | None) -> None:
+    if max_sequence is not None and plan.sequence is not None and plan.sequence > max_sequence:
+        raise PlanError(
+            f"samples of {plan.sequence} tokens are longer than the {max_sequence} positions that the model has",
+            hint=f"--seq {max_sequence}",
+        )
+    if not graph.is_sequence_scalable and plan.sequence not in (None, graph.sequence):
+        raise PlanError(
+            f"this model's graph holds for samples of {graph.sequence} tokens only, not {plan.sequence}",
+            hint=f"--seq {graph.sequence}",
+        )
+
+
+def _note_bubble(plan: Plan, _: Cluster | None) -> str:
+    p, m = plan.mesh.pp, plan.num_microbatches
+    if p == 1 or m >= p:
+        return ""
+    more = replace(plan, microbatch=max(1, max(plan.shares) // (2 * p))).num_microbatches
+    advice = (
+        f": mb={max(1, max(plan.shares) // (2 * p))} makes {more}"
+        if more > m
+        else ": a larger batch gives more"
+    )
+    return f"{m} microbatches keep {p} stages busy {100 * m / (m + p - 1):.0f} % of the time{advice}"
+
+
+def _note_zero(plan: Plan, _: Cluster | None) -> str:
+    if plan.zero and plan.mesh.dp == 1:
+        return f"zero={plan.zero} changes nothing with dp=1: it shards over data-parallel ranks"
+    return ""
+
+
+def _note_zero_pipeline(plan: Plan, _: Cluster | None) -> str:
+    if plan.zero >= 2 and plan.mesh.dp > 1 and plan.num_microbatches > 1:
+        return (
+            f"zero={plan.zero} gathers parameters and reduces gradients {plan.num_microbatches} times a step, "
+            "once for each microbatch"
+        )
+    return ""
+
+
+def _note_sequence_parallel(plan: Plan, _: Cluster | None) -> str:
+    return "sp changes nothing with tp=1" if plan.is_sequence_parallel and plan.mesh.tp == 1 else ""
+
+
+def _note_links(plan: Plan, cluster: Cluster | None) -> str:
+    if cluster is None or plan.mesh.tp == 1:
+        return ""
+    innermost, level = cluster.levels[0], cluster.level_for(range(plan.mesh.tp))
+    if level == innermost:
+        return ""
+    num_near = cluster.devices_per(innermost)
+    return f"tp={plan.mesh.tp} talks over the {level.name} ({num_near} devices share a {innermost.name})"
+
+
+def _note_bucket(plan: Plan, _: Cluster | None) -> str:
+    if plan.mesh.dp > 1 and plan.zero < 2 and plan.bucket_bytes < 2**20:
+        return f"buckets of {format_bytes(plan.bucket_bytes)} make many small reductions"
+    return ""
+
+
+_NOTES: Final[tuple[Callable[[Plan, Cluster | None], str], ...]] = (
+    _note_bubble,
+    _note_zero,
+    _note_zero_pipeline,
+    _note_sequence_parallel,
+    _note_links,
+    _note_bucket,
+)

@@ -1,0 +1,155 @@
+"""``Request``: the few decisions a person types (``dp=2,tp=2,zero=1``), each of them open where nothing was said."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from types import MappingProxyType
+from typing import Any, Final, Literal, get_args
+
+from shardstage.errors import PlanError
+from shardstage.plan.plan import Precision, Recompute, ScheduleName
+
+__all__ = ["Request", "format_request", "parse_request"]
+
+EXAMPLE: Final = '--plan "dp=2,tp=2"'
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Request:
+    """What somebody asked of a plan; ``None`` leaves a decision to ``complete``.
+
+    ``shares`` are relative: 5/3 gives the first data-parallel rank five samples for the second's three.
+    """
+
+    dp: int | None = None
+    tp: int = 1
+    pp: int = 1
+    is_sequence_parallel: bool = False
+    zero: Literal[0, 1, 2, 3] = 0
+    microbatch: int | None = None
+    recompute: Recompute = "none"
+    schedule: ScheduleName = "1f1b"
+    precision: Precision | None = None
+    shares: tuple[int, ...] | None = None
+    replicate: tuple[str, ...] = ()
+    is_compiled: bool = False
+
+
+def parse_request(text: str) -> Request:
+    """The request that a shorthand such as ``"dp=2,tp=2,sp,zero=1,mb=4,shares=5/3"`` writes.
+
+    A flag may stand alone: ``sp`` is ``sp=1``. Raises ``PlanError`` with the offending part, and the nearest key for an unknown one.
+    """
+    found: dict[str, Any] = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        key, has_value, value = (piece.strip() for piece in part.partition("="))
+        if key not in _KEYS:
+            raise _unknown_key(key, text)
+        name, read = _KEYS[key]
+        if name in found:
+            raise PlanError(f"plan {text!r} says {key} twice", hint=f"keep one of them: {part}")
+        found[name] = read(key, value if has_value else None)
+    return Request(**found)
+
+
+def format_request(request: Request) -> str:
+    """The shortest text that ``parse_request`` reads as ``request``."""
+    default = Request()
+    parts = []
+    for key, (name, _) in _KEYS.items():
+        value = getattr(request, name)
+        if key in _ALIASES or value == getattr(default, name):
+            continue
+        parts.append(key if value is True else f"{key}={_as_text(value)}")
+    return ",".join(parts)
+
+
+def _as_text(value: Any) -> str:
+    return "/".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _unknown_key(key: str, text: str) -> PlanError:
+    near = get_close_matches(key.lower(), _KEYS, n=1, cutoff=0.5)
+    known = ", ".join(name for name in _KEYS if name not in _ALIASES)
+    return PlanError(
+        f"plan {text!r}: {key!r} is not a key of a plan (known: {known})",
+        hint=f'--plan "{near[0]}=..."' if near else EXAMPLE,
+    )
+
+
+def _count(key: str, value: str | None) -> int:
+    if value is None or not value.isascii() or not value.isdigit() or int(value) < 1:
+        raise PlanError(f"{key}={value or ''} must be a whole number of at least 1", hint=f'--plan "{key}=2"')
+    return int(value)
+
+
+def _flag(key: str, value: str | None) -> bool:
+    meanings = {None: True, "1": True, "true": True, "0": False, "false": False}
+    if value not in meanings:
+        raise PlanError(f"{key}={value} must be 0 or 1", hint=f'--plan "...,{key}=1"')
+    return meanings[value]
+
+
+def _level(key: str, value: str | None) -> int:
+    if value not in ("0", "1", "2", "3"):
+        raise PlanError(
+            f"{key}={value or ''} is not a level of ZeRO: 0 shards nothing over dp, 1 the optimizer's state, "
+            "2 gradients too, 3 parameters too",
+            hint=f'--plan "{key}=3"',
+        )
+    return int(value)
+
+
+def _counts(key: str, value: str | None) -> tuple[int, ...]:
+    parts = (value or "").split("/")
+    if not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
+        raise PlanError(
+            f"{key}={value or ''} must be whole numbers, one for each data-parallel rank",
+            hint=f'--plan "dp=2,{key}=5/3"',
+        )
+    return tuple(int(part) for part in parts)
+
+
+def _globs(key: str, value: str | None) -> tuple[str, ...]:
+    if not value:
+        raise PlanError(f"{key}= names no parameter", hint=f'--plan "tp=2,{key}=lm_head.*"')
+    return tuple(value.split("/"))
+
+
+def _choice(choices: tuple[str, ...], aliases: Mapping[str, str]) -> Callable[[str, str | None], str]:
+    def read(key: str, value: str | None) -> str:
+        meant = aliases.get(value or "", value)
+        if meant not in choices:
+            near = get_close_matches(value or "", choices, n=1) or choices[:1]
+            raise PlanError(
+                f"{key}={value or ''} is not one of {', '.join(choices)}",
+                hint=f'--plan "...,{key}={near[0]}"',
+            )
+        return meant
+
+    return read
+
+
+_PRECISIONS: Final = _choice(get_args(Precision), {"fp32": "float32", "bf16": "bfloat16", "fp64": "float64"})
+
+_KEYS: Final[Mapping[str, tuple[str, Callable[[str, str | None], Any]]]] = MappingProxyType(
+    {
+        "dp": ("dp", _count),
+        "tp": ("tp", _count),
+        "pp": ("pp", _count),
+        "sp": ("is_sequence_parallel", _flag),
+        "zero": ("zero", _level),
+        "mb": ("microbatch", _count),
+        "microbatch": ("microbatch", _count),
+        "recompute": ("recompute", _choice(get_args(Recompute), {"1": "full", "0": "none"})),
+        "schedule": ("schedule", _choice(get_args(ScheduleName), {"one_f_one_b": "1f1b"})),
+        "dtype": ("precision", _PRECISIONS),
+        "precision": ("precision", _PRECISIONS),
+        "shares": ("shares", _counts),
+        "replicate": ("replicate", _globs),
+        "compile": ("is_compiled", _flag),
+    }
+)
+_ALIASES: Final = frozenset({"microbatch", "precision"})

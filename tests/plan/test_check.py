@@ -1,0 +1,109 @@
+"""What a plan is refused for, before any rank starts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from tests.cost.toy import toy_graph
+
+from shardstage.cluster import load
+from shardstage.errors import PlanError
+from shardstage.graph.file import fingerprint
+from shardstage.layout import Mesh
+from shardstage.plan import Plan, StageRange, check, complete, parse_request
+
+GRAPH = toy_graph(num_layers=4)
+FIXED = GRAPH.at(microbatch=4, sequence=64)
+PLAN = complete(parse_request("dp=2,pp=2"), GRAPH, num_ranks=4, global_batch=16, sequence=64)
+
+
+def stages(*names: str) -> tuple[StageRange, ...]:
+    return tuple(StageRange(first=a, last=b) for a, b in zip(names[::2], names[1::2], strict=True))
+
+
+def test_a_good_plan_passes_without_a_word() -> None:
+    assert check(PLAN, GRAPH, num_ranks=4, cluster=load("h100:4"), max_sequence=64) == ()
+    assert check(replace(PLAN, graph_fingerprint=fingerprint(GRAPH)), GRAPH) == ()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message", "hint"),
+    [
+        ({"graph_fingerprint": "0123456789abcdef"}, "made for another model: its graph is 0123456789ab", "--plan auto"),
+        ({"precision": "bfloat16"}, "computes in bfloat16, and the model was captured in float32", "dtype=float32"),
+        ({"mesh": Mesh(dp=4, pp=2)}, r"for 8 ranks \(dp=4 × tp=1 × pp=2\), and there are 4", 'dp=2,tp=1,pp=2'),
+        ({"mesh": Mesh(dp=1, tp=3, pp=2)}, "for 6 ranks", "--ranks 6"),
+        ({"mesh": Mesh(dp=1, tp=2, pp=2)}, "shares for 2 data-parallel ranks, and dp is 1", "shares = [16]"),
+        ({"stages": stages("embed", "loss")}, "lists 1 stages, and pp is 2", 'pp=1'),
+        ({"stages": stages("embed", "x", "up_2", "loss")}, "stage 0 names op 'x', which the model", 'pp=2'),
+        ({"stages": stages("embed", "add_1", "up_3", "loss")}, "stage 1 begins at op 'up_3' and leaves out", 'first = "up_2"'),
+        ({"stages": stages("embed", "add_1", "up_1", "loss")}, "stage 1 begins at op 'up_1' and runs again", 'first = "up_2"'),
+        ({"stages": stages("up_0", "add_1", "up_2", "loss")}, "stage 0 begins at op 'up_0' and leaves out", 'first = "embed"'),
+        ({"stages": stages("embed", "add_1", "up_2", "add_3")}, "ends at op 'add_3', and the model at 'loss'", 'last = "loss"'),
+        ({"stages": stages("embed", "loss", "embed", "loss")}, "runs again ops: the next op is 'none'", "first ="),
+        ({"stages": stages("add_1", "embed", "up_2", "loss")}, "stage 0 ends at op 'embed', before its first", 'first = "embed"'),
+        ({"global_batch": 1, "shares": (1, 0)}, "a batch of 1 samples leaves 1 of 2", "--batch 2"),
+        ({"shares": (16,)}, "shares for 1 data-parallel ranks, and dp is 2", "shares = [8, 8]"),
+        ({"shares": (8, 7)}, "add up to 15 samples, and the batch has 16", "shares = [8, 8]"),
+        ({"shares": (16, 0)}, "data-parallel rank 1 gets no sample", "shares = [8, 8]"),
+        ({"microbatch": 0}, "a microbatch of 0 samples is none", "microbatch = 1"),
+        ({"shares": (14, 2), "microbatch": 2}, "rank 1 has 2 samples for 7 microbatches", "microbatch = 7"),
+        ({"sequence": 65}, "samples of 65 tokens are longer than the 64 positions", "--seq 64"),
+    ],
+)  # fmt: skip
+def test_a_plan_that_cannot_run_is_refused(changes: dict[str, Any], message: str, hint: str) -> None:
+    with pytest.raises(PlanError, match=message) as caught:
+        check(replace(PLAN, **changes), GRAPH, num_ranks=4, max_sequence=64)
+    assert caught.value.hint is not None and hint in caught.value.hint
+
+
+def test_a_plan_for_more_devices_than_the_cluster_has_is_refused() -> None:
+    with pytest.raises(PlanError, match=r"for 4 ranks .* cluster 'h100' has 2 devices") as caught:
+        check(PLAN, GRAPH, cluster=load("h100:2"))
+    assert caught.value.hint == "--cluster h100:4"
+
+
+def test_a_graph_of_one_size_takes_plans_of_that_size_only() -> None:
+    whole = replace(PLAN, microbatch=4)
+    assert check(whole, FIXED) == ()
+    with pytest.raises(
+        PlanError, match="microbatches of exactly 4 samples, and the plan has some of"
+    ) as caught:
+        check(replace(whole, microbatch=3), FIXED)
+    assert caught.value.hint is not None and "mb=4" in caught.value.hint
+    with pytest.raises(PlanError, match="samples of 64 tokens only, not 32"):
+        check(replace(whole, sequence=32), FIXED)
+
+
+def notes(text: str, *, ranks: int = 4, batch: int = 16, cluster: str = "") -> str:
+    plan: Plan = complete(parse_request(text), GRAPH, num_ranks=ranks, global_batch=batch, sequence=64)
+    return "\n".join(check(plan, GRAPH, cluster=load(cluster) if cluster else None))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("pp=4,mb=8", "2 microbatches keep 4 stages busy 40 % of the time: mb=2 makes 8"),
+        ("tp=4,zero=1", "zero=1 changes nothing with dp=1"),
+        ("dp=4,sp", "sp changes nothing with tp=1"),
+        ("dp=4,zero=3,mb=2", "zero=3 gathers parameters and reduces gradients 2 times a step"),
+    ],
+)
+def test_what_is_allowed_but_hardly_meant_is_said(text: str, said: str) -> None:
+    assert said in notes(text)
+
+
+def test_a_batch_too_small_for_the_pipeline_is_said() -> None:
+    assert "2 microbatches keep 4 stages busy 40 % of the time: a larger batch" in notes("pp=4", batch=2)
+
+
+def test_tensor_parallelism_across_nodes_is_said() -> None:
+    said = notes("tp=16", ranks=16, cluster="h100:16")
+    assert "tp=16 talks over the network (8 devices share a node)" in said
+
+
+def test_small_buckets_are_said() -> None:
+    plan = replace(PLAN, bucket_bytes=4096)
+    assert check(plan, GRAPH) == ("buckets of 4.00 KiB make many small reductions",)

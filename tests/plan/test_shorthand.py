@@ -1,0 +1,74 @@
+"""The shorthand: a plan in one line."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shardstage.errors import PlanError
+from shardstage.plan import Request, format_request, parse_request
+
+COUNT = st.integers(1, 4096)
+
+REQUESTS = st.builds(
+    Request,
+    dp=st.none() | COUNT,
+    tp=COUNT,
+    pp=COUNT,
+    is_sequence_parallel=st.booleans(),
+    zero=st.sampled_from([0, 1, 2, 3]),
+    microbatch=st.none() | COUNT,
+    recompute=st.sampled_from(["none", "selective", "full"]),
+    schedule=st.sampled_from(["gpipe", "1f1b"]),
+    precision=st.sampled_from([None, "float32", "bfloat16", "float64"]),
+    shares=st.none() | st.lists(COUNT, min_size=1).map(tuple),
+    replicate=st.lists(st.text("abc.*", min_size=1)).map(tuple),
+    is_compiled=st.booleans(),
+)
+
+
+@given(REQUESTS)
+def test_a_request_reads_back_from_its_shortest_text(request: Request) -> None:
+    assert parse_request(format_request(request)) == request
+
+
+def test_a_shorthand_says_only_what_differs() -> None:
+    text = "dp=2, tp=2,sp,zero=1,mb=4,recompute=selective,schedule=gpipe,dtype=bf16,shares=5/3,compile"
+    assert parse_request(text) == Request(
+        dp=2,
+        tp=2,
+        is_sequence_parallel=True,
+        zero=1,
+        microbatch=4,
+        recompute="selective",
+        schedule="gpipe",
+        precision="bfloat16",
+        shares=(5, 3),
+        is_compiled=True,
+    )
+    assert parse_request("") == Request()
+
+
+@pytest.mark.parametrize(
+    ("text", "message", "hint"),
+    [
+        ("dp=2,pt=2", "'pt' is not a key of a plan", '--plan "tp=..."'),
+        ("dp=2;tp=2", "dp=2;tp=2 must be a whole number of at least 1", '--plan "dp=2"'),
+        ("dp=0", "dp=0 must be a whole number", '--plan "dp=2"'),
+        ("tp", "tp= must be a whole number", '--plan "tp=2"'),
+        ("dp=2,dp=4", "says dp twice", "keep one of them"),
+        ("mb=2,microbatch=4", "says microbatch twice", "keep one of them"),
+        ("zero=4", "zero=4 is not a level of ZeRO", '--plan "zero=3"'),
+        ("sp=yes", "sp=yes must be 0 or 1", '--plan "...,sp=1"'),
+        ("recompute=ful", "recompute=ful is not one of none, selective, full", "recompute=full"),
+        ("dtype=fp8", "dtype=fp8 is not one of float32, bfloat16, float64", '--plan "...,dtype='),
+        ("shares=5/x", "shares=5/x must be whole numbers", '--plan "dp=2,shares=5/3"'),
+        ("replicate=", "replicate= names no parameter", "replicate=lm_head"),
+        ("four", "'four' is not a key of a plan", "--plan"),
+    ],
+)
+def test_a_wrong_shorthand_is_refused_with_what_to_type(text: str, message: str, hint: str) -> None:
+    with pytest.raises(PlanError, match=message) as caught:
+        parse_request(text)
+    assert caught.value.hint is not None and hint in caught.value.hint
