@@ -6,6 +6,7 @@ already filled. They do not depend on the plan: every rank, and the single-devic
 
 from __future__ import annotations
 
+import copy
 import logging
 import random
 from collections.abc import Iterable, Iterator, Mapping
@@ -76,7 +77,7 @@ def initialised_model(
     ``dtype`` is that of floating parameters (None: the model's own); the values are still drawn in the model's own.
     """
     blueprint = _blueprint(source, seed)
-    model = blueprint.model
+    model = copy.deepcopy(blueprint.model)  # the factory may have returned a model that its owner keeps
     fqns = {id(parameter): fqn for fqn, parameter in model.named_parameters()}
     streamed: dict[str, Tensor] = {}
     if folder is not None:
@@ -129,7 +130,7 @@ class _Blueprint:
                 hint="make the plan again from this model",
             )
         if not tensor.is_meta:
-            return tensor.detach()
+            return tensor.detach().clone()
         if not self.recording.has_value(tensor):
             _log.warning("%s is never initialised by the model: it starts as zeros", fqn)
         return self.recording.value(tensor, self.seed)
@@ -142,26 +143,16 @@ class _Blueprint:
 
 def _blueprint(source: ModelSource, seed: int) -> _Blueprint:
     recording = InitRecording()
-    model = _filled_model(source, seed) if getattr(source, "is_materialised", False) else None
-    if model is None:
-        try:
-            with _seeded(seed), recording.running():
-                model = build_skeleton(source.factory)
-        except (NotImplementedError, RuntimeError) as error:
-            _log.warning(
-                "the model needs real weights to be built, so each rank builds it whole for a moment: %s",
-                error,
-            )
-            model = _filled_model(source, seed)
+    try:
+        with _seeded(seed), recording.running():
+            model = build_skeleton(source.factory)
+    except (NotImplementedError, RuntimeError) as error:
+        _log.warning("the model cannot be built without its weights, so each rank builds it whole: %s", error)
+        with _seeded(seed):
+            model = source.factory()
     named = (*model.named_parameters(), *model.named_buffers())
     recording.name_draws((fqn, tensor) for fqn, tensor in named if tensor.is_meta)
     return _Blueprint(model=model, recording=recording, seed=seed)
-
-
-def _filled_model(source: ModelSource, seed: int) -> nn.Module:
-    with _seeded(seed):
-        model: nn.Module = source.factory()
-    return model
 
 
 @contextmanager

@@ -116,7 +116,8 @@ def _refuse_missing(folder: Path, missing: list[str]) -> None:
     if missing:
         raise CheckpointError(
             f"{folder} has no tensor for {len(missing)} of the model's parameters: {_some(missing)}",
-            hint=f"use the model that {folder}/config.json describes",
+            hint=f"--model {folder}; if it is its model, and transformers renames its tensors on loading: "
+            "--model file.py:factory, where factory calls from_pretrained",
         )
 
 
