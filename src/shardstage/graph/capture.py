@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +17,11 @@ from shardstage.graph.capture_program import StoredNames, graph_of
 from shardstage.graph.capture_replay import contiguous, replay
 from shardstage.graph.capture_transformers import as_untraced
 from shardstage.graph.model_graph import ModelGraph
+from shardstage.graph.saved_trace import trace_saved
 from shardstage.graph.scale import at, markers
 from shardstage.graph.skeleton import build_skeleton, fake_parameters
 from shardstage.graph.source import ModelSource, source_of_model
-from shardstage.graph.tasks import Task, batch_task
+from shardstage.graph.tasks import Task
 
 __all__ = ["capture"]
 
@@ -48,15 +48,14 @@ def capture(
     source = _source(model, task)
     skeleton = model if isinstance(model, nn.Module) else build_skeleton(source.factory)
     if microbatch is not None:
-        return _capture_at(skeleton, source, microbatch, sequence, dtype)
+        return trace_saved(_capture_at(skeleton, source, microbatch, sequence, dtype))
     wanted = min(sequence or _DEFAULT_SEQUENCE, source.max_sequence or (1 << 62))
     marked = markers(
-        _sizes(skeleton, source.task),
+        _sizes(skeleton, source),
         sequence=wanted if source.task.has_sequence else None,
         max_sequence=source.max_sequence,
     )
-    graph = _capture_at(skeleton, source, *marked, dtype)
-    return _as_scalable(graph)
+    return trace_saved(_as_scalable(_capture_at(skeleton, source, *marked, dtype)))
 
 
 def _source(model: nn.Module | Callable[[], nn.Module] | ModelSource, task: Task | None) -> ModelSource:
@@ -67,12 +66,16 @@ def _source(model: nn.Module | Callable[[], nn.Module] | ModelSource, task: Task
     return replace(source_of_model(build_skeleton(model), task=task), factory=model)
 
 
-def _sizes(model: nn.Module, task: Task) -> Iterator[int]:
-    """Every size that is the model's own."""
+def _sizes(model: nn.Module, source: ModelSource) -> Iterator[int]:
+    """Every size that is the model's own, and the numbers of its configuration."""
     for tensor in (*model.parameters(), *model.buffers()):
         yield from tensor.shape
-    for spec in task.inputs.values():
+    for spec in source.task.inputs.values():
+        yield spec.high
         yield from (size for size in spec.shape if isinstance(size, int))
+    if hasattr(source.hf_config, "to_dict"):
+        numbers = source.hf_config.to_dict().values()
+        yield from (number for number in numbers if isinstance(number, int) and number != source.max_sequence)
 
 
 def _as_scalable(graph: ModelGraph) -> ModelGraph:

@@ -70,7 +70,7 @@ def graph_of(
     for placeholder, key in signature.inputs_to_lifted_tensor_constants.items():
         placeholders.add(placeholder, "constant", key, program.constants[key])
     traced, output = normalise(program.graph_module, placeholders.names, prefix)
-    ops, made = annotate(traced, placeholders.metas)
+    ops, made, output = annotate(traced, placeholders.metas, output)
     read = {name for op in ops for name in op.inputs}
     kept = {n: v for n, v in placeholders.values.items() if n in read or v.kind in ("input", "parameter")}
     _require_loss(made.get(output))

@@ -20,6 +20,12 @@ from shardstage.graph.normalise import TracedOp
 __all__ = ["TensorMeta", "annotate", "contiguous", "replay"]
 
 
+# Ops that return the very tensor they are given where there is nothing to convert.
+_CONVERSIONS = frozenset(
+    {"aten.alias.default", "aten.to.device", "aten.to.dtype", "aten.to.dtype_layout", "aten.to.other"}
+)
+
+
 @dataclass(frozen=True, slots=True)
 class TensorMeta:
     """All that shapes depend on, and whether autograd follows."""
@@ -46,17 +52,23 @@ class _Output:
 
 
 def annotate(
-    traced: Iterable[TracedOp], stored: Mapping[str, TensorMeta]
-) -> tuple[tuple[Op, ...], dict[str, Value]]:
-    """The ops, and the values that they make. ``stored`` are inputs, parameters, buffers and constants.
+    traced: Iterable[TracedOp], stored: Mapping[str, TensorMeta], output: str
+) -> tuple[tuple[Op, ...], dict[str, Value], str]:
+    """The ops, the values that they make, and the name of the output. ``stored``: inputs, parameters, buffers and constants.
 
-    An op made without gradients reads detached values, so that the list of ops alone says where gradients flow.
+    An op made without gradients reads detached values, so that the list of ops alone says where gradients flow. Conversions that
+    convert nothing are left out.
     """
     tape = _Tape(stored)
+    names: dict[str, str] = {}
     for item in traced:
-        op = tape.detached(item.op) if item.is_without_grad else item.op
-        tape.run(op)
-    return tuple(tape.ops), tape.values
+        op = _renamed(item.op, names)
+        op = tape.detached(op) if item.is_without_grad else op
+        if op.target in _CONVERSIONS and tape.is_identity(op):
+            names[op.name] = op.inputs[0]
+        else:
+            tape.run(op)
+    return tuple(tape.ops), tape.values, names.get(output, output)
 
 
 def replay(ops: Iterable[Op], stored: Mapping[str, TensorMeta]) -> dict[str, Value]:
@@ -87,12 +99,7 @@ class _Tape:
 
     def run(self, op: Op) -> None:
         inputs = op.inputs
-        key = (op.target, substitute((op.args, op.kwargs), lambda ref: (Ref, inputs.index(ref.name))))
-        key = (*key, tuple(self._metas[name] for name in inputs))
-        outputs = self._seen.get(key)
-        if outputs is None:
-            outputs = self._seen[key] = self._outputs(op, inputs)
-        for name, output in zip(op.outputs, outputs, strict=True):
+        for name, output in zip(op.outputs, self._outputs(op), strict=True):
             if name is not None and output is not None:
                 self._metas[name] = output.meta
                 self.values[name] = Value(
@@ -104,6 +111,11 @@ class _Tape:
                     alias_of="" if output.alias_of is None else inputs[output.alias_of],
                 )
         self.ops.append(op)
+
+    def is_identity(self, op: Op) -> bool:
+        """Whether the op returns its first input as it is."""
+        (output,) = self._outputs(op)
+        return output is not None and output.alias_of == 0 and output.meta == self._metas[op.inputs[0]]
 
     def detached(self, op: Op) -> Op:
         """The op with every input that carries a gradient detached, each once."""
@@ -122,12 +134,17 @@ class _Tape:
                     )
                 )
                 self._detached[name] = cut
-        args, kwargs = substitute(
-            (op.args, op.kwargs), lambda ref: Ref(self._detached.get(ref.name, ref.name))
-        )
-        return replace(op, args=args, kwargs=kwargs)
+        return _renamed(op, self._detached)
 
-    def _outputs(self, op: Op, inputs: tuple[str, ...]) -> tuple[_Output | None, ...]:
+    def _outputs(self, op: Op) -> tuple[_Output | None, ...]:
+        inputs = op.inputs
+        call = substitute((op.args, op.kwargs), lambda ref: (Ref, inputs.index(ref.name)))
+        key = (op.target, call, tuple(self._metas[name] for name in inputs))
+        if key not in self._seen:
+            self._seen[key] = self._run(op, inputs)
+        return self._seen[key]
+
+    def _run(self, op: Op, inputs: tuple[str, ...]) -> tuple[_Output | None, ...]:
         with self._mode:
             tensors = {name: _tensor(self._metas[name]) for name in inputs}
             args, kwargs = _call_arguments(op, tensors)
@@ -135,6 +152,13 @@ class _Tape:
         results = tuple(result) if op.returns_sequence else (result,)
         storages = {storage_key(tensors[name]): i for i, name in enumerate(inputs)}
         return tuple(_output(item, storages) for item in results)
+
+
+def _renamed(op: Op, names: Mapping[str, str]) -> Op:
+    if names.keys().isdisjoint(op.inputs):
+        return op
+    args, kwargs = substitute((op.args, op.kwargs), lambda ref: Ref(names.get(ref.name, ref.name)))
+    return replace(op, args=args, kwargs=kwargs)
 
 
 def _call_arguments(op: Op, tensors: Mapping[str, Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:

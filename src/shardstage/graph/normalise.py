@@ -197,7 +197,7 @@ class _Reader:
 
 
 def source_of(node: fx.Node) -> str:
-    """``file:line: code`` of the innermost line that is not torch's own."""
+    """``file:line: code`` of the innermost line that is neither torch's nor this package's; empty where there is none."""
     return _source(node.meta.get("stack_trace") or "")
 
 
@@ -207,7 +207,7 @@ def _source(trace: str) -> str:
     frames = [i for i, line in enumerate(lines) if line.lstrip().startswith('File "')]
     for i in reversed(frames):
         _, file, rest = lines[i].split('"', 2)
-        if not file.startswith(_TORCH):
+        if not file.startswith(_NOT_THE_MODEL):
             number = rest.split("line ")[1].split(",")[0]
             code = lines[i + 1].strip() if i + 1 < len(lines) else ""
             return f"{_short(file)}:{number}: {code}"
@@ -222,7 +222,7 @@ def _short(file: str) -> str:
     return file
 
 
-_TORCH = str(Path(torch.__file__).parent)
+_NOT_THE_MODEL = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
 _PACKAGE_ROOTS = tuple(dict.fromkeys((sysconfig.get_path("purelib"), sysconfig.get_path("platlib"))))
 
 

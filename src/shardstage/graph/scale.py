@@ -5,6 +5,8 @@ came from them, so a size k · B^i · S^j of the graph is k · b^i · s^j at mic
 
     captured at B = 31, S = 127      view(x, (31, 127, -1, 64))    flatten: (3937, 512)
     at b = 4, s = 4096               view(x, (4, 4096, -1, 64))    flatten: (16384, 512)
+
+Models also shift by one token and look at pairs of positions: S - 1, S + 1 and 2S - 1 follow the length too.
 """
 
 from __future__ import annotations
@@ -23,18 +25,20 @@ __all__ = ["at", "markers"]
 # From here on an integer means "to the end" (torch writes 2**63 - 1), whatever divides it.
 _NO_SIZE = 1 << 62
 _SMALLEST_MICROBATCH = 31
+# (multiple of the length, distance from it)
+_NEAR_LENGTH = ((1, -1), (1, 1), (2, -1))
 
 
 def at(graph: ModelGraph, *, microbatch: int, sequence: int | None = None) -> ModelGraph:
-    """The graph for ``microbatch`` samples of ``sequence`` tokens; without ``sequence``, of those it was captured with.
+    """The graph for ``microbatch`` samples of ``sequence`` tokens; without ``sequence``, of as many as before. Images have no such length.
 
     The result is not scalable: its sizes are numbers like any other. Raises CaptureError where the graph is bound to its sizes.
     """
-    sequence = graph.sequence if sequence is None else sequence
+    sequence = graph.sequence if sequence is None or graph.sequence is None else sequence
     if (microbatch, sequence) == (graph.microbatch, graph.sequence):
         return graph
     _require_scalable(graph, microbatch, sequence)
-    resize = _resizer({graph.microbatch: microbatch, graph.sequence or 0: sequence or 0})
+    resize = _resizer(graph, microbatch, sequence)
     values = {
         name: replace(value, shape=tuple(map(resize, value.shape)))
         if value.kind not in ("parameter", "buffer", "constant")
@@ -68,8 +72,9 @@ def markers(
     if sequence is None:
         return microbatch, None
     limit = max_sequence if max_sequence is not None else 2 * sequence + 64
-    longer = (p for p in range(sequence, limit + 1) if _is_marker(p, {*taken, microbatch}))
-    shorter = (p for p in range(min(sequence, limit), 10, -1) if _is_marker(p, {*taken, microbatch}))
+    lengths = {microbatch, *taken, *_near(taken)}
+    longer = (p for p in range(sequence, limit + 1) if _is_marker(p, lengths))
+    shorter = (p for p in range(min(sequence, limit), 10, -1) if _is_marker(p, lengths))
     return microbatch, next(longer, next(shorter, None))
 
 
@@ -86,26 +91,45 @@ def _require_scalable(graph: ModelGraph, microbatch: int, sequence: int | None) 
         )
 
 
-def _resizer(replacements: dict[int, int]) -> Callable[[int], int]:
+def _resizer(graph: ModelGraph, microbatch: int, sequence: int | None) -> Callable[[int], int]:
     known: dict[int, int] = {}
 
     def resize(size: int) -> int:
         if size not in known:
-            known[size] = _resize(size, replacements)
+            known[size] = _resize(size, graph, microbatch, sequence)
         return known[size]
 
     return resize
 
 
-def _resize(size: int, replacements: dict[int, int]) -> int:
+def _resize(size: int, graph: ModelGraph, microbatch: int, sequence: int | None) -> int:
     if size == 0 or abs(size) >= _NO_SIZE:
         return size
-    for marker, wanted in replacements.items():
-        power = 0
-        while marker > 1 and size % marker == 0:
-            size, power = size // marker, power + 1
-        size *= wanted**power
+    samples = 1
+    if graph.is_scalable:
+        power, size = _divided(size, graph.microbatch)
+        samples = microbatch**power
+    if graph.is_sequence_scalable and graph.sequence is not None and sequence is not None:
+        size = _resize_length(size, graph.sequence, sequence)
+    return samples * size
+
+
+def _resize_length(size: int, marker: int, sequence: int) -> int:
+    power, rest = _divided(size, marker)
+    if power:
+        return int(rest * sequence**power)
+    for multiple, distance in _NEAR_LENGTH:
+        if size == multiple * marker + distance:
+            return multiple * sequence + distance
     return size
+
+
+def _divided(size: int, marker: int) -> tuple[int, int]:
+    """(power, rest) of size = marker**power * rest."""
+    power = 0
+    while size % marker == 0:
+        size, power = size // marker, power + 1
+    return power, size
 
 
 def _resized(argument: Any, resize: Callable[[int], int]) -> Any:
@@ -117,6 +141,11 @@ def _resized(argument: Any, resize: Callable[[int], int]) -> Any:
         return resize(argument)
     is_whole = isinstance(argument, float) and abs(argument) < _NO_SIZE and argument.is_integer()
     return float(resize(int(argument))) if is_whole else argument
+
+
+def _near(sizes: set[int]) -> set[int]:
+    """Lengths L for which a size would be taken for L - 1, L + 1 or 2L - 1."""
+    return {(size - distance) // multiple for size in sizes for multiple, distance in _NEAR_LENGTH}
 
 
 def _upwards(start: int) -> Iterable[int]:
