@@ -13,9 +13,11 @@ __all__ = [
     "FakeTensor",
     "FakeTensorMode",
     "TorchDispatchMode",
+    "all_gather_single",
     "backend_all_to_all",
     "backend_reduce_scatter",
     "process_group_name",
+    "reduce_scatter_single",
     "storage_key",
     "written_tensors",
 ]
@@ -45,6 +47,18 @@ def backend_all_to_all(
     call = getattr(backend, "all_to_all_single", None) or backend.alltoall_base
     work: dist.Work = call(output, tensor, output_sizes, input_sizes, dist.AllToAllOptions())
     return work
+
+
+def all_gather_single(output: torch.Tensor, tensor: torch.Tensor, group: dist.ProcessGroup) -> None:
+    """Fills ``output`` with the ranks' equal tensors in order: ``all_gather_into_tensor`` until 2.13, deprecated since."""
+    call = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    call(output, tensor, group=group)
+
+
+def reduce_scatter_single(output: torch.Tensor, tensor: torch.Tensor, group: dist.ProcessGroup) -> None:
+    """Sums the ranks' tensors and keeps this rank's part: ``reduce_scatter_tensor`` until 2.13, deprecated since."""
+    call = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    call(output, tensor, group=group)
 
 
 def storage_key(tensor: torch.Tensor) -> int:

@@ -1,0 +1,54 @@
+"""What an operator knows besides its arguments: the group it talks in and the state of the random numbers."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+
+__all__ = ["OperatorContext", "RandomState"]
+
+
+@dataclass(kw_only=True)
+class RandomState:
+    """Says what the next random numbers depend on: never on which rank draws them.
+
+    The owner sets ``step`` at the start of each, and ``positions`` (those of the microbatch's samples in the global batch) before each
+    forward *and* before each recomputation of one.
+    """
+
+    seed: int = 0
+    step: int = 0
+    positions: tuple[int, ...] = ()
+    _generators: dict[torch.device, torch.Generator] = field(default_factory=dict, repr=False)
+
+    def uniforms(self, shape: tuple[int, ...], device: torch.device, *key: int) -> torch.Tensor:
+        """Float32 numbers in [0, 1) that depend on seed, step, ``key`` and nothing else (and on the kind of device)."""
+        generator = self._generators.get(device)
+        if generator is None:
+            generator = self._generators[device] = torch.Generator(device)
+        generator.manual_seed(_stable_hash(self.seed, self.step, *key))
+        return torch.rand(shape, generator=generator, dtype=torch.float32, device=device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OperatorContext:
+    """The tensor-parallel group of this rank (None where it is alone) and the random numbers of its engine.
+
+    ``may_overwrite`` lets reductions work in place on what the op before made for them. It must be False where some results are kept
+    for a recomputation (selective recompute), as those must not change.
+    """
+
+    tp_group: dist.ProcessGroup | None
+    tp_rank: int
+    tp_size: int
+    random: RandomState
+    may_overwrite: bool = True
+
+
+def _stable_hash(*words: int) -> int:
+    """A 63-bit number, equal in every process."""
+    digest = hashlib.blake2b(b"".join(w.to_bytes(8, "little", signed=True) for w in words), digest_size=8)
+    return int.from_bytes(digest.digest(), "little") >> 1
