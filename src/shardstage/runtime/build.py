@@ -61,7 +61,13 @@ def build_engine(
     groups = build_groups(mesh, rank, ties.values())
     segments = {size: parts[groups.pp] for size, parts in by_size.items()}
     random = RandomState(seed=seed)
-    context = OperatorContext(tp_group=groups.tp_group, tp_rank=groups.tp, tp_size=mesh.tp, random=random)
+    context = OperatorContext(
+        tp_group=groups.tp_group,
+        tp_rank=groups.tp,
+        tp_size=mesh.tp,
+        random=random,
+        may_overwrite=plan.recompute != "selective",
+    )
     infos = _parameter_infos(program, next(iter(segments.values())), ties)
     precision: torch.dtype = getattr(torch, plan.precision)
     master_dtype = torch.float64 if precision == torch.float64 else torch.float32

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shardstage.graph.blocks import find_blocks
 from shardstage.graph.cuts import Segment
 from shardstage.operators import OperatorContext
 from shardstage.plan.plan import Recompute
@@ -98,11 +97,11 @@ def build_stage(
     """The stage with its parameters and buffers on meta.
 
     ``segments`` hold the same ops for every size of microbatch. ``parameter_dtype`` overrides the dtype of floating parameters (master
-    weights where FSDP2 casts them itself). A block is recomputed only if its kind repeats or it lies in a repeated module: the
-    embedding and the head with its loss keep their few, large activations.
+    weights where FSDP2 casts them itself). Only layers are recomputed: the embedding and the head
+    with its loss keep their few, large activations.
     """
     first = next(iter(segments.values()))
-    blocks = find_blocks(first.graph)
+    blocks = first.blocks
     outputs = _stage_outputs(first)
     buffer_fqns = {buffer.name: buffer.fqn for buffer in first.graph.buffers}
     stage = Stage(index=first.index, infos=infos, buffer_fqns=buffer_fqns, outputs=outputs)
@@ -115,14 +114,12 @@ def build_stage(
     ]
     uses = Counter(name for by_size in codes for name in by_size[next(iter(by_size))].parameters)
     _hold_shared(stage, first, uses, parameter_dtype)
-    repeated = Counter(block.kind for block in blocks)
     for block, by_size in zip(blocks, codes, strict=True):
         own = {
             name: _meta_parameter(first, name, parameter_dtype)
             for name in by_size[next(iter(by_size))].parameters
             if uses[name] == 1 and first.graph.values[name].kind == "parameter"
         }
-        is_recomputed = repeated[block.kind] > 1 or len(blocks) == 1
         stage.add(
             Block(
                 name=block.module,
@@ -130,7 +127,7 @@ def build_stage(
                 own=own,
                 shared=stage,
                 context=context,
-                recompute=recompute if is_recomputed else "none",
+                recompute=recompute if block.is_layer else "none",
             ),
             by_size,
         )
