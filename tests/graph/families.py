@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor, nn
 
 from shardstage.graph.source import BUILT_IN, ModelSource, load_model
@@ -114,4 +118,14 @@ FAMILIES = (*(name for name in BUILT_IN if name != "llama-small"), *PLAIN)
 
 
 def source_of(family: str) -> ModelSource:
-    return PLAIN[family]() if family in PLAIN else load_model(family)
+    return PLAIN[family]() if family in PLAIN else two_layers_of(family)
+
+
+def two_layers_of(name: str) -> ModelSource:
+    source = load_model(name)
+    config = copy.deepcopy(source.hf_config)
+    config.num_hidden_layers = 2
+    if hasattr(config, "num_decoder_layers"):
+        config.num_decoder_layers = 2
+    model_class = getattr(transformers, BUILT_IN[name][1])
+    return replace(source, factory=partial(model_class, config), hf_config=config)

@@ -3,15 +3,15 @@
 A graph is captured at *markers*: a microbatch and a length that are prime and divide no dimension of the model. Whatever they divide
 came from them, so a size k · B^i · S^j of the graph is k · b^i · s^j at microbatch b and length s:
 
-    captured at B = 31, S = 127      view(x, (31, 127, -1, 64))    flatten: (3937, 512)
-    at b = 4, s = 4096               view(x, (4, 4096, -1, 64))    flatten: (16384, 512)
+    captured at B = 1009, S = 131    view(x, (1009, 131, -1, 64))    flatten: (132179, 512)
+    at b = 4, s = 4096               view(x, (4, 4096, -1, 64))      flatten: (16384, 512)
 
 Models also shift by one token and look at pairs of positions: S - 1, S + 1 and 2S - 1 follow the length too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Set
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,9 @@ __all__ = ["at", "markers"]
 
 # From here on an integer means "to the end" (torch writes 2**63 - 1), whatever divides it.
 _NO_SIZE = 1 << 62
-_SMALLEST_MICROBATCH = 31
+# Beyond the small integers that models write down, such as a number of buckets.
+_SMALLEST_MICROBATCH = 1009
+_POWERS_OF_TWO = frozenset(1 << power for power in range(1, 24))
 # (multiple of the length, distance from it)
 _NEAR_LENGTH = ((1, -1), (1, 1), (2, -1))
 
@@ -72,7 +74,7 @@ def markers(
     if sequence is None:
         return microbatch, None
     limit = max_sequence if max_sequence is not None else 2 * sequence + 64
-    lengths = {microbatch, *taken, *_near(taken)}
+    lengths = {microbatch, *taken, *_near(taken | _POWERS_OF_TWO)}
     longer = (p for p in range(sequence, limit + 1) if _is_marker(p, lengths))
     shorter = (p for p in range(min(sequence, limit), 10, -1) if _is_marker(p, lengths))
     return microbatch, next(longer, next(shorter, None))
@@ -143,7 +145,7 @@ def _resized(argument: Any, resize: Callable[[int], int]) -> Any:
     return float(resize(int(argument))) if is_whole else argument
 
 
-def _near(sizes: set[int]) -> set[int]:
+def _near(sizes: Set[int]) -> set[int]:
     """Lengths L for which a size would be taken for L - 1, L + 1 or 2L - 1."""
     return {(size - distance) // multiple for size in sizes for multiple, distance in _NEAR_LENGTH}
 
@@ -152,6 +154,6 @@ def _upwards(start: int) -> Iterable[int]:
     return range(start, start + 100_000)
 
 
-def _is_marker(candidate: int, taken: set[int]) -> bool:
+def _is_marker(candidate: int, taken: Set[int]) -> bool:
     is_prime = candidate > 1 and all(candidate % d for d in range(2, int(candidate**0.5) + 1))
     return is_prime and all(size % candidate for size in taken)
