@@ -13,14 +13,18 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from tests.checkpoint.states import TP_3, WHOLE, assert_filled, blank, entries
+from tests.checkpoint import states
+from tests.checkpoint.states import WHOLE, assert_filled, blank, entries
 from torch.distributed.checkpoint.filesystem import FileSystem
 
 from shardstage.checkpoint import latest, load, save
 from shardstage.errors import CheckpointError
+from shardstage.layout import Shard
 from shardstage.runtime.process_group import BACKEND, register_backend
 
 EXTRA = {"position": 12}
+LARGE = {**WHOLE, "model.large": torch.zeros(300_000)}
+TP_3 = {**states.TP_3, "model.large": Shard(dim=0, sections=((100_000, 100_000, 100_000),))}
 
 
 def run_rank(rank: int, port: int, folder: Path) -> None:
@@ -70,7 +74,7 @@ def a_full_disk_of_one_rank_is_an_error_on_all(rank: int, folder: Path) -> None:
         mock.patch.object(FileSystem, "create_stream", create_stream),
         pytest.raises(CheckpointError, match=r"\(rank 2\): .*No space left on device"),
     ):
-        save(folder / "tp3", 2, entries(WHOLE, TP_3, rank), {})
+        save(folder / "tp3", 2, entries(LARGE, TP_3, rank), {})
     assert latest(folder / "tp3") == 1
     save(folder / "tp3", 3, entries(WHOLE, TP_3, rank), EXTRA)
     assert sorted(path.name for path in (folder / "tp3").iterdir()) == ["step-00000001", "step-00000003"]

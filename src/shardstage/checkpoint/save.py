@@ -12,6 +12,8 @@ from typing import Any
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
 from shardstage.checkpoint.agreement import as_checkpoint_error, is_first, on_first
 from shardstage.checkpoint.box_planners import BoxSavePlanner
@@ -68,7 +70,7 @@ def _write_tensors(
     partial: Path, entries: Iterable[StateEntry], group: dist.ProcessGroup | None, what: str
 ) -> None:
     """Writes and syncs every rank's files; torch.distributed.checkpoint raises the errors of any rank on all."""
-    writer = dcp.FileSystemWriter(partial, sync_files=True)
+    writer = _PlainWriter(partial, sync_files=True)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
@@ -78,6 +80,19 @@ def _write_tensors(
         if not isinstance(cause, Exception):  # Ctrl-C, an exit
             raise cause from None
         raise as_checkpoint_error(cause, f"{what} (rank {rank})") from error
+
+
+class _PlainWriter(dcp.FileSystemWriter):
+    """Raises the system's own error, such as a full disk: torch.save hides it behind one about its file format."""
+
+    def write_data(self, plan: dcp.SavePlan, planner: dcp.SavePlanner) -> Future[list[WriteResult]]:
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as error:
+            cause = error.__context__
+            if isinstance(cause, OSError):
+                raise cause from None
+            raise
 
 
 def _write_extra(path: Path, content: Mapping[str, Any]) -> None:
