@@ -18,6 +18,7 @@ __all__ = [
     "backend_reduce_scatter",
     "process_group_name",
     "reduce_scatter_single",
+    "scale_all",
     "storage_key",
     "written_tensors",
 ]
@@ -55,10 +56,18 @@ def all_gather_single(output: torch.Tensor, tensor: torch.Tensor, group: dist.Pr
     call(output, tensor, group=group)
 
 
-def reduce_scatter_single(output: torch.Tensor, tensor: torch.Tensor, group: dist.ProcessGroup) -> None:
+def reduce_scatter_single(
+    output: torch.Tensor, tensor: torch.Tensor, group: dist.ProcessGroup, *, async_op: bool = False
+) -> dist.Work | None:
     """Sums the ranks' tensors and keeps this rank's part: ``reduce_scatter_tensor`` until 2.13, deprecated since."""
     call = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-    call(output, tensor, group=group)
+    work: dist.Work | None = call(output, tensor, group=group, async_op=async_op)
+    return work
+
+
+def scale_all(tensors: list[torch.Tensor], factor: float) -> None:
+    """Multiplies every tensor in place, in few kernels; what ``torch.nn.utils.clip_grad_norm_`` calls (2.11 to 2.15)."""
+    torch._foreach_mul_(tensors, factor)
 
 
 def storage_key(tensor: torch.Tensor) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 
 from shardstage.errors import PlanError
 from shardstage.graph import ModelGraph
@@ -23,7 +23,7 @@ def lower(graph: ModelGraph, plan: Plan) -> Program:
     stage that begins at an op the graph does not have.
     """
 
-    @lru_cache(maxsize=None)
+    @cache
     def sharding_at(microbatch: int) -> Sharding:
         return shard(
             _sized(graph, microbatch, plan.sequence),

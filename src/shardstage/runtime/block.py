@@ -146,7 +146,9 @@ class _FunctionBuilder:
         self._nodes[constant.name] = self._graph.get_attr(attribute)
 
     def call(self, op: Op) -> None:
-        target = self._library[op.target] if op.target in self._library else resolve(op.target)
+        target = (
+            _named(op.target, self._library[op.target]) if op.target in self._library else resolve(op.target)
+        )
         node = self._graph.call_function(target, self._arguments(op.args), dict(self._keywords(op)))
         if op.returns_sequence:
             for index, name in enumerate(op.outputs):
@@ -172,6 +174,14 @@ class _FunctionBuilder:
 
     def _node(self, ref: Ref) -> torch.fx.Node:
         return self._nodes[ref.name]
+
+
+def _named(target: str, call: Callable[..., Any]) -> Callable[..., Any]:
+    """The operator as a callable with the name under which generated code finds it."""
+    named = partial(call)
+    named.__name__ = named.__qualname__ = target.replace(".", "_")  # type: ignore[attr-defined]
+    named.__module__ = __name__
+    return named
 
 
 def _item(sequence: Sequence[Tensor], index: int) -> Tensor:

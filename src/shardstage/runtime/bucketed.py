@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from shardstage.compat import all_gather_single, reduce_scatter_single
 from shardstage.layout import Replicate, Shard
 from shardstage.runtime.groups import RankGroups
 from shardstage.runtime.leaves import Leaf, ParameterInfo, Piece
@@ -205,8 +206,8 @@ class BucketedParameters:
         if group is None:
             return
         if self._is_sharded:
-            bucket.work = dist.reduce_scatter_tensor(
-                bucket.shard_gradients, bucket.flat_gradients, group=group, async_op=True
+            bucket.work = reduce_scatter_single(
+                bucket.shard_gradients, bucket.flat_gradients, group, async_op=True
             )
         else:
             bucket.work = dist.all_reduce(bucket.flat_gradients, group=group, async_op=True)
@@ -315,4 +316,5 @@ def _write(flat: Tensor, offset: int, local: Tensor) -> None:
 
 
 def _all_gather_flat(flat: Tensor, part: Tensor, group: dist.ProcessGroup | None) -> None:
-    dist.all_gather_into_tensor(flat, part.clone(), group=group)
+    assert group is not None
+    all_gather_single(flat, part.clone(), group)

