@@ -3,3 +3,29 @@
 Owns the folding of repeated blocks, the prices of compute, collectives and memory, and the model of a step's time. In go a ModelGraph and
 a Cluster, out come seconds and bytes. It refuses to know plans: ``StepSetup`` holds the few numbers of one that a price depends on.
 """
+
+from shardstage.cost.balance import balanced
+from shardstage.cost.fold import Folded, Unit, fold
+from shardstage.cost.links import Links
+from shardstage.cost.memory import MemoryUse, stage_memory
+from shardstage.cost.profile import Profile, UnitCost, profile
+from shardstage.cost.setup import StepSetup
+from shardstage.cost.step import Prediction, StagePrediction, predict_step, stage_times
+
+__all__ = [
+    "Folded",
+    "Links",
+    "MemoryUse",
+    "Prediction",
+    "Profile",
+    "StagePrediction",
+    "StepSetup",
+    "Unit",
+    "UnitCost",
+    "balanced",
+    "fold",
+    "predict_step",
+    "profile",
+    "stage_memory",
+    "stage_times",
+]

@@ -1,0 +1,103 @@
+"""What a rank holds at its peak, category by category, by the rules that the engine allocates by.
+
+    e elements of the stage's local parameters, c bytes of one in computation, w = max(4, c) bytes of one in the optimizer, d = dp
+
+                 zero=0          zero=1            zero=2                  zero=3
+    parameters   e c             e c               e c                     c (two largest units + shared)
+    master       e w if c ≠ w    e w / d if c ≠ w  e w / d                 e w / d
+    gradients    e w             e w (1 + 1 / d)   e w / d + one unit      e w / d + one unit
+    optimizer    2 e w           2 e w / d         2 e w / d               2 e w / d
+
+Notation as in Rajbhandari et al., "ZeRO", 2020, table 1, with the two moments of AdamW.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
+
+from shardstage.cost.profile import Profile
+from shardstage.cost.setup import StepSetup
+
+__all__ = ["MemoryUse", "stage_elements", "stage_memory"]
+
+MOMENTS: Final = 2
+"""AdamW's: the running means of the gradient and of its square."""
+
+GATHERED_UNITS: Final = 2
+"""FSDP2 gathers the next block while one computes."""
+
+POSTED_RECEIVES: Final = 2
+"""The engine posts the receives of the next two computations."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MemoryUse:
+    """Bytes of one rank at its peak; ``recompute`` and ``transient`` come and go, the others stay through the backward."""
+
+    parameters: int
+    master: int
+    gradients: int
+    optimizer: int
+    activations: int
+    recompute: int
+    transient: int
+    communication: int
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(num_bytes for _, num_bytes in self.categories())
+
+    def categories(self) -> Iterator[tuple[str, int]]:
+        """Each category with its bytes, empty ones left out."""
+        yield from ((name, num_bytes) for name in self.__slots__ if (num_bytes := getattr(self, name)))
+
+
+def stage_elements(profile: Profile, setup: StepSetup, stage: int) -> int:
+    """Local parameter elements of a stage; one that several of its units share counts once."""
+    units = [profile.units[index] for index in setup.units_of(stage, profile)]
+    shared = {name for unit in units for name in unit.shared}
+    return sum(unit.own_elements for unit in units) + sum(profile.shared_elements[name] for name in shared)
+
+
+def stage_memory(profile: Profile, setup: StepSetup, stage: int) -> MemoryUse:
+    """The peak of a rank of one stage: the largest op's backward, with the activations of all microbatches in flight still held.
+
+    That op's gradients are as large as what it reads and writes, which is counted as ``transient``.
+    """
+    units = [profile.units[index] for index in setup.units_of(stage, profile)]
+    elements = stage_elements(profile, setup, stage)
+    shared = sum(profile.shared_elements[n] for n in {name for unit in units for name in unit.shared})
+    by_size = sorted((unit.own_elements for unit in units), reverse=True)
+    largest = max([by_size[0], shared])
+    in_flight = setup.in_flight(stage)
+    received = units[0].input_bytes if stage else 0
+    kept = [unit.kept[setup.recompute] for unit in units]
+    level, c, w = setup.sharding_level, setup.compute_bytes, setup.master_bytes
+    shards = setup.mesh.dp if level else 1
+    part = -(-elements // shards)
+    if level >= 2:
+        whole = elements if level == 2 else min(elements, sum(by_size[:GATHERED_UNITS]) + shared)
+        gradients = part * w + largest * (c + w)
+    else:
+        whole = elements
+        gradients = elements * w + (part * w if level else 0)
+    return MemoryUse(
+        parameters=whole * c,
+        master=part * w if level >= 2 or c != w else 0,
+        gradients=gradients,
+        optimizer=MOMENTS * part * w,
+        activations=in_flight * (sum(k.saved_bytes for k in kept) + received),
+        recompute=max(k.extra_bytes for k in kept),
+        transient=max(unit.transient_bytes for unit in units),
+        communication=_communication_bytes(setup, profile, stage, elements),
+    )
+
+
+def _communication_bytes(setup: StepSetup, profile: Profile, stage: int, elements: int) -> int:
+    """Receives that are posted ahead, in both directions, and the copy of a bucket's part that ZeRO-1 gathers from."""
+    stages = range(stage, min(stage + 2, setup.mesh.pp))
+    posted = sum(POSTED_RECEIVES * profile.units[setup.starts[s]].input_bytes for s in stages if s)
+    bucket = min(setup.bucket_bytes, elements * setup.compute_bytes) // setup.mesh.dp
+    return posted + (bucket if setup.sharding_level == 1 else 0)

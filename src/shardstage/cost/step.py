@@ -1,0 +1,187 @@
+"""``predict_step``: a first, analytic model of how long a step takes.
+
+    step = max over stages ( end of its last backward + exposed reduction of its gradients ) + optimizer
+
+    end        the pipeline's recurrence over the stages' forward and backward seconds (``run_pipeline``)
+    forward    Σ units: compute + talk along tp, which nothing hides
+    backward   the same, and what is recomputed
+    exposed    what of the gradients' reduction the last backward does not hide; its last bucket never is
+    ZeRO-2/3   gathers and reductions of every microbatch, hidden by compute but for the first and the last unit
+
+How much hides under compute is the device's (``Links.hidden_ratio``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from shardstage.cluster import CollectiveKind
+from shardstage.cost.compute import optimizer_s
+from shardstage.cost.links import Links
+from shardstage.cost.memory import MemoryUse, stage_elements, stage_memory
+from shardstage.cost.pipeline import StageTime, run_pipeline
+from shardstage.cost.profile import Profile, UnitCost
+from shardstage.cost.setup import StepSetup
+
+__all__ = ["Prediction", "StagePrediction", "predict_step", "stage_times"]
+
+TIME_LOW, TIME_HIGH = 0.8, 1.5
+"""Measured over predicted time, 10th and 90th percentile of the published runs in benchmarks/prediction_sanity."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StagePrediction:
+    """One stage on one of its ranks: seconds of a microbatch, its share of all stages' compute, bytes at the peak."""
+
+    forward_s: float
+    backward_s: float
+    compute_ratio: float
+    num_elements: int
+    memory: MemoryUse
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """What a step is expected to take. ``exposed_*_s`` are the seconds of the slowest stage that wait for an axis.
+
+    ``bubble_ratio`` is the share of the pipeline's time in which the average stage idles. ``mfu`` counts three forwards per sample (Chowdhery
+    et al., "PaLM", 2022, appendix B), attention in full, over the device's best rate.
+    """
+
+    step_time_s: float
+    step_time_low_s: float
+    step_time_high_s: float
+    stages: tuple[StagePrediction, ...]
+    bubble_ratio: float
+    exposed_dp_s: float
+    exposed_tp_s: float
+    exposed_pp_s: float
+    optimizer_s: float
+    samples_per_s: float
+    tokens_per_s: float
+    mfu: float
+
+    def rank_peak_bytes(self, stage: int) -> int:
+        """Predicted peak of a rank of this stage."""
+        return self.stages[stage].memory.total_bytes
+
+    @property
+    def peak_bytes(self) -> int:
+        """Of the rank that holds most."""
+        return max(stage.memory.total_bytes for stage in self.stages)
+
+
+def predict_step(profile: Profile, setup: StepSetup, links: Links) -> Prediction:
+    """Seconds and bytes of one step on the links' cluster."""
+    cluster = links.cluster
+    times = stage_times(profile, setup, links)
+    m, num_stages = setup.num_microbatches, setup.mesh.pp
+    ends = run_pipeline(times, m, setup.schedule)
+    instant = run_pipeline([time._replace(receive_s=0.0) for time in times], m, setup.schedule)
+    exposed = [_exposed_reduction_s(profile, setup, links, s, times[s]) for s in range(num_stages)]
+    update = max(_update_s(profile, setup, links, s) for s in range(num_stages))
+    backward_done = max(end + wait for end, wait in zip(ends, exposed, strict=True))
+    step_s = backward_done + update + links.norm_s()
+    busy = [m * (time.forward_s + time.backward_s) for time in times]
+    talk = [
+        m * sum(u.tp_forward_s + u.tp_backward_s for u in _units(profile, setup, s))
+        for s in range(num_stages)
+    ]
+    rate = cluster.device.rate(setup.precision) * setup.mesh.world_size
+    return Prediction(
+        step_time_s=step_s,
+        step_time_low_s=TIME_LOW * step_s,
+        step_time_high_s=TIME_HIGH * step_s,
+        stages=_stages(profile, setup, times),
+        bubble_ratio=1 - sum(busy) / (num_stages * max(ends)),
+        exposed_dp_s=backward_done - max(ends),
+        exposed_tp_s=max(talk),
+        exposed_pp_s=max(ends) - max(instant),
+        optimizer_s=update,
+        samples_per_s=setup.global_batch / step_s,
+        tokens_per_s=setup.global_batch * (setup.sequence or 1) / step_s,
+        mfu=3 * profile.whole_flops * setup.global_batch / setup.microbatch / (step_s * rate),
+    )
+
+
+def stage_times(profile: Profile, setup: StepSetup, links: Links) -> tuple[StageTime, ...]:
+    """Seconds of every stage for one microbatch."""
+    return tuple(_stage_time(profile, setup, links, stage) for stage in range(setup.mesh.pp))
+
+
+def _units(profile: Profile, setup: StepSetup, stage: int) -> list[UnitCost]:
+    return [profile.units[index] for index in setup.units_of(stage, profile)]
+
+
+def _stage_time(profile: Profile, setup: StepSetup, links: Links, stage: int) -> StageTime:
+    units = _units(profile, setup, stage)
+    forward_s = sum(unit.forward_s + unit.tp_forward_s for unit in units)
+    backward_s = sum(
+        unit.backward_s + unit.tp_backward_s + unit.kept[setup.recompute].recompute_s for unit in units
+    )
+    if setup.sharding_level >= 2:
+        gathers = [links.dp_s("all_gather", unit.own_elements * setup.compute_bytes) for unit in units]
+        sums = [links.dp_s("reduce_scatter", unit.own_elements * setup.master_bytes) for unit in units]
+        again = gathers if setup.sharding_level == 3 else []
+        forward_s = _beside(forward_s, sum(gathers), gathers[0], links.hidden_ratio)
+        backward_s = _beside(backward_s, sum(again) + sum(sums), sums[0], links.hidden_ratio)
+    receive_s = links.transfer_s(units[0].input_bytes) if stage else 0.0
+    return StageTime(forward_s, backward_s, receive_s)
+
+
+def _beside(compute_s: float, talk_s: float, alone_s: float, hidden_ratio: float) -> float:
+    """Seconds of compute with talk beside it, of which ``alone_s`` has nothing to hide under."""
+    return compute_s + max(alone_s, talk_s - hidden_ratio * compute_s)
+
+
+def _exposed_reduction_s(
+    profile: Profile, setup: StepSetup, links: Links, stage: int, time: StageTime
+) -> float:
+    """Seconds after the last backward until a stage's gradients are summed over dp and ties."""
+    waited = links.tie_s(_tied_elements(profile, setup, stage) * setup.master_bytes)
+    if setup.mesh.dp == 1 or setup.sharding_level >= 2:
+        return waited
+    elements = stage_elements(profile, setup, stage)
+    kind: CollectiveKind = "reduce_scatter" if setup.sharding_level else "all_reduce"
+    num_buckets = max(1, -(-elements * setup.compute_bytes // setup.bucket_bytes))
+    all_s = links.dp_s(kind, elements * setup.master_bytes, num_buckets)
+    return waited + max(all_s / num_buckets, all_s - links.hidden_ratio * time.backward_s)
+
+
+def _tied_elements(profile: Profile, setup: StepSetup, stage: int) -> int:
+    """Elements of the parameters that this stage shares with another."""
+    names = [{n for unit in _units(profile, setup, s) for n in unit.shared} for s in range(setup.mesh.pp)]
+    others = set().union(*(found for s, found in enumerate(names) if s != stage))
+    return sum(profile.shared_elements[name] for name in names[stage] & others)
+
+
+def _update_s(profile: Profile, setup: StepSetup, links: Links, stage: int) -> float:
+    """The optimizer over what a rank owns, and under ZeRO-1 the gather of the new parameters."""
+    elements = stage_elements(profile, setup, stage)
+    own = elements // (setup.mesh.dp if setup.sharding_level else 1)
+    num_buckets = max(1, -(-elements * setup.compute_bytes // setup.bucket_bytes))
+    num_tensors = num_buckets
+    if setup.sharding_level >= 2:
+        num_tensors = sum(unit.num_parameters for unit in _units(profile, setup, stage))
+    step_s = optimizer_s(own, setup.master_bytes, num_tensors, links.cluster.device)
+    if setup.sharding_level == 1:
+        step_s += links.dp_s("all_gather", elements * setup.compute_bytes, num_buckets)
+    return step_s
+
+
+def _stages(profile: Profile, setup: StepSetup, times: Sequence[StageTime]) -> tuple[StagePrediction, ...]:
+    compute = [
+        sum(unit.forward_s + unit.backward_s for unit in _units(profile, setup, s))
+        for s in range(setup.mesh.pp)
+    ]
+    return tuple(
+        StagePrediction(
+            forward_s=time.forward_s,
+            backward_s=time.backward_s,
+            compute_ratio=compute[stage] / sum(compute),
+            num_elements=stage_elements(profile, setup, stage),
+            memory=stage_memory(profile, setup, stage),
+        )
+        for stage, time in enumerate(times)
+    )

@@ -1,0 +1,54 @@
+"""``predict``: what a given plan is expected to take on a cluster."""
+
+from __future__ import annotations
+
+from shardstage.cluster import Cluster
+from shardstage.cost import Links, Prediction, StepSetup, fold, predict_step, profile
+from shardstage.errors import PlanError
+from shardstage.graph import ModelGraph
+from shardstage.plan import Plan
+
+__all__ = ["predict", "setup_of"]
+
+
+def predict(graph: ModelGraph, plan: Plan, cluster: Cluster) -> Prediction:
+    """Step time and memory of a checked plan.
+
+    Priced is the data-parallel rank with the largest share, which the others wait for. Raises ``PlanError`` if the cluster is smaller than the plan.
+    """
+    if plan.mesh.world_size > cluster.num_devices:
+        raise PlanError(
+            f"the plan is for {plan.mesh.world_size} ranks, and cluster {cluster.name!r} has {cluster.num_devices} devices",
+            hint=f"--cluster {cluster.name}:{plan.mesh.world_size}",
+        )
+    positions = {op.name: index for index, op in enumerate(graph.ops)}
+    boundaries = tuple(positions[stage.first] for stage in plan.stages)
+    folded = fold(graph, boundaries=boundaries)
+    setup = setup_of(plan, tuple(folded.unit_at(position) for position in boundaries))
+    priced = profile(
+        folded,
+        cluster,
+        tp=plan.mesh.tp,
+        microbatch=setup.microbatch,
+        sequence=plan.sequence,
+        is_sequence_parallel=plan.is_sequence_parallel,
+        replicate=plan.replicate,
+    )
+    return predict_step(priced, setup, Links(cluster, plan.mesh))
+
+
+def setup_of(plan: Plan, starts: tuple[int, ...]) -> StepSetup:
+    """What of a plan its price depends on, with stages that begin at the units ``starts``."""
+    return StepSetup(
+        mesh=plan.mesh,
+        starts=starts,
+        microbatch=-(-max(plan.shares) // plan.num_microbatches),
+        num_microbatches=plan.num_microbatches,
+        global_batch=plan.global_batch,
+        sequence=plan.sequence,
+        zero=plan.zero,
+        recompute=plan.recompute,
+        schedule=plan.schedule,
+        precision=plan.precision,
+        bucket_bytes=plan.bucket_bytes,
+    )
