@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,8 +12,14 @@ from shardstage.graph import ModelGraph, Ref
 from shardstage.operators.resolve import literal, resolve
 
 
-def run(graph: ModelGraph, state: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> Tensor:
-    """The graph's output; ``state`` holds parameters and buffers by the model's names."""
+def run(
+    graph: ModelGraph,
+    state: Mapping[str, Tensor],
+    batch: Mapping[str, Tensor],
+    library: Mapping[str, Callable[..., Any]] | None = None,
+) -> Tensor:
+    """The graph's output; ``state`` holds parameters and buffers by the model's names, ``library`` operators that are not torch's."""
+    own = library or {}
     env: dict[str, Any] = dict(batch)
     env.update({item.name: state[item.fqn] for item in (*graph.parameters, *graph.buffers)})
     for constant in graph.constants:
@@ -22,7 +28,8 @@ def run(graph: ModelGraph, state: Mapping[str, Tensor], batch: Mapping[str, Tens
         env[constant.name] = elements.reshape(value.shape)
     for op in graph.ops:
         kwargs = {key: _argument(item, env) for key, item in op.kwargs}
-        result = resolve(op.target)(*(_argument(item, env) for item in op.args), **kwargs)
+        function = own.get(op.target) or resolve(op.target)
+        result = function(*(_argument(item, env) for item in op.args), **kwargs)
         for name, tensor in zip(op.outputs, result if op.returns_sequence else (result,), strict=True):
             if name is not None:
                 env[name] = tensor

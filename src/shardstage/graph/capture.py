@@ -17,13 +17,14 @@ from shardstage.graph.capture_program import StoredNames, graph_of
 from shardstage.graph.capture_replay import contiguous, replay
 from shardstage.graph.capture_transformers import as_untraced
 from shardstage.graph.model_graph import ModelGraph
+from shardstage.graph.normalise import is_of_the_model, short_path
 from shardstage.graph.saved_trace import trace_saved
 from shardstage.graph.scale import at, markers
 from shardstage.graph.skeleton import build_skeleton, fake_parameters
 from shardstage.graph.source import ModelSource, source_of_model
 from shardstage.graph.tasks import Task
 
-__all__ = ["capture"]
+__all__ = ["capture", "model_sizes"]
 
 _DEFAULT_SEQUENCE = 128
 # Sizes at which a graph must still fit together to be called scalable: coprime to each other and unlike any marker.
@@ -49,13 +50,27 @@ def capture(
     skeleton = model if isinstance(model, nn.Module) else build_skeleton(source.factory)
     if microbatch is not None:
         return trace_saved(_capture_at(skeleton, source, microbatch, sequence, dtype))
-    wanted = min(sequence or _DEFAULT_SEQUENCE, source.max_sequence or (1 << 62))
-    marked = markers(
-        _sizes(skeleton, source),
-        sequence=wanted if source.task.has_sequence else None,
+    return trace_saved(_capture_scalable(skeleton, source, sequence or _DEFAULT_SEQUENCE, dtype))
+
+
+def _capture_scalable(model: nn.Module, source: ModelSource, sequence: int, dtype: str) -> ModelGraph:
+    """The graph at markers; where it does not scale with one of them, at one sample or at ``sequence`` tokens instead."""
+    has_sequence = source.task.has_sequence
+    wanted = min(sequence, source.max_sequence or sequence)
+    microbatch, length = markers(
+        model_sizes(model, source),
+        sequence=wanted if has_sequence else None,
         max_sequence=source.max_sequence,
     )
-    return trace_saved(_as_scalable(_capture_at(skeleton, source, *marked, dtype)))
+    graph = _capture_at(model, source, microbatch, length if length is not None else wanted, dtype)
+    is_scalable = _fits(replace(graph, is_scalable=True), _OTHER_MICROBATCH, graph.sequence)
+    is_sequence_scalable = length is not None and _fits(
+        replace(graph, is_sequence_scalable=True), microbatch, min(_OTHER_SEQUENCE, length)
+    )
+    if not is_scalable or (has_sequence and not is_sequence_scalable):
+        length = length if is_sequence_scalable else wanted
+        graph = _capture_at(model, source, microbatch if is_scalable else 1, length, dtype)
+    return replace(graph, is_scalable=is_scalable, is_sequence_scalable=is_sequence_scalable)
 
 
 def _source(model: nn.Module | Callable[[], nn.Module] | ModelSource, task: Task | None) -> ModelSource:
@@ -66,7 +81,7 @@ def _source(model: nn.Module | Callable[[], nn.Module] | ModelSource, task: Task
     return replace(source_of_model(build_skeleton(model), task=task), factory=model)
 
 
-def _sizes(model: nn.Module, source: ModelSource) -> Iterator[int]:
+def model_sizes(model: nn.Module, source: ModelSource) -> Iterator[int]:
     """Every size that is the model's own, and the numbers of its configuration."""
     for tensor in (*model.parameters(), *model.buffers()):
         yield from tensor.shape
@@ -76,15 +91,6 @@ def _sizes(model: nn.Module, source: ModelSource) -> Iterator[int]:
     if hasattr(source.hf_config, "to_dict"):
         numbers = source.hf_config.to_dict().values()
         yield from (number for number in numbers if isinstance(number, int) and number != source.max_sequence)
-
-
-def _as_scalable(graph: ModelGraph) -> ModelGraph:
-    """The graph marked with the sizes in which it was found to scale."""
-    is_scalable = _fits(replace(graph, is_scalable=True), _OTHER_MICROBATCH, graph.sequence)
-    is_sequence_scalable = graph.sequence is not None and _fits(
-        replace(graph, is_sequence_scalable=True), graph.microbatch, min(_OTHER_SEQUENCE, graph.sequence)
-    )
-    return replace(graph, is_scalable=is_scalable, is_sequence_scalable=is_sequence_scalable)
 
 
 def _fits(graph: ModelGraph, microbatch: int, sequence: int | None) -> bool:
@@ -156,18 +162,20 @@ def _exported(module: nn.Module, batch: dict[str, Tensor]) -> torch.export.Expor
             return torch.export.export(module, (batch,), strict=False)
     except Exception as error:  # whatever the model's own code raises
         raise CaptureError(
-            f"the model cannot be captured: {_first_line(error)}\n  at {_user_line(error)}",
-            hint="capture_or_blocks(...) falls back to whole modules",
+            f"{_reason(error)}\n  at {_line_of(error)}",
+            hint="capture_or_blocks(source) falls back to whole modules",
         ) from error
 
 
-def _first_line(error: Exception) -> str:
+def _reason(error: Exception) -> str:
+    kind = type(error).__name__
+    if kind.startswith(("GuardOnDataDependent", "DataDependent", "DynamicOutputShape")):
+        return "data-dependent control flow"
     lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+    return f"{kind}: {lines[0] if lines else 'no message'}"
 
 
-def _user_line(error: Exception) -> str:
+def _line_of(error: Exception) -> str:
     """``file:line: code`` of the innermost frame outside torch and this package."""
-    own = (torch.__path__[0], str(__file__).rsplit("/", 1)[0])
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(own)]
-    return f"{frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}" if frames else "an unknown line"
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if is_of_the_model(f.filename)]
+    return f"{short_path(frames[-1].filename)}:{frames[-1].lineno}: {frames[-1].line}" if frames else "?"

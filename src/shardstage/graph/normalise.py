@@ -25,7 +25,15 @@ from shardstage.errors import CaptureError
 from shardstage.graph.capture_targets import plain, resolve
 from shardstage.graph.model_graph import Op, Ref
 
-__all__ = ["TracedOp", "is_mutating", "normalise", "remove_dead"]
+__all__ = [
+    "TracedOp",
+    "is_mutating",
+    "is_of_the_model",
+    "normalise",
+    "remove_dead",
+    "short_path",
+    "source_of",
+]
 
 # The same value under another name: what the tracer writes around a constant.
 _LIFTS = frozenset({"aten.lift_fresh_copy.default", "aten.lift_fresh.default"})
@@ -207,14 +215,19 @@ def _source(trace: str) -> str:
     frames = [i for i, line in enumerate(lines) if line.lstrip().startswith('File "')]
     for i in reversed(frames):
         _, file, rest = lines[i].split('"', 2)
-        if not file.startswith(_NOT_THE_MODEL):
+        if is_of_the_model(file):
             number = rest.split("line ")[1].split(",")[0]
             code = lines[i + 1].strip() if i + 1 < len(lines) else ""
-            return f"{_short(file)}:{number}: {code}"
+            return f"{short_path(file)}:{number}: {code}"
     return ""
 
 
-def _short(file: str) -> str:
+def is_of_the_model(file: str) -> bool:
+    """Whether a line of code is neither torch's nor this package's."""
+    return not file.startswith(_NOT_THE_MODEL)
+
+
+def short_path(file: str) -> str:
     """The path as an import would name it, or relative to where the user stands."""
     for root in (*_PACKAGE_ROOTS, str(Path.cwd())):
         if file.startswith(root + "/"):

@@ -83,7 +83,7 @@ def causal_task(vocab_size: int) -> Task:
 
 def masked_task(vocab_size: int) -> Task:
     """Hidden tokens, from both sides."""
-    return _token_task("masked", vocab_size, _masked_loss)
+    return _token_task("masked", vocab_size, _plain_loss)
 
 
 def seq2seq_task(vocab_size: int, *, start_id: int, pad_id: int) -> Task:
@@ -100,7 +100,7 @@ def image_task(*, image_size: tuple[int, int], num_channels: int, num_classes: i
             "pixel_values": InputSpec(shape=("microbatch", num_channels, *image_size), dtype="float32"),
             "labels": InputSpec(shape=("microbatch",), high=num_classes),
         },
-        loss=_image_loss,
+        loss=_plain_loss,
     )
 
 
@@ -124,12 +124,11 @@ def _token_task(objective: str, vocab_size: int, loss: Loss) -> Task:
 
 
 def _causal_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    options = {"use_cache": False} if hasattr(model, "config") else {}
-    return _summed_cross_entropy(_logits(model(**_without_labels(batch), **options)), batch["labels"])
+    return _summed_cross_entropy(_logits(_apply(model, batch, use_cache=False)), batch["labels"])
 
 
-def _masked_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    return _summed_cross_entropy(_logits(model(**_without_labels(batch))), batch["labels"])
+def _plain_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    return _summed_cross_entropy(_logits(_apply(model, batch)), batch["labels"])
 
 
 def _seq2seq_loss(model: nn.Module, batch: Mapping[str, Tensor], *, start_id: int, pad_id: int) -> Tensor:
@@ -141,10 +140,16 @@ def _seq2seq_loss(model: nn.Module, batch: Mapping[str, Tensor], *, start_id: in
     return _summed_cross_entropy(_logits(output), labels)
 
 
-def _image_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+def _plain_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     images = batch["pixel_values"]
     output = model(pixel_values=images) if hasattr(model, "config") else model(images)
     return _summed_cross_entropy(_logits(output), batch["labels"])
+
+
+def _apply(model: nn.Module, batch: Mapping[str, Tensor], **options: Any) -> Any:
+    """The model's output for all of the batch but the labels: by name for one of transformers, in order for a plain module."""
+    inputs = _without_labels(batch)
+    return model(**inputs, **options) if hasattr(model, "config") else model(*inputs.values())
 
 
 def _summed_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
