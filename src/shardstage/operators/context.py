@@ -29,8 +29,12 @@ class RandomState:
         generator = self._generators.get(device)
         if generator is None:
             generator = self._generators[device] = torch.Generator(device)
-        generator.manual_seed(_stable_hash(self.seed, self.step, *key))
+        generator.manual_seed(self.seed_of(*key))
         return torch.rand(shape, generator=generator, dtype=torch.float32, device=device)
+
+    def seed_of(self, *key: int) -> int:
+        """A 63-bit number that depends on seed, step and ``key``, equal in every process."""
+        return _stable_hash(self.seed, self.step, *key)
 
 
 @dataclass(frozen=True, kw_only=True)

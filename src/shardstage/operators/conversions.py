@@ -37,32 +37,32 @@ __all__ = [
 
 def sum_gradient(context: OperatorContext, x: Tensor, is_gradient_fresh: bool) -> Tensor:
     """I → R. ``is_gradient_fresh`` says that the gradient that arrives is nobody else's and may be overwritten."""
-    return _SumGradient.apply(x, context, is_gradient_fresh)  # type: ignore[no-any-return]
+    return _SumGradient.apply(x, context, is_gradient_fresh)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def all_reduce(context: OperatorContext, x: Tensor) -> Tensor:
     """P → I."""
-    return _AllReduce.apply(x, context)  # type: ignore[no-any-return]
+    return _AllReduce.apply(x, context)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def all_gather(context: OperatorContext, x: Tensor, dim: int, sections: Sections) -> Tensor:
     """S → R."""
-    return _AllGather.apply(x, context, dim, sections)  # type: ignore[no-any-return]
+    return _AllGather.apply(x, context, dim, sections)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def gather_whole(context: OperatorContext, x: Tensor, dim: int, sections: Sections) -> Tensor:
     """S → I."""
-    return _GatherWhole.apply(x, context, dim, sections)  # type: ignore[no-any-return]
+    return _GatherWhole.apply(x, context, dim, sections)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def slice_whole(context: OperatorContext, x: Tensor, dim: int, sections: Sections) -> Tensor:
     """I → S."""
-    return _Slice.apply(x, context, dim, sections)  # type: ignore[no-any-return]
+    return _Slice.apply(x, context, dim, sections)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def reduce_scatter(context: OperatorContext, x: Tensor, dim: int, sections: Sections) -> Tensor:
     """P → S."""
-    return _ReduceScatter.apply(x, context, dim, sections)  # type: ignore[no-any-return]
+    return _ReduceScatter.apply(x, context, dim, sections)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def select_heads(x: Tensor, dim: int, heads: tuple[int, ...]) -> Tensor:

@@ -38,7 +38,7 @@ def dropout(
     The mask of each sample is drawn whole, and cut.
     """
     kept = _kept(context.random, x.device, p, ordinal, whole_shape, num_samples, dim, intervals)
-    return _Dropout.apply(x, kept.view(x.shape), p)  # type: ignore[no-any-return]
+    return _Dropout.apply(x, kept.view(x.shape), p)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def attention(
@@ -70,7 +70,7 @@ def attention(
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
     probabilities = scores.softmax(-1)
     kept = _kept_probabilities(context.random, probabilities, p, ordinal, num_heads, heads)
-    return _Dropout.apply(probabilities, kept, p) @ value  # type: ignore[no-any-return]
+    return _Dropout.apply(probabilities, kept, p) @ value  # type: ignore[no-untyped-call, no-any-return]
 
 
 class _Dropout(Function):

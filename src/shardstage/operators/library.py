@@ -9,6 +9,7 @@ from typing import Any
 
 from shardstage.operators import conversions, dropout, moves, vocabulary
 from shardstage.operators.context import OperatorContext
+from shardstage.operators.seeded import seeded
 
 __all__ = ["library"]
 
@@ -28,6 +29,7 @@ def library(context: OperatorContext) -> Mapping[str, Callable[..., Any]]:
         "dropout": dropout.dropout,
         "gather_whole": conversions.gather_whole,
         "reduce_scatter": conversions.reduce_scatter,
+        "seeded": seeded,
         "slice": conversions.slice_whole,
         "sum_gradient": conversions.sum_gradient,
     }

@@ -123,8 +123,8 @@ def _matching(
         rows, count = len(sections), first[rank]
         return [
             (
-                whole.unflatten(dim, (rows, sum(first))).narrow(dim + 1, sum(first[:rank]), count),
-                part.unflatten(dim, (rows, count)),
+                torch.unflatten(whole, dim, (rows, sum(first))).narrow(dim + 1, sum(first[:rank]), count),
+                torch.unflatten(part, dim, (rows, count)),
             )
         ]
     pairs, held = [], 0

@@ -45,7 +45,7 @@ def cross_entropy(
 
     m is one reduction, the two sums over classes another. What is kept for backward is the logits and one number a target.
     """
-    return _CrossEntropy.apply(logits, labels, context, intervals, ignored_label)  # type: ignore[no-any-return]
+    return _CrossEntropy.apply(logits, labels, context, intervals, ignored_label)  # type: ignore[no-untyped-call, no-any-return]
 
 
 class _CrossEntropy(Function):

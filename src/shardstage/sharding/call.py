@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from shardstage.graph import ModelGraph, Op, Ref, refs_in, substitute
 from shardstage.layout import Placement, Shard, balanced_sizes
 from shardstage.sharding.cuts import Cuts
-from shardstage.sharding.state import SUMMED, WHOLE, Placing, State
+from shardstage.sharding.state import WHOLE, Placing, State
 
 __all__ = ["Call", "LocalCall", "Place", "Rewrite", "Rule", "with_arguments"]
 
@@ -20,6 +20,7 @@ class Call:
 
     ``free`` values are parameters and their transposes, which have no placement yet: they take the one that is asked of them.
     They map to (parameter, the parameter's dim for each of the value's dims).
+    ``of_batch`` are the values that depend on the batch.
     """
 
     op: Op
@@ -28,7 +29,7 @@ class Call:
     free: Mapping[str, tuple[str, tuple[int, ...]]]
     cuts: Cuts
     is_sequence_parallel: bool
-    batch_inputs: frozenset[str]
+    of_batch: frozenset[str]
 
     @property
     def num_ranks(self) -> int:
@@ -151,14 +152,10 @@ def _unchanged(call: LocalCall) -> tuple[Op, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """What sharding knows of a family of ops.
-
-    Ops that ``always_rewrites`` are written anew where they run whole, too: those that draw random numbers.
-    """
+    """What sharding knows of a family of ops."""
 
     place: Place
     rewrite: Rewrite = _unchanged
-    always_rewrites: bool = False
 
 
 def argument_of(op: Op, index: int, keyword: str, default: Any) -> Any:
@@ -192,8 +189,3 @@ def renamed(op: Op, names: Mapping[str, str]) -> Op:
         args=tuple(substitute(a, swap) for a in op.args),
         kwargs=tuple((k, substitute(v, swap)) for k, v in op.kwargs),
     )
-
-
-def summed_or_whole(is_sharded: bool) -> Placement:
-    """What a whole operand becomes beside sharded ones."""
-    return SUMMED if is_sharded else WHOLE

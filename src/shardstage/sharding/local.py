@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, replace
 
 from shardstage.graph import ModelGraph, Op, Ref, Value
 from shardstage.layout import Partial, Placement, Replicate, Shard
-from shardstage.sharding.call import LocalCall, Rule, local_shape, renamed
-from shardstage.sharding.rules import RULES, is_random
+from shardstage.sharding.call import LocalCall, local_shape, renamed
+from shardstage.sharding.rules import is_random, rewrite_of
 from shardstage.sharding.shard import needed_placement
 from shardstage.sharding.sharding import Conversion, Sharding
 from shardstage.sharding.state import SUMMED, WHOLE, Placing
@@ -78,8 +78,8 @@ class _Writer:
         placing = self.sharding.placings[op.name]
         names = {n: self._arriving(n, placing) for n in op.inputs if n in placing.inputs}
         local = renamed(op, {a: b for a, b in names.items() if a != b})
-        rule: Rule | None = RULES.get(op.target)
-        if rule is not None and (is_random(op) or self._is_cut(placing)):
+        rewrite = rewrite_of(op)
+        if rewrite is not None and (is_random(op) or self._is_cut(placing)):
             call = LocalCall(
                 op=local,
                 whole_op=op,
@@ -89,12 +89,13 @@ class _Writer:
                 num_ranks=self.sharding.num_ranks,
                 random_ordinal=ordinal,
             )
-            *before, local = rule.rewrite(call)
+            *before, local = rewrite(call)
             for extra in before:
                 self._add_extra(extra, op)
         self._rescale_saved(op, placing)
         local = replace(local, saved=tuple(names.get(name, name) for name in op.saved))
-        if any(isinstance(state.placement, Partial) for state in placing.outputs):
+        is_partial = any(isinstance(state.placement, Partial) for state in placing.outputs)
+        if is_partial and not placing.is_deferred:
             self._reduce(op, local, placing)
         else:
             self.ops.append(local)

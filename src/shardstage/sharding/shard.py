@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from shardstage.graph import ModelGraph, Op
 from shardstage.layout import Placement, Shard
 from shardstage.sharding.cuts import Cuts
+from shardstage.sharding.pull import pull_back
 from shardstage.sharding.rules import RULES
 from shardstage.sharding.sharding import Conversion, Sharding, Unsharded
 from shardstage.sharding.state import SUMMED, WHOLE, Placing, State
@@ -39,7 +40,8 @@ def shard(
             cuts.keep_whole(parameter.name, "one rank" if found is None else f"replicate = {found!r}")
     walk = Walk(graph, cuts, is_sequence_parallel=is_sequence_parallel and num_ranks > 1)
     walk.run()
-    placings, free = _settle(graph, walk.placings, walk.free)
+    pulled = pull_back(graph, walk.placings, walk.free)
+    placings, free = _settle(graph, pulled, walk.free)
     placements = dict.fromkeys(graph.values, WHOLE) | free
     for op, placing in zip(graph.ops, placings, strict=True):
         results = zip(op.outputs, placing.results, strict=False)

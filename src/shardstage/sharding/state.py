@@ -53,7 +53,8 @@ class Placing:
     """How one op runs on every rank.
 
     ``inputs`` are the placements that it needs of the values it reads; ``outputs`` what it yields; ``form`` tells apart the ways in
-    which its local version can be written. A Partial output is turned into ``reduced`` at once, and then ``bias`` is added.
+    which its local version can be written. A Partial output is turned into ``reduced`` at once, and then ``bias`` is added;
+    unless ``is_deferred``: then the ops that follow are linear and work on the summand of each rank, until one reduces it.
     """
 
     inputs: Mapping[str, Placement] = field(default_factory=dict)
@@ -61,10 +62,13 @@ class Placing:
     form: str = ""
     reduced: Placement = WHOLE
     bias: str = ""
+    is_deferred: bool = False
 
     @property
     def results(self) -> tuple[State, ...]:
         """States of the outputs once partial sums are reduced."""
+        if self.is_deferred:
+            return self.outputs
         return tuple(State(self.reduced) if isinstance(s.placement, Partial) else s for s in self.outputs)
 
 

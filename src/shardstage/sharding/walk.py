@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from dataclasses import replace
 
-from shardstage.graph import ModelGraph, Op
-from shardstage.layout import Placement
+from shardstage.graph import ModelGraph, Op, Ref
+from shardstage.layout import Partial, Placement
+from shardstage.sharding.batch import values_of_batch
 from shardstage.sharding.call import Call, Rule
 from shardstage.sharding.cuts import Cuts
 from shardstage.sharding.rules import RULES
-from shardstage.sharding.state import WHOLE, Blocked, Origin, Placing, Reconsider, State
+from shardstage.sharding.state import PARTIAL, SUMMED, WHOLE, Blocked, Origin, Placing, Reconsider, State
 
 __all__ = ["Free", "Walk"]
 
@@ -18,6 +19,15 @@ Free = tuple[str, tuple[int, ...]]
 
 _TRANSPOSES = ("aten.t.default", "aten.transpose.int", "aten.permute.default")
 _COPIES = ("aten.to.dtype", "aten.detach.default", "aten.alias.default", "aten.contiguous.default")
+
+
+_LINEAR = frozenset(
+    f"aten.{name}"
+    for name in (
+        "mul.Tensor div.Scalar index.Tensor view.default reshape.default unsqueeze.default squeeze.dim sum.dim_IntList"
+    ).split()
+)
+"""Ops that are linear in their first argument."""
 
 
 class Walk:
@@ -37,8 +47,9 @@ class Walk:
         self.gathered: dict[int, str] = {}
         self.free: dict[str, Free] = _free_parameters(graph)
         self._is_sequence_parallel = is_sequence_parallel
-        self._batch_inputs = _from_batch(graph)
+        self._of_batch = values_of_batch(graph)
         self._first_use: dict[str, int] = {}
+        self._pending: dict[str, str] = {}
 
     def run(self) -> None:
         """Fills ``placings``, one an op, and ``states``, those of the values that ops make."""
@@ -46,7 +57,7 @@ class Walk:
             index = len(self.placings)
             op = self.graph.ops[index]
             try:
-                placing = self._place(index, op)
+                placing = self._deferred(op, self._place(index, op))
             except _Restart as restart:
                 self._go_back(restart.index)
                 continue
@@ -66,14 +77,15 @@ class Walk:
             free=self.free,
             cuts=self.cuts,
             is_sequence_parallel=self._is_sequence_parallel,
-            batch_inputs=self._batch_inputs,
+            of_batch=self._of_batch,
         )
         for name in op.inputs:
             if name in self.free:
                 self._first_use.setdefault(self.free[name][0], index)
+        place = self._place_summand if any(name in self._pending for name in op.inputs) else _place_call
         while True:
             try:
-                return _place_call(call)
+                return place(call)
             except Reconsider as request:
                 origins = _origins(call, request.values)
                 if origins:
@@ -81,6 +93,33 @@ class Walk:
                     raise _Restart(min(self._first_use[name] for name in changed)) from None
                 self.gathered[index] = str(request)
                 call = call.whole(request.values)
+
+    def _deferred(self, op: Op, placing: Placing) -> Placing:
+        """A partial sum is reduced where it is smallest: several terms for each token may first be weighted and added up."""
+        output = op.outputs[0] if op.outputs else None
+        if output is None or output in self._pending or placing.bias:
+            return placing
+        if not isinstance(placing.outputs[0].placement, Partial):
+            return placing
+        path = smallest_on(self.graph, output)
+        self._pending.update(dict.fromkeys(path[:-1], path[-1]))
+        return replace(placing, is_deferred=len(path) > 1)
+
+    def _place_summand(self, call: Call) -> Placing:
+        """A linear op on a summand: what else it reads is whole, and gets a summand of its gradient."""
+        summand = next(name for name in call.tensors if name in self._pending)
+        cut = tuple(name for name in call.tensors if call.state(name).origins)
+        if cut:
+            raise Blocked(cut, f"{call.op.target} weights a partial sum by it")
+        inputs: dict[str, Placement] = dict.fromkeys(call.tensors, SUMMED)
+        inputs[summand] = PARTIAL
+        is_last = self._pending[summand] in call.op.outputs
+        return Placing(
+            inputs=inputs,
+            outputs=(State(PARTIAL),),
+            reduced=call.reduced(call.output_shape),
+            is_deferred=not is_last,
+        )
 
     def _transposed(self, op: Op) -> Free | None:
         """What a transpose or a cast of a parameter stands for."""
@@ -103,6 +142,7 @@ class Walk:
         for op in self.graph.ops[index : len(self.placings)]:
             for name in op.outputs:
                 self.states.pop(name or "", None)
+                self._pending.pop(name or "", None)
         del self.placings[index:]
         self.gathered = {at: reason for at, reason in self.gathered.items() if at < index}
 
@@ -135,14 +175,24 @@ def _free_parameters(graph: ModelGraph) -> dict[str, Free]:
     }
 
 
-def _from_batch(graph: ModelGraph) -> frozenset[str]:
-    """Values without gradient that depend on the batch: ids, not positions."""
-    found = set(graph.inputs)
-    for op in graph.ops:
-        if not found.isdisjoint(op.inputs):
-            found.update(n for n in op.outputs if n is not None and not graph.values[n].requires_grad)
-    return frozenset(found)
+def smallest_on(graph: ModelGraph, start: str) -> list[str]:
+    """The values from ``start`` to the smallest that is a linear function of it alone, by ops that nobody else reads."""
+    path = [start]
+    while (step := _linear_step(graph, path[-1])) is not None:
+        path.append(step)
+    sizes = [graph.values[name].numel for name in path]
+    if min(sizes) == sizes[0]:
+        return [start]
+    return path[: max(i for i, size in enumerate(sizes) if size == min(sizes)) + 1]
 
 
-def placements_of(states: Mapping[str, State]) -> dict[str, Placement]:
-    return {name: state.placement for name, state in states.items()}
+def _linear_step(graph: ModelGraph, name: str) -> str | None:
+    """The value that follows by one linear op."""
+    readers = graph.consumers[name]
+    if len(readers) != 1 or name == graph.output:
+        return None
+    op = graph.ops[readers[0]]
+    is_first = bool(op.args) and op.args[0] == Ref(name)
+    if op.target not in _LINEAR or not is_first or len(op.outputs) != 1:
+        return None
+    return op.outputs[0]

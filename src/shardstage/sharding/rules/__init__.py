@@ -4,6 +4,6 @@ Owns ``RULES``, the table from a target to its rule; a new op is one line in the
 comes before or after its op: it asks for other cuts by raising, and the walk decides.
 """
 
-from shardstage.sharding.rules.table import RULES, is_random
+from shardstage.sharding.rules.table import RULES, is_random, rewrite_of
 
-__all__ = ["RULES", "is_random"]
+__all__ = ["RULES", "is_random", "rewrite_of"]

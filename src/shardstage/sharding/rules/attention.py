@@ -89,7 +89,8 @@ def draws_attention(op: Op) -> bool:
 
 def rewrite_attention(call: LocalCall) -> tuple[Op, ...]:
     """Picks the key and value heads of this rank's query heads; drops probabilities by our own random numbers."""
-    op, before = call.op, ()
+    op: Op = call.op
+    before: tuple[Op, ...] = ()
     if call.placing.form == _SELECT:
         op, before = _with_picked_heads(call)
     if draws_attention(op):

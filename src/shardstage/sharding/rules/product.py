@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from shardstage.graph import Op
@@ -9,7 +10,7 @@ from shardstage.layout import Placement, Shard
 from shardstage.sharding.call import Call, LocalCall, with_arguments
 from shardstage.sharding.state import PARTIAL, SUMMED, WHOLE, Blocked, Origin, Placing, Refine, State
 
-__all__ = ["place_addmm", "place_linear", "place_matmul", "rewrite_addmm", "rewrite_linear"]
+__all__ = ["place_addmm", "place_grouped", "place_linear", "place_matmul", "rewrite_addmm", "rewrite_linear"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +22,7 @@ class Product:
     """
 
     call: Call
-    letters: dict[str, tuple[str, ...]]
+    letters: Mapping[str, tuple[str, ...]]
     output: tuple[str, ...]
     summed: str
     bias: str | None = None
@@ -69,6 +70,17 @@ def place_matmul(call: Call) -> Placing:
         for name, last in ((a, ("m", "k")), (b, ("k", "n")))
     }
     return _place(Product(call=call, letters=letters, output=(*batch, "m", "n"), summed="k"))
+
+
+def place_grouped(call: Call) -> Placing:
+    """``grouped_mm(x [m, k], w [e, k, n], ends [e])``: the rows of x between two ends meet one of the matrices."""
+    x, weight, ends = call.tensors[:3]
+    letters = {x: ("m", "k"), weight: ("e", "k", "n"), ends: ("e",)}
+    if len(call.tensors) != 3 or [len(call.shape(name)) for name in call.tensors] != [2, 3, 1]:
+        if call.sharded:
+            raise Blocked(call.sharded, f"{call.op.target} in a form without rule")
+        return call.all_whole()
+    return _place(Product(call=call, letters=letters, output=("m", "n"), summed="k"))
 
 
 def rewrite_linear(call: LocalCall) -> tuple[Op, ...]:

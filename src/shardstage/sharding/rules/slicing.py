@@ -7,7 +7,7 @@ from itertools import accumulate
 
 from shardstage.graph import Op
 from shardstage.layout import Shard
-from shardstage.sharding.call import Call, LocalCall, with_arguments
+from shardstage.sharding.call import Call, LocalCall, argument_of, with_arguments
 from shardstage.sharding.rules.pointwise import boundaries
 from shardstage.sharding.state import Blocked, Origin, Placing, Refine, State
 
@@ -154,10 +154,9 @@ def _held_before(shard: Shard, position: int, rank: int) -> int:
 
 def _slice_bounds(op: Op, shape: tuple[int, ...]) -> tuple[int, int, int, int]:
     """(dim, start, stop, step) with the shorthands written out."""
-    keywords = dict(op.kwargs)
     dim, start, stop, step = (
-        op.args[i] if i < len(op.args) else keywords.get(key, default)
-        for i, key, default in ((1, "dim", 0), (2, "start", None), (3, "end", None), (4, "step", 1))
+        argument_of(op, i, key, default)
+        for i, (key, default) in enumerate((("dim", 0), ("start", None), ("end", None), ("step", 1)), start=1)
     )
     dim %= len(shape)
     length = shape[dim]

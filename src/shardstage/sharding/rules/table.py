@@ -13,13 +13,14 @@ from shardstage.sharding.rules import (
     dropout,
     pointwise,
     product,
+    random,
     slicing,
     views,
     vocabulary,
 )
 from shardstage.sharding.state import Placing, State
 
-__all__ = ["RULES", "is_random"]
+__all__ = ["RULES", "is_random", "rewrite_of"]
 
 _POINTWISE = """
     abs add.Tensor add.Scalar add_.Tensor add_.Scalar addcdiv addcmul alias atan2 bitwise_and.Tensor bitwise_not bitwise_or.Tensor ceil
@@ -27,7 +28,7 @@ _POINTWISE = """
     div_.Scalar div_.Tensor elu eq.Scalar eq.Tensor erf exp exp2 expm1 floor floor_divide floor_divide.Scalar fmod.Scalar fmod.Tensor
     full_like ge.Scalar ge.Tensor gelu gelu_ gt.Scalar gt.Tensor hardsigmoid hardswish hardtanh isinf isnan le.Scalar le.Tensor
     leaky_relu leaky_relu_ lerp.Scalar lerp.Tensor lift_fresh_copy log log1p log2 log_sigmoid logical_and logical_not logical_or
-    lt.Scalar lt.Tensor masked_fill.Scalar masked_fill.Tensor masked_fill_.Scalar masked_fill_.Tensor maximum minimum mish mul.Scalar
+    lt.Scalar lt.Tensor masked_fill.Scalar masked_fill.Tensor masked_fill_.Scalar masked_fill_.Tensor max.other maximum min.other minimum mish mul.Scalar
     mul.Tensor mul_.Scalar mul_.Tensor nan_to_num ne.Scalar ne.Tensor neg ones_like pow.Scalar pow.Tensor_Scalar pow.Tensor_Tensor
     reciprocal relu relu_ relu6 remainder.Scalar remainder.Tensor round rsqrt rsub.Scalar rsub.Tensor selu sgn sigmoid sigmoid_ sign
     silu silu_ sin softplus sqrt square sub.Scalar sub.Tensor sub_.Scalar sub_.Tensor tan tanh tanh_ threshold to.device to.dtype
@@ -48,7 +49,17 @@ def is_random(op: Op) -> bool:
     """Whether the op draws random numbers that are ours to draw."""
     if op.target == "aten.dropout.default":
         return dropout.draws_dropout(op)
-    return op.target == "aten.scaled_dot_product_attention.default" and attention.draws_attention(op)
+    if op.target == "aten.scaled_dot_product_attention.default":
+        return attention.draws_attention(op)
+    return random.draws_otherwise(op)
+
+
+def rewrite_of(op: Op) -> Rewrite | None:
+    """What writes the local form of an op; None for one that stays as it is."""
+    if random.draws_otherwise(op):
+        return random.rewrite_seeded
+    rule = RULES.get(op.target)
+    return None if rule is None else rule.rewrite
 
 
 def _place_creation(call: Call) -> Placing:
@@ -99,6 +110,8 @@ def _products() -> dict[str, Rule]:
         **_family("linear", product.place_linear, product.rewrite_linear),
         **_family("addmm", product.place_addmm, product.rewrite_addmm),
         **_family("matmul mm bmm", product.place_matmul),
+        **_family("_grouped_mm", product.place_grouped),
+        "transformers.grouped_mm_fallback.default": Rule(product.place_grouped),
     }
 
 

@@ -42,7 +42,7 @@ def place_embedding(call: Call) -> Placing:
 
 
 def _rows(call: Call, weight: str, ids: str) -> Shard | None:
-    if weight not in call.free or ids not in call.batch_inputs:
+    if weight not in call.free or ids not in call.of_batch:
         return None
     parameter, dims = call.free[weight]
     num_rows = call.shape(weight)[0]
