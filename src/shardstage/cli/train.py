@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
-from shardstage.training.run_config import RunConfig, load_run_config
+from shardstage.cli.machine import cluster_named
+from shardstage.cluster import Cluster
+from shardstage.runtime.environment import RankEnvironment
+
+if TYPE_CHECKING:  # what imports torch is imported when it is needed: help comes at once
+    from shardstage.training import RunConfig
+    from shardstage.training.job import TrainJob
 
 __all__ = ["train"]
 
@@ -53,6 +60,8 @@ def train(
 
       torchrun --nproc-per-node 4 -m shardstage train --plan "zero=3,dp=4"
     """
+    from shardstage.training import RunConfig, load_run_config
+
     config = (load_run_config(run) if run is not None else RunConfig()).with_changes(
         **_given(
             {
@@ -72,42 +81,79 @@ def train(
     from shardstage.runtime.environment import detect_environment
 
     environment = detect_environment()
-    if environment is not None:
-        from shardstage.training.joined import train_as_rank
-
-        return train_as_rank(environment, config, is_proved=prove)
-    return _launch(config, is_proved=prove)
+    if environment is None:
+        return _launch(config, is_proved=prove)
+    return _join(environment, config, is_proved=prove)
 
 
 def _launch(config: RunConfig, *, is_proved: bool) -> int:
-    from shardstage.cli.machine import cluster_named
+    """Starts the ranks on this host."""
     from shardstage.runtime.launch import launch
     from shardstage.training.prepare import prepare
     from shardstage.training.rank import train_rank
-    from shardstage.training.table import print_plan, print_summary
+    from shardstage.training.table import print_plan
 
     console = Console(highlight=False)
-    folder = Path(config.out) if config.out else _new_folder()
+    _check_export(config)
     cluster = None
     if config.plan == "auto":
         with console.status("looking at this machine"):
             cluster = cluster_named(config.cluster, ranks=config.ranks)
-    with console.status("capturing the model and choosing a plan"):
-        job = prepare(config, num_ranks=config.ranks, cluster=cluster, folder=folder)
+    with console.status("capturing the model, choosing a plan"):
+        job = prepare(config, num_ranks=config.ranks, cluster=cluster, folder=_folder(config))
     print_plan(console, job)
-    launch(train_rank, (job,), num_ranks=config.ranks, log_dir=folder / "logs")
+    launch(train_rank, (job,), num_ranks=config.ranks, log_dir=Path(job.folder) / "logs")
+    return _finish(console, job, cluster, is_proved=is_proved)
+
+
+def _join(environment: RankEnvironment, config: RunConfig, *, is_proved: bool) -> int:
+    """Runs as the rank that torchrun or srun started; rank 0 prints. The proof starts ranks of its own, on rank 0's host."""
+    from shardstage.runtime.launch import run_as_rank
+    from shardstage.training.joined import train_as_rank
+
+    cluster = partial(cluster_named, config.cluster, ranks=environment.world_size)
+    folder = _folder(config)
+    run_as_rank(train_as_rank, (config, folder, cluster), environment)
+    if environment.rank:
+        return 0
+    from shardstage.training.prepare import read_job
+
+    job = read_job(folder)
+    return _finish(Console(highlight=False), job, None, is_proved=is_proved)
+
+
+def _finish(console: Console, job: TrainJob, cluster: Cluster | None, *, is_proved: bool) -> int:
+    """The proof, the export and the table."""
+    from shardstage.training.table import print_summary
+
     verdict = None
     if is_proved:
         from shardstage.parity import prove_job
 
-        verdict = prove_job(job)
-        console.print(verdict.text())
-    if config.export_hf:
-        from shardstage.training.export import export
+        with console.status("proving the run on a single device"):
+            verdict = prove_job(job)
+        console.print(verdict.text(), markup=False, soft_wrap=True)
+    if job.config.export_hf:
+        from shardstage.checkpoint import export_hf
+        from shardstage.training.job import source_of
 
-        export(job, Path(config.export_hf))
-    print_summary(console, job, cluster=cluster, verdict=None if verdict is None else verdict.is_equal)
+        export_hf(Path(job.folder) / "checkpoints", source_of(job.config), job.config.export_hf)
+    prediction = None
+    if cluster is not None:
+        from shardstage.planner import predict
+
+        prediction = predict(job.graph, job.plan, cluster)
+    print_summary(
+        console, job, prediction=prediction, is_proved=None if verdict is None else verdict.is_equal
+    )
     return 0 if verdict is None or verdict.is_equal else 1
+
+
+def _check_export(config: RunConfig) -> None:
+    if config.export_hf:
+        from shardstage.checkpoint.export import check_export_folder
+
+        check_export_folder(Path(config.export_hf))
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:
@@ -115,5 +161,6 @@ def _given(options: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def _new_folder() -> Path:
-    return Path("runs") / time.strftime("%Y%m%d-%H%M%S")
+def _folder(config: RunConfig) -> Path:
+    """The run folder: the one asked for, or a new one by the time of day."""
+    return Path(config.out) if config.out else Path("runs") / time.strftime("%Y%m%d-%H%M%S")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 from shardstage.errors import ProgramError
 
@@ -45,7 +45,7 @@ class Instruction:
         stage, kind, microbatch, arrow, peer = match.groups()
         instruction = Instruction(
             int(stage),
-            kind,
+            cast("InstructionKind", kind),
             None if microbatch is None else int(microbatch),
             None if peer is None else int(peer),
         )

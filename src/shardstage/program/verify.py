@@ -25,11 +25,13 @@ def verify(program: Program) -> None:
 
 
 def _check_row(program: Program, stage: int, row: tuple[Instruction, ...]) -> None:
-    expected = Counter(
-        {(kind, m): 1 for kind in ("F", "B") for m in range(program.plan.num_microbatches)}
-        | {("REDUCE_GRAD", None): 1, ("STEP", None): 1}
+    expected: Counter[tuple[str, int | None]] = Counter(
+        [(kind, m) for kind in ("F", "B") for m in range(program.plan.num_microbatches)]
     )
-    counted = Counter((i.kind, i.microbatch) for i in row if not i.kind.startswith(("SEND", "RECV")))
+    expected.update([("REDUCE_GRAD", None), ("STEP", None)])
+    counted: Counter[tuple[str, int | None]] = Counter(
+        (i.kind, i.microbatch) for i in row if not i.kind.startswith(("SEND", "RECV"))
+    )
     for kind, microbatch in expected | counted:
         if counted[kind, microbatch] != expected[kind, microbatch]:
             where = "" if microbatch is None else f" of microbatch {microbatch}"

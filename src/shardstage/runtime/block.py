@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -70,7 +71,7 @@ class Block(nn.Module):
             inputs,
             use_reentrant=False,
             preserve_rng_state=False,
-            **({"context_fn": _selective_contexts} if self._recompute == "selective" else {}),
+            context_fn=_selective_contexts if self._recompute == "selective" else _no_contexts,
         )
         return outputs
 
@@ -194,6 +195,10 @@ _SAVED_OPS = frozenset(SELECTIVE_TARGETS)
 def _keep_matrix_products(_context: Any, op: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
     is_kept = str(op) in _SAVED_OPS
     return CheckpointPolicy.MUST_SAVE if is_kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _no_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    return nullcontext(), nullcontext()
 
 
 _selective_contexts = partial(create_selective_checkpoint_contexts, _keep_matrix_products)

@@ -80,7 +80,7 @@ class BucketedParameters:
         self._next_to_start = 0
         for bucket in self._buckets:
             for index, parameter in enumerate(bucket.parameters):
-                parameter.register_post_accumulate_grad_hook(self._hook(bucket, index))
+                parameter.register_post_accumulate_grad_hook(self._hook(bucket, index))  # type: ignore[no-untyped-call]  # torch's is untyped
         self.leaves: tuple[Leaf, ...] = tuple(self._leaf(bucket) for bucket in self._buckets)
 
     def begin(self) -> None:

@@ -266,8 +266,9 @@ def _square_sum(tensor: Tensor) -> Tensor:
     """
     flat = tensor.reshape(-1)
     whole = flat.numel() // _ROW * _ROW
-    rows = torch.linalg.vector_norm(flat[:whole].view(-1, _ROW), dim=1).double().square().sum()
-    return rows + torch.linalg.vector_norm(flat[whole:]).double().square()
+    rows: Tensor = torch.linalg.vector_norm(flat[:whole].view(-1, _ROW), dim=1).double().square().sum()
+    rest: Tensor = torch.linalg.vector_norm(flat[whole:]).double().square()
+    return rows + rest
 
 
 _ROW = 4096

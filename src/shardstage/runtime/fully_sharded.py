@@ -84,7 +84,9 @@ class FullyShardedParameters:
             if gradients:
                 flat = torch.cat([g.reshape(-1) for g in gradients])
                 dist.all_reduce(flat, group=kind_group)
-                for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+                for gradient, part in zip(
+                    gradients, torch.split(flat, [g.numel() for g in gradients]), strict=True
+                ):
                     gradient.copy_(part.view_as(gradient))
 
     def publish(self) -> None:

@@ -18,17 +18,18 @@ __all__ = ["train_as_rank"]
 
 
 def train_as_rank(
-    environment: RankEnvironment, config: RunConfig, *, folder: Path, cluster: Callable[[], Cluster] | None
-) -> TrainJob:
-    """Rank 0 prepares the job and gives it to all; then every rank trains. Returns the job.
+    environment: RankEnvironment, config: RunConfig, folder: Path, cluster: Callable[[], Cluster]
+) -> None:
+    """Rank 0 prepares the job and gives it to all; then every rank trains.
 
-    What rank 0 refuses is raised on every rank, so that all end alike. ``folder`` lies on storage that all ranks share.
+    What rank 0 refuses is raised on every rank, so that all end alike. ``folder`` lies on storage that all ranks share; ``cluster`` is
+    asked for only where the plan is to be searched.
     """
     device = join_job(environment, config)
     prepared: TrainJob | ShardstageError | None = None
     if environment.rank == 0:
         try:
-            machine = cluster() if cluster is not None and config.plan == "auto" else None
+            machine = cluster() if config.plan == "auto" else None
             prepared = prepare(config, num_ranks=environment.world_size, cluster=machine, folder=folder)
         except ShardstageError as error:
             prepared = error
@@ -38,5 +39,3 @@ def train_as_rank(
         raise job
     train_joined(environment, job, device)
     leave_world()
-    assert isinstance(job, TrainJob)
-    return job

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 from shardstage.cluster import Cluster
-from shardstage.data import PackedText, load_tokenizer
+from shardstage.data import Objective, PackedText
 from shardstage.errors import ConfigError, DataError
 from shardstage.graph import ModelGraph
 from shardstage.graph.capture import capture
 from shardstage.graph.file import fingerprint
-from shardstage.graph.source import ModelSource, load_model
+from shardstage.graph.source import ModelSource
 from shardstage.plan import check, complete, load_plan, parse_request, save_plan
-from shardstage.plan.plan import Plan
+from shardstage.plan.plan import Plan, Precision
 from shardstage.planner import search
-from shardstage.training.job import TrainJob
-from shardstage.training.run_config import RunConfig, run_config_to_toml
+from shardstage.training.job import TrainJob, source_of
+from shardstage.training.run_config import RunConfig, load_run_config, run_config_to_toml
 
-__all__ = ["capture_for", "choose_plan", "prepare", "source_of"]
+__all__ = ["choose_plan", "prepare", "read_job"]
 
 
 def prepare(config: RunConfig, *, num_ranks: int, cluster: Cluster | None, folder: Path) -> TrainJob:
@@ -27,23 +28,23 @@ def prepare(config: RunConfig, *, num_ranks: int, cluster: Cluster | None, folde
     ``cluster`` is needed for ``plan = "auto"`` only. Raises a ShardstageError for whatever would fail later.
     """
     config = replace(config, ranks=num_ranks, out=str(folder))
+    config = replace(config, precision=_precision(config))
     source = source_of(config)
-    config = replace(config, data=replace(config.data, objective=source.task.objective))
+    config = _with_objective(config, source)
+    _check_length(config, source)
     _check_data(config, source)
-    graph = capture_for(config, source)
+    graph = capture(source, sequence=config.data.sequence, dtype=config.precision)
     plan = choose_plan(config, graph, num_ranks=num_ranks, cluster=cluster)
     job = TrainJob(config=config, graph=graph, plan=plan, folder=str(folder))
     _write_folder(job)
     return job
 
 
-def source_of(config: RunConfig) -> ModelSource:
-    """The model that the run names, with the vocabulary of its tokenizer where the model leaves that open."""
-    return load_model(config.model, tokenizer_vocab=load_tokenizer(config.data.tokenizer).vocab_size)
-
-
-def capture_for(config: RunConfig, source: ModelSource) -> ModelGraph:
-    return capture(source, sequence=config.data.sequence, dtype=config.precision)
+def read_job(folder: Path) -> TrainJob:
+    """The job that a run folder was made for."""
+    config = load_run_config(folder / "run.toml")
+    graph = capture(source_of(config), sequence=config.data.sequence, dtype=config.precision)
+    return TrainJob(config=config, graph=graph, plan=load_plan(folder / "plan.toml"), folder=str(folder))
 
 
 def choose_plan(config: RunConfig, graph: ModelGraph, *, num_ranks: int, cluster: Cluster | None) -> Plan:
@@ -75,6 +76,34 @@ def choose_plan(config: RunConfig, graph: ModelGraph, *, num_ranks: int, cluster
     plan = replace(plan, graph_fingerprint=plan.graph_fingerprint or fingerprint(graph))
     check(plan, graph, num_ranks=num_ranks)
     return plan
+
+
+def _precision(config: RunConfig) -> Precision:
+    """The dtype that the plan asks for, or else the run: the model is captured in it."""
+    if config.plan == "auto":
+        return config.precision
+    if config.plan.endswith(".toml"):
+        return load_plan(config.plan).precision
+    return parse_request(config.plan).precision or config.precision
+
+
+def _with_objective(config: RunConfig, source: ModelSource) -> RunConfig:
+    """The run with the labels that the model's task needs."""
+    objective = source.task.objective
+    if objective not in get_args(Objective):
+        raise ConfigError(
+            f"{config.model} is trained on {objective} data, and a run file reads text for {' and '.join(get_args(Objective))} models",
+            hint="--model llama-tiny",
+        )
+    return config.with_changes(**{"data.objective": objective})
+
+
+def _check_length(config: RunConfig, source: ModelSource) -> None:
+    if source.max_sequence is not None and config.data.sequence > source.max_sequence:
+        raise ConfigError(
+            f"{config.model} takes at most {source.max_sequence} tokens, and a sample has {config.data.sequence}",
+            hint=f"--seq {source.max_sequence}",
+        )
 
 
 def _check_data(config: RunConfig, source: ModelSource) -> None:

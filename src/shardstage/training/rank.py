@@ -15,12 +15,11 @@ import torch
 from shardstage import checkpoint
 from shardstage.data import BatchSampler, PackedText, RankBatches
 from shardstage.errors import CheckpointError
-from shardstage.graph.source import load_model
 from shardstage.runtime.build import build_engine
 from shardstage.runtime.engine import Engine, StepResult
 from shardstage.runtime.environment import RankEnvironment, join_world
 from shardstage.runtime.peak_memory import PeakMemory
-from shardstage.training.job import TrainJob
+from shardstage.training.job import TrainJob, source_of
 from shardstage.training.progress import Progress
 from shardstage.training.run_config import RunConfig
 from shardstage.training.state import accept_loaded, state_entries
@@ -39,7 +38,7 @@ def train_rank(environment: RankEnvironment, job: TrainJob) -> None:
 def train_joined(environment: RankEnvironment, job: TrainJob, device: torch.device) -> None:
     """``train_rank`` of a rank that is in the world already."""
     memory = PeakMemory(device)
-    source = load_model(job.config.model)
+    source = source_of(job.config)
     engine = build_engine(
         job.graph,
         job.plan,

@@ -102,7 +102,8 @@ def run_config_from_toml(text: str, *, where: str = "run.toml") -> RunConfig:
         raise ConfigError(f"{where} is not TOML: {error}", hint='model = "llama-tiny"') from error
     data = _section(DataConfig, tables.pop("data", {}), f"{where} [data]")
     optimizer = _section(OptimizerConfig, tables.pop("optimizer", {}), f"{where} [optimizer]")
-    return _section(RunConfig, {**tables, "data": data, "optimizer": optimizer}, where)
+    config: RunConfig = _section(RunConfig, {**tables, "data": data, "optimizer": optimizer}, where)
+    return config
 
 
 def run_config_to_toml(config: RunConfig) -> str:

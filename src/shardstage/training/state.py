@@ -22,6 +22,8 @@ def state_entries(engine: Engine) -> list[StateEntry]:
             flat = tensor.view(-1)
             for piece in leaf.pieces:
                 length = piece.flat_stop - piece.flat_start
+                if not length:
+                    continue
                 entries.append(
                     StateEntry(
                         key=f"{kind}.{piece.parameter.fqn}",
