@@ -25,7 +25,7 @@ def as_untraced(model: nn.Module, inputs: Collection[str]) -> Iterator[None]:
         return
     from transformers import AttentionMaskInterface, masking_utils
 
-    original = AttentionMaskInterface()["sdpa"]
+    original = masking_utils.ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
     detect = getattr(masking_utils, "find_packed_sequence_indices", None)
     AttentionMaskInterface.register("sdpa", _unless_plain(original))
     if detect is not None and "position_ids" not in inputs:

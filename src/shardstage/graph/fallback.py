@@ -14,10 +14,11 @@ rank needs the model's code: ``module_library(source)`` has their callables.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,14 +26,22 @@ from torch import Tensor, nn
 from shardstage.errors import CaptureError
 from shardstage.graph.capture import capture, model_sizes
 from shardstage.graph.capture_program import StoredNames
-from shardstage.graph.fallback_record import Record, record
+from shardstage.graph.capture_replay import TensorMeta
+from shardstage.graph.fallback_record import record
 from shardstage.graph.model_graph import ModelGraph, Op, Parameter, Ref, Value
 from shardstage.graph.scale import markers
 from shardstage.graph.skeleton import build_skeleton
 from shardstage.graph.source import ModelSource
 from shardstage.graph.tasks import Task
+from shardstage.units import format_bytes
 
 __all__ = ["capture_blocks", "capture_or_blocks", "module_library"]
+
+_DEFAULT_SEQUENCE = 16
+# Of parameters: what a laptop can hold twice.
+_LARGEST_BYTES = 4 << 30
+
+_Kind = Literal["input", "parameter", "buffer", "activation"]
 
 
 def capture_or_blocks(
@@ -55,18 +64,14 @@ def capture_blocks(
 
     Raises CaptureError for a model whose forward fails on such a batch.
     """
-    model = source.factory().to(getattr(torch, dtype)).train()
-    task = source.task
+    torch_dtype: torch.dtype = getattr(torch, dtype)
+    model = _built(source).to(torch_dtype).train()
     if microbatch is not None:
-        seen = record(model, task, microbatch, sequence)
-        return _graph(model, source, seen, seen.values, microbatch, sequence)
-    wanted = min(sequence or 16, source.max_sequence or (1 << 62))
-    marked = markers(
-        model_sizes(model, source),
-        sequence=wanted if task.has_sequence else None,
-        max_sequence=source.max_sequence,
-    )
-    return _scalable_graph(model, source, marked, wanted)
+        seen = record(model, source.task, microbatch, sequence, torch_dtype)
+        return _Chain(model, source, torch_dtype).graph(
+            seen.paths, seen.values, seen.loss, microbatch, sequence
+        )
+    return _scalable_graph(model, source, sequence or _DEFAULT_SEQUENCE, torch_dtype)
 
 
 def module_library(source: ModelSource) -> Mapping[str, Callable[..., Tensor]]:
@@ -143,137 +148,154 @@ def _answering(blocks: Sequence[nn.Module], value: Tensor) -> Iterator[None]:
         yield
 
 
-def _scalable_graph(
-    model: nn.Module, source: ModelSource, marked: tuple[int, int | None], length: int
-) -> ModelGraph:
+def _built(source: ModelSource) -> nn.Module:
+    """A model of our own to run. Raises CaptureError for one that is too large to be built here."""
+    num_bytes = sum(p.numel() * p.element_size() for p in build_skeleton(source.factory).parameters())
+    if num_bytes > _LARGEST_BYTES:
+        raise CaptureError(
+            f"the model cannot be exported, and with {format_bytes(num_bytes)} is too large to be run here",
+            hint="capture(factory) says which of its lines prevents the export",
+        )
+    return copy.deepcopy(source.factory())
+
+
+def _scalable_graph(model: nn.Module, source: ModelSource, wanted: int, dtype: torch.dtype) -> ModelGraph:
     """The graph at marker sizes, by what three small batches have in common."""
-    microbatch, sequence = marked
-    short = max(2, length // 2) if source.task.has_sequence else None
-    first = record(model, source.task, 2, short)
-    more_samples = record(model, source.task, 3, short)
-    is_scalable = first.paths == more_samples.paths
-    longer = record(model, source.task, 2, length) if sequence is not None and short != length else first
+    task, chain = source.task, _Chain(model, source, dtype)
+    length = min(wanted, source.max_sequence or wanted)
+    short = max(2, length // 2)
+    sizes = model_sizes(model, source)
+    marked = markers(sizes, sequence=length if task.has_sequence else None, max_sequence=source.max_sequence)
+    base, more, longer = (record(model, task, b, s, dtype) for b, s in ((2, short), (3, short), (2, length)))
+    rows = list(zip(base.values, more.values, longer.values, strict=False))
     shapes = [
         tuple(
-            _marked_size(sizes, marked, (short, length))
-            for sizes in zip(*(seen.values[i][0] for seen in (first, more_samples, longer)), strict=True)
+            _marked_size(seen, marked, (short, length))
+            for seen in zip(*(value.shape for value in row), strict=True)
         )
-        for i in range(len(first.values))
-        if is_scalable and first.paths == longer.paths
+        for row in rows
     ]
-    if len(shapes) != len(first.values) or any(None in shape for shape in shapes):
-        return _graph(model, source, first, first.values, 2, short)
-    values = [(shape, dtype) for shape, (_, dtype) in zip(shapes, first.values, strict=True)]
-    graph = _graph(model, source, first, values, microbatch, sequence)
-    return replace(graph, is_scalable=True, is_sequence_scalable=sequence is not None)
+    is_alike = base.paths == more.paths == longer.paths
+    if not is_alike or any(size is None for shape in shapes for size in shape):
+        return chain.graph(longer.paths, longer.values, longer.loss, 2, length if task.has_sequence else None)
+    values = tuple(
+        replace(value, shape=tuple(size for size in shape if size is not None))
+        for value, shape in zip(base.values, shapes, strict=True)
+    )
+    graph = chain.graph(base.paths, values, base.loss, *marked)
+    return replace(graph, is_scalable=True, is_sequence_scalable=marked[1] is not None)
 
 
 def _marked_size(
-    sizes: tuple[int, int, int], marked: tuple[int, int | None], lengths: tuple[int | None, int]
+    seen: tuple[int, ...], marked: tuple[int, int | None], lengths: tuple[int, int]
 ) -> int | None:
     """A size seen with 2 samples, with 3, and with 2 longer ones, as it would be at the markers; None if no rule fits."""
-    two, three, long = sizes
-    microbatch, sequence = marked
-    size, power = (two, 0) if three == two else (two // 2, 1)
-    if power and (three != 3 * size or two != 2 * size):
+    two, three, long = seen
+    (microbatch, sequence), (short, length) = marked, lengths
+    if two == three:
+        size, samples = two, 1
+    elif 3 * two == 2 * three:
+        size, samples = two // 2, microbatch
+    else:
         return None
-    if long == two or sequence is None:
-        return int(size * microbatch**power)
-    short, length = lengths
-    if short is None or two * length != long * short or size % short:
+    if long == two:
+        return samples * size
+    if sequence is None or two * length != long * short or size % short:
         return None
-    return int(size // short * sequence * microbatch**power)
+    return samples * size // short * sequence
 
 
-def _graph(
-    model: nn.Module,
-    source: ModelSource,
-    seen: Record,
-    chain: Sequence[tuple[tuple[int | None, ...], str]],
-    microbatch: int,
-    sequence: int | None,
-) -> ModelGraph:
-    """The ops over a chain of values of these (shape, dtype)s: none at all, or the first block's input and each one's output."""
-    stored = StoredNames.of(model)
-    tensors = {
-        **dict(model.named_parameters()),
-        **{name: buffer for name, buffer in model.named_buffers() if name in stored.ties},
-    }
-    names = {
-        fqn: f"{'p' if isinstance(t, nn.Parameter) else 'b'}_{fqn.replace('.', '_')}"
-        for fqn, t in tensors.items()
-    }
-    values = {name: _stored_value(name, tensors[fqn]) for fqn, name in names.items()}
-    for key, example in source.task.example_batch(microbatch, sequence).items():
-        values[key] = Value(name=key, shape=tuple(example.shape), dtype=_dtype(example), kind="input")
-    for i, (shape, dtype) in enumerate(chain):
-        name = f"hidden{i}"
-        sizes = tuple(size for size in shape if size is not None)
-        values[name] = Value(name=name, shape=sizes, dtype=dtype, kind="activation", requires_grad=i > 0)
-    values["loss"] = Value(
-        name="loss", shape=(), dtype=seen.loss_dtype, kind="activation", requires_grad=True
-    )
-    parameters = [Parameter(name=n, fqn=f, ties=stored.ties[f]) for f, n in names.items()]
-    return ModelGraph(
-        ops=tuple(_ops(seen.paths, names, stored, tuple(source.task.inputs), model)),
-        values=values,
-        inputs=tuple(source.task.inputs),
-        parameters=tuple(p for p in parameters if values[p.name].kind == "parameter"),
-        buffers=tuple(p for p in parameters if values[p.name].kind == "buffer"),
-        output="loss",
-        microbatch=microbatch,
-        sequence=sequence,
-        notes=("no tensor of this model can be sharded: its ops are whole modules",),
-    )
+class _Chain:
+    """Writes the ops and values of a graph whose ops are calls into ``model``."""
 
+    def __init__(self, model: nn.Module, source: ModelSource, dtype: torch.dtype) -> None:
+        self._model = model
+        self._task = source.task
+        self._dtype = dtype
+        self._stored = StoredNames.of(model)
+        tensors = {
+            **dict(model.named_parameters()),
+            **{name: buffer for name, buffer in model.named_buffers() if name in self._stored.ties},
+        }
+        self._names = {fqn: _value_name(fqn, tensor) for fqn, tensor in tensors.items()}
+        self._values = {
+            self._names[fqn]: _value(
+                self._names[fqn], "parameter" if isinstance(t, nn.Parameter) else "buffer", TensorMeta.of(t)
+            )
+            for fqn, t in tensors.items()
+        }
 
-def _ops(
-    paths: Sequence[str],
-    names: Mapping[str, str],
-    stored: StoredNames,
-    keys: tuple[str, ...],
-    model: nn.Module,
-) -> Iterator[Op]:
-    inputs = tuple(Ref(key) for key in keys)
-    if not paths:
-        everything = (tuple(names), tuple(map(Ref, names.values())), keys, inputs)
-        yield Op(name="loss", target="shardstage.loss", args=everything, outputs=("loss",))
-        return
-    inside = {path: _names_inside(model, path) for path in paths}
-    of_blocks = {stored.first[f"{path}.{name}"] for path, group in inside.items() for name in group}
-    outside = {fqn: name for fqn, name in names.items() if fqn not in of_blocks}
-    call = (tuple(paths), tuple(outside), tuple(map(Ref, outside.values())), keys, inputs)
-    yield Op(name="before", target="shardstage.before", args=call, outputs=("hidden0",))
-    for i, path in enumerate(paths):
-        tensors = tuple(Ref(names[stored.first[f"{path}.{name}"]]) for name in inside[path])
-        yield Op(
+    def graph(
+        self,
+        paths: Sequence[str],
+        hidden: Sequence[TensorMeta],
+        loss: TensorMeta,
+        microbatch: int,
+        sequence: int | None,
+    ) -> ModelGraph:
+        """``hidden`` are the first block's input and what each block returns; without ``paths`` there is one op."""
+        values = dict(self._values)
+        for key, example in self._task.example_batch(microbatch, sequence).items():
+            example = example.to(self._dtype) if example.is_floating_point() else example
+            values[key] = _value(key, "input", replace(TensorMeta.of(example), requires_grad=False))
+        for i, meta in enumerate(hidden):
+            values[f"hidden{i}"] = _value(f"hidden{i}", "activation", meta)
+        values["loss"] = _value("loss", "activation", loss)
+        return ModelGraph(
+            ops=tuple(self._ops(paths)),
+            values=values,
+            inputs=tuple(self._task.inputs),
+            parameters=self._listed("parameter"),
+            buffers=self._listed("buffer"),
+            output="loss",
+            microbatch=microbatch,
+            sequence=sequence,
+            notes=("no tensor of this model can be sharded: its ops are whole modules",),
+        )
+
+    def _listed(self, kind: str) -> tuple[Parameter, ...]:
+        return tuple(
+            Parameter(name=name, fqn=fqn, ties=self._stored.ties[fqn])
+            for fqn, name in self._names.items()
+            if self._values[name].kind == kind
+        )
+
+    def _ops(self, paths: Sequence[str]) -> Iterator[Op]:
+        keys = tuple(self._task.inputs)
+        outside = {fqn: name for fqn, name in self._names.items() if self._is_outside(fqn, paths)}
+        call = (tuple(outside), tuple(map(Ref, outside.values())), keys, tuple(map(Ref, keys)))
+        if not paths:
+            yield Op(name="loss", target="shardstage.loss", args=call, outputs=("loss",))
+            return
+        chain = (tuple(paths), *call)
+        yield Op(name="before", target="shardstage.before", args=chain, outputs=("hidden0",))
+        for i, path in enumerate(paths):
+            yield self._block(i, path)
+        last = (*chain, Ref(f"hidden{len(paths)}"))
+        yield Op(name="loss", target="shardstage.after", args=last, outputs=("loss",))
+
+    def _block(self, index: int, path: str) -> Op:
+        part = self._model.get_submodule(path)
+        inside = tuple(name for name, _ in (*part.named_parameters(), *part.named_buffers()))
+        tensors = tuple(Ref(self._names[self._stored.first[f"{path}.{name}"]]) for name in inside)
+        return Op(
             name=path.replace(".", "_"),
             target="shardstage.module",
-            args=(path, inside[path], tensors, Ref(f"hidden{i}")),
-            outputs=(f"hidden{i + 1}",),
+            args=(path, inside, tensors, Ref(f"hidden{index}")),
+            outputs=(f"hidden{index + 1}",),
             module=path,
-            module_type=type(model.get_submodule(path)).__name__,
+            module_type=type(part).__name__,
         )
-    yield Op(
-        name="loss", target="shardstage.after", args=(*call, Ref(f"hidden{len(paths)}")), outputs=("loss",)
-    )
+
+    def _is_outside(self, fqn: str, paths: Sequence[str]) -> bool:
+        """Whether the model holds the tensor, under any of its names, outside the blocks."""
+        blocks = tuple(f"{path}." for path in paths)
+        return not all(name.startswith(blocks) for name in (fqn, *self._stored.ties[fqn]))
 
 
-def _names_inside(model: nn.Module, path: str) -> tuple[str, ...]:
-    part = model.get_submodule(path)
-    return tuple(name for name, _ in (*part.named_parameters(), *part.named_buffers()))
+def _value_name(fqn: str, tensor: Tensor) -> str:
+    return f"{'p' if isinstance(tensor, nn.Parameter) else 'b'}_{fqn.replace('.', '_')}"
 
 
-def _stored_value(name: str, tensor: Tensor) -> Value:
-    is_parameter = isinstance(tensor, nn.Parameter)
-    return Value(
-        name=name,
-        shape=tuple(tensor.shape),
-        dtype=_dtype(tensor),
-        kind="parameter" if is_parameter else "buffer",
-        requires_grad=is_parameter and tensor.requires_grad,
-    )
-
-
-def _dtype(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
+def _value(name: str, kind: _Kind, meta: TensorMeta) -> Value:
+    return Value(name=name, shape=meta.shape, dtype=meta.dtype, kind=kind, requires_grad=meta.requires_grad)

@@ -157,7 +157,9 @@ class _Reader:
         name = self._fresh(node.name)
         value = node.meta.get("val")
         is_sequence = isinstance(value, tuple | list)
-        outputs = tuple(f"{name}.{i}" for i in range(len(value))) if is_sequence else (name,)
+        outputs = (
+            (name,) if value is None or not is_sequence else tuple(f"{name}.{i}" for i in range(len(value)))
+        )
         module, module_type = self._module(node)
         op = Op(
             name=name,
@@ -181,7 +183,7 @@ class _Reader:
 
     def _written(self, node: fx.Node, args: tuple[Any, ...]) -> Ref | None:
         """The value that an op such as ``relu_`` overwrites, if it is one of the graph's own; buffers are really written to."""
-        is_in_place = str(node.target).split(".")[1].endswith("_") and args and isinstance(args[0], Ref)
+        is_in_place = is_mutating(str(node.target)) and args and isinstance(args[0], Ref)
         if not is_in_place or args[0].name in self._inputs:
             return None
         written: Ref = args[0]
@@ -248,8 +250,10 @@ def _schema(function: Any) -> Any:
 
 
 def _functional(target: str) -> str:
+    """``aten.relu.default`` for ``aten.relu_.default``, ``aten.__and__.Tensor`` for ``aten.__iand__.Tensor``."""
     namespace, name, overload = target.split(".")
-    functional = f"{namespace}.{name.removesuffix('_')}.{overload}"
+    plain_name = name.replace("__i", "__", 1) if name.startswith("__") else name.removesuffix("_")
+    functional = f"{namespace}.{plain_name}.{overload}"
     resolve(functional)
     return functional
 

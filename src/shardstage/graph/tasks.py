@@ -140,12 +140,6 @@ def _seq2seq_loss(model: nn.Module, batch: Mapping[str, Tensor], *, start_id: in
     return _summed_cross_entropy(_logits(output), labels)
 
 
-def _plain_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    images = batch["pixel_values"]
-    output = model(pixel_values=images) if hasattr(model, "config") else model(images)
-    return _summed_cross_entropy(_logits(output), batch["labels"])
-
-
 def _apply(model: nn.Module, batch: Mapping[str, Tensor], **options: Any) -> Any:
     """The model's output for all of the batch but the labels: by name for one of transformers, in order for a plain module."""
     inputs = _without_labels(batch)
@@ -160,9 +154,10 @@ def _summed_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _logits(output: Any) -> Tensor:
-    logits = getattr(output, "logits", None)
-    if logits is None:
-        logits = output[0] if isinstance(output, tuple | list) else output
+    """A model's output is its logits, has them, or has them first."""
+    if isinstance(output, Tensor):
+        return output
+    logits: Tensor = output.logits if hasattr(output, "logits") else output[0]
     return logits
 
 
