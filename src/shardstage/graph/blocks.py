@@ -10,9 +10,10 @@ the outermost counts whose members compute the same (a T5 block, not its sublaye
 from __future__ import annotations
 
 import hashlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
 from typing import Any
 
 from shardstage.graph.flops import is_product
@@ -124,27 +125,39 @@ def _is_composite(graph: ModelGraph, indices: Sequence[int]) -> bool:
 
 
 def _repeating(graph: ModelGraph, members: Mapping[str, Sequence[int]]) -> set[str]:
-    """Members of those lists in which two members compute the same."""
+    """Members of those lists in which two members compute alike."""
     families: dict[str, list[str]] = defaultdict(list)
     for prefix in members:
         families[prefix.rpartition(".")[0]].append(prefix)
     found: set[str] = set()
     for siblings in families.values():
-        kinds = [_signature(graph, members[prefix]) for prefix in siblings]
-        if len(set(kinds)) < len(kinds):
+        contents = [_content(graph, members[prefix]) for prefix in siblings]
+        distinct = set(contents)
+        if len(distinct) < len(contents) or any(_is_alike(a, b) for a, b in combinations(distinct, 2)):
             found.update(siblings)
     return found
 
 
-def _signature(graph: ModelGraph, indices: Sequence[int]) -> tuple[Any, ...]:
-    """What the ops compute on which shapes; cheaper than their fingerprint, and blind to how they are wired."""
-    return tuple(
-        (
-            graph.ops[i].target,
-            *(graph.values[name].shape for name in graph.ops[i].outputs if name is not None),
-        )
-        for i in indices
+_Content = frozenset[tuple[tuple[Any, ...], int]]
+
+
+def _content(graph: ModelGraph, indices: Sequence[int]) -> _Content:
+    """How often which op makes which shapes; cheaper than a fingerprint, and blind to order and wiring."""
+    return frozenset(
+        Counter(
+            (
+                graph.ops[i].target,
+                *(graph.values[name].shape for name in graph.ops[i].outputs if name is not None),
+            )
+            for i in indices
+        ).items()
     )
+
+
+def _is_alike(a: _Content, b: _Content) -> bool:
+    """One is nearly a part of the other, as T5's later blocks are of its first, which also makes the position bias."""
+    first, second = Counter(dict(a)), Counter(dict(b))
+    return (first & second).total() >= 0.9 * min(first.total(), second.total())
 
 
 def _outermost(module: str, repeating: set[str], layers: set[str]) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Final
 
 from shardstage.errors import PlanError
@@ -102,7 +102,7 @@ def cut(graph: ModelGraph, starts: Sequence[int]) -> tuple[Segment, ...]:
     Raises ``PlanError`` for other starts, and for a cut between a tensor's making and its change in place.
     """
     _require_valid(graph, starts)
-    bounds = list(zip(starts, [*starts[1:], len(graph.ops)], strict=True))
+    bounds = list(pairwise([*starts, len(graph.ops)]))
     cheap = _cheap_ops(graph)
     members = [_members(graph, start, stop, cheap) for start, stop in bounds]
     edges = _edges(graph, starts, members, cheap)
@@ -221,8 +221,8 @@ def _common_depth(ops: Sequence[Op], position: int) -> int:
 
 
 def _require_valid(graph: ModelGraph, starts: Sequence[int]) -> None:
-    is_rising = all(a < b for a, b in zip(starts, [*starts[1:], len(graph.ops)], strict=True))
-    if not starts or starts[0] != 0 or not is_rising:
+    bounds = [*starts, len(graph.ops)]
+    if bounds[0] != 0 or any(a >= b for a, b in pairwise(bounds)):
         raise PlanError(
             f"stages cannot start at ops {list(starts)}: the first starts at 0, and each has at least one of {len(graph.ops)} ops",
             hint=f"starts = {[0, *good_positions(graph)[: max(0, len(starts) - 1)]]}",
@@ -231,7 +231,8 @@ def _require_valid(graph: ModelGraph, starts: Sequence[int]) -> None:
     for start in starts:
         if not allowed[start]:
             op = graph.ops[start]
-            nearest = min(good_positions(graph), key=lambda position: abs(position - start), default=0)
+            others = (p for p in range(len(graph.ops)) if allowed[p])
+            nearest = min(others, key=lambda position: (abs(position - start), -position))
             raise PlanError(
                 f"a stage cannot start at op {op.name!r} ({op.module}): a tensor made before it is changed in place after it",
                 hint=f"start at op {graph.ops[nearest].name!r}",
