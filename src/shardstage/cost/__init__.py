@@ -10,7 +10,7 @@ from shardstage.cost.links import Links
 from shardstage.cost.memory import MemoryUse, stage_memory
 from shardstage.cost.profile import Profile, UnitCost, profile
 from shardstage.cost.setup import StepSetup
-from shardstage.cost.step import Prediction, StagePrediction, predict_step, stage_times
+from shardstage.cost.step import Prediction, StagePrediction, least_step_s, predict_step, stage_times
 
 __all__ = [
     "Folded",
@@ -24,6 +24,7 @@ __all__ = [
     "UnitCost",
     "balanced",
     "fold",
+    "least_step_s",
     "predict_step",
     "profile",
     "stage_memory",

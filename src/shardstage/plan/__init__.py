@@ -6,11 +6,13 @@ that anyone reads. It refuses to know how a plan is executed, and runs without t
     request = parse_request("dp=2,tp=2")        what was typed
     plan    = complete(request, graph, num_ranks=4, global_batch=16, sequence=256)
     notes   = check(plan, graph, num_ranks=4)   raises PlanError; what is allowed but odd comes back as text
+    text    = explain(plan, graph)
     save_plan(plan, "plan.toml"); load_plan("plan.toml") == plan
 """
 
 from shardstage.plan.check import check
 from shardstage.plan.complete import complete
+from shardstage.plan.explain import explain
 from shardstage.plan.file import load_plan, plan_from_toml, plan_to_toml, save_plan
 from shardstage.plan.plan import Plan, Precision, Recompute, ScheduleName, StageRange
 from shardstage.plan.shorthand import Request, format_request, parse_request
@@ -24,6 +26,7 @@ __all__ = [
     "StageRange",
     "check",
     "complete",
+    "explain",
     "format_request",
     "load_plan",
     "parse_request",

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from shardstage.cluster import Cluster
-from shardstage.cost import Links, Prediction, StepSetup, fold, predict_step, profile
+from shardstage.cost import Links, Prediction, fold, predict_step, profile
 from shardstage.errors import PlanError
 from shardstage.graph import ModelGraph
 from shardstage.plan import Plan
+from shardstage.plan.explain import setup_of
 
-__all__ = ["predict", "setup_of"]
+__all__ = ["predict"]
 
 
 def predict(graph: ModelGraph, plan: Plan, cluster: Cluster) -> Prediction:
     """Step time and memory of a checked plan.
 
-    Priced is the data-parallel rank with the largest share, which the others wait for. Raises ``PlanError`` if the cluster is smaller than the plan.
+    Priced is the data-parallel rank with the largest share, which the others wait for. Raises ``PlanError`` if the cluster is smaller
+    than the plan.
     """
     if plan.mesh.world_size > cluster.num_devices:
         raise PlanError(
@@ -35,20 +37,3 @@ def predict(graph: ModelGraph, plan: Plan, cluster: Cluster) -> Prediction:
         replicate=plan.replicate,
     )
     return predict_step(priced, setup, Links(cluster, plan.mesh))
-
-
-def setup_of(plan: Plan, starts: tuple[int, ...]) -> StepSetup:
-    """What of a plan its price depends on, with stages that begin at the units ``starts``."""
-    return StepSetup(
-        mesh=plan.mesh,
-        starts=starts,
-        microbatch=-(-max(plan.shares) // plan.num_microbatches),
-        num_microbatches=plan.num_microbatches,
-        global_batch=plan.global_batch,
-        sequence=plan.sequence,
-        zero=plan.zero,
-        recompute=plan.recompute,
-        schedule=plan.schedule,
-        precision=plan.precision,
-        bucket_bytes=plan.bucket_bytes,
-    )

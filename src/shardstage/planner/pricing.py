@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Final
 
 from shardstage.cluster import Cluster
 from shardstage.cost import (
@@ -13,11 +14,10 @@ from shardstage.cost import (
     StepSetup,
     balanced,
     fold,
+    least_step_s,
     profile,
     stage_memory,
-    stage_times,
 )
-from shardstage.cost.pipeline import least_pipeline_s
 from shardstage.graph import ModelGraph
 from shardstage.graph.cuts import good_positions
 from shardstage.layout import Mesh
@@ -26,6 +26,9 @@ from shardstage.plan.plan import Plan
 from shardstage.planner.candidates import Choice
 
 __all__ = ["Priced", "Pricing"]
+
+ENOUGH_UNITS: Final = 16
+"""With so many blocks, stages of whole blocks are balanced well enough."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -88,7 +91,6 @@ class Pricing:
             bucket_bytes=Plan.bucket_bytes,
         )
         links = self._links_of(choice.mesh)
-        times = stage_times(priced, setup, links)
         memory = [stage_memory(priced, setup, stage).total_bytes for stage in range(choice.mesh.pp)]
         return Priced(
             choice=choice,
@@ -97,7 +99,7 @@ class Pricing:
             links=links,
             positions=tuple(self._folded.units[start].start for start in setup.starts),
             peak_bytes=max(memory),
-            least_step_s=least_pipeline_s(times, num_microbatches),
+            least_step_s=least_step_s(priced, setup, links),
         )
 
     def _links_of(self, mesh: Mesh) -> Links:
@@ -135,6 +137,8 @@ class Pricing:
 
 
 def _fold_for(graph: ModelGraph, num_ranks: int) -> Folded:
-    """Units are blocks, or finer where there would be fewer than ranks."""
+    """Units are blocks, the unit of ZeRO's gathers, too; finer where there are too few of them to make stages of."""
     folded = fold(graph)
-    return folded if len(folded.units) >= num_ranks else fold(graph, boundaries=good_positions(graph))
+    if len(folded.units) >= min(num_ranks, ENOUGH_UNITS):
+        return folded
+    return fold(graph, boundaries=good_positions(graph))

@@ -1,8 +1,8 @@
 """``search``: every mesh and memory saver priced, the fastest plan that fits chosen.
 
-A first, honest search: all of dp × tp × pp × ZeRO × microbatch × recompute × sequence parallel is enumerated; what does not fit in memory is
-rejected by its excess, what cannot beat the best by its lower bound, and every other candidate is priced in full. So the result is the
-best of what was enumerated *under the cost model*, no more: stages are cut for balanced time, not searched jointly with the rest.
+A first, honest search: all of dp × tp × pp × ZeRO × microbatch × recompute × sequence parallel is enumerated; what does not fit into
+memory is rejected by its excess, what cannot beat the best by its lower bound, and every other candidate is priced in full. So the
+result is the best of what was enumerated *under the cost model*, no more: stages are cut for balanced time, not searched jointly.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from shardstage.errors import PlanError
 from shardstage.graph import ModelGraph
 from shardstage.plan import Plan, Precision, Request, format_request
 from shardstage.plan.complete import ranges
-from shardstage.planner.candidates import Choice, choices
+from shardstage.planner.candidates import choices
 from shardstage.planner.pricing import Priced, Pricing
 from shardstage.units import format_bytes, format_ratio, format_s
 

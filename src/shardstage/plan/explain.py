@@ -1,0 +1,257 @@
+"""``explain``: a plan in words and tables: who does what, what it holds, what it says to whom, and what could not be shared."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Final
+
+from shardstage.cluster import Cluster, LinkLevel
+from shardstage.cost import Folded, Prediction, Profile, StepSetup, fold, profile, stage_memory
+from shardstage.cost.compute import RELATIVE
+from shardstage.cost.memory import stage_elements
+from shardstage.graph import ModelGraph
+from shardstage.layout import Mesh
+from shardstage.plan.plan import Plan
+from shardstage.sharding import shard
+from shardstage.units import format_bytes, format_count, format_ratio, format_s
+
+__all__ = ["explain", "setup_of"]
+
+MAX_RANKS_DRAWN: Final = 64
+
+
+def explain(plan: Plan, graph: ModelGraph, *, prediction: Prediction | None = None) -> str:
+    """The plan as text. Memory and shares of compute are predicted from the graph alone, times come with ``prediction``."""
+    priced = _Priced(plan, graph)
+    sections = [
+        _summary(plan, graph),
+        _mesh(plan.mesh),
+        _stages(priced),
+        _memory(priced),
+        _talk(priced),
+        _unsharded(priced),
+        () if prediction is None else _times(prediction),
+    ]
+    return "\n\n".join("\n".join(lines) for lines in sections if lines) + "\n"
+
+
+def setup_of(plan: Plan, starts: tuple[int, ...]) -> StepSetup:
+    """What of a plan its price depends on, with stages that begin at the units ``starts``.
+
+    Priced is the data-parallel rank with the largest share, which the others wait for.
+    """
+    return StepSetup(
+        mesh=plan.mesh,
+        starts=starts,
+        microbatch=-(-max(plan.shares) // plan.num_microbatches),
+        num_microbatches=plan.num_microbatches,
+        global_batch=plan.global_batch,
+        sequence=plan.sequence,
+        zero=plan.zero,
+        recompute=plan.recompute,
+        schedule=plan.schedule,
+        precision=plan.precision,
+        bucket_bytes=plan.bucket_bytes,
+    )
+
+
+class _Priced:
+    """A plan with its model's units, priced on a device where only balance counts."""
+
+    def __init__(self, plan: Plan, graph: ModelGraph) -> None:
+        positions = {op.name: index for index, op in enumerate(graph.ops)}
+        boundaries = [positions[stage.first] for stage in plan.stages]
+        self.plan = plan
+        self.graph = graph
+        self.starts = tuple(boundaries)
+        self.folded: Folded = fold(graph, boundaries=boundaries)
+        self.setup = setup_of(plan, tuple(self.folded.unit_at(position) for position in boundaries))
+        self.profile: Profile = profile(
+            self.folded,
+            _any_cluster(plan.mesh.world_size),
+            tp=plan.mesh.tp,
+            microbatch=self.setup.microbatch,
+            sequence=plan.sequence,
+            is_sequence_parallel=plan.is_sequence_parallel,
+            replicate=plan.replicate,
+        )
+
+
+def _any_cluster(num_devices: int) -> Cluster:
+    level = LinkLevel(name="any", size=num_devices, latency_s=0.0, bytes_per_s=1.0, source=RELATIVE.source)
+    return Cluster(name="any", device=RELATIVE, num_devices=num_devices, levels=(level,))
+
+
+def _summary(plan: Plan, graph: ModelGraph) -> Iterator[str]:
+    yield (
+        f"model    {format_count(graph.num_parameters)} parameters in {len(graph.parameters)} tensors, "
+        f"{len(graph.ops)} ops, {plan.precision}"
+    )
+    length = "" if plan.sequence is None else f" of {plan.sequence} tokens"
+    shares = sorted(set(plan.shares), reverse=True)
+    each = f"{shares[0]}" if len(shares) == 1 else f"{shares[-1]} to {shares[0]}"
+    cut = f"{plan.num_microbatches} microbatches of {plan.microbatch}"
+    yield f"batch    {plan.global_batch} samples{length}: {each} a data-parallel rank, in {cut}"
+    savers = [f"zero={plan.zero}", f"recompute={plan.recompute}"]
+    savers += [plan.schedule] if plan.mesh.pp > 1 else []
+    savers += ["sequence parallel"] if plan.is_sequence_parallel else []
+    savers += ["compiled"] if plan.is_compiled else []
+    yield f"with     {', '.join(savers)}"
+
+
+def _mesh(mesh: Mesh) -> Iterator[str]:
+    """Ranks as a picture: a block of columns for each stage, a row for each data-parallel rank, neighbours along tp side by side."""
+    yield f"mesh     dp={mesh.dp} × tp={mesh.tp} × pp={mesh.pp} on {mesh.world_size} ranks"
+    if not 1 < mesh.world_size <= MAX_RANKS_DRAWN:
+        return
+    width = len(str(mesh.world_size - 1))
+    cells = [
+        [" ".join(f"{mesh.rank(pp=p, dp=d, tp=t):{width}}" for t in range(mesh.tp)) for p in range(mesh.pp)]
+        for d in range(mesh.dp)
+    ]
+    heads = [f"pp={p}" for p in range(mesh.pp)]
+    yield from _table(["", *heads], [[f"dp={d}", *row] for d, row in enumerate(cells)])
+
+
+def _stages(priced: _Priced) -> Iterator[str]:
+    plan, graph, mesh = priced.plan, priced.graph, priced.plan.mesh
+    units = priced.profile.units
+    compute = [
+        sum(units[i].forward_s + units[i].backward_s for i in priced.setup.units_of(s, priced.profile))
+        for s in range(mesh.pp)
+    ]
+    rows = []
+    for stage in range(mesh.pp):
+        stop = priced.starts[stage + 1] if stage + 1 < mesh.pp else len(graph.ops)
+        elements = stage_elements(priced.profile, priced.setup, stage)
+        rows.append(
+            [
+                str(stage),
+                _modules(op.module for op in graph.ops[priced.starts[stage] : stop]),
+                str(stop - priced.starts[stage]),
+                format_ratio(compute[stage] / sum(compute)),
+                format_count(elements),
+                format_bytes(stage_memory(priced.profile, priced.setup, stage).total_bytes),
+            ]
+        )
+    yield "stages"
+    yield from _table(["", "modules", "ops", "compute", "parameters a rank", "peak memory a rank"], rows)
+    if plan.mesh.pp > 1:
+        yield f"  balance: the slowest stage has {max(compute) * mesh.pp / sum(compute):.2f} × the mean"
+
+
+def _modules(paths: Iterable[str]) -> str:
+    """``model.embed_tokens … model.layers.3``: the first and the last module of a stage, not deeper than a layer."""
+    shown = list(dict.fromkeys(re.sub(r"(\.\d+)\..*", r"\1", path) for path in paths if path))
+    if not shown:
+        return "-"
+    return shown[0] if len(shown) == 1 else f"{shown[0]} … {shown[-1]}"
+
+
+def _memory(priced: _Priced) -> Iterator[str]:
+    """What a rank of each stage holds; stages that hold the same are one line."""
+    uses = [stage_memory(priced.profile, priced.setup, s) for s in range(priced.plan.mesh.pp)]
+    names = list(dict.fromkeys(name for use in uses for name, _ in use.categories()))
+    rows = [[str(s), *(format_bytes(getattr(use, name)) for name in names)] for s, use in enumerate(uses)]
+    yield "memory a rank, at its peak"
+    yield from _table(["", *names], rows)
+
+
+def _talk(priced: _Priced) -> Iterator[str]:
+    """Collectives of a step by axis, on the rank that has most of them."""
+    rows = [*_tp_rows(priced), *_dp_rows(priced), *_pp_rows(priced)]
+    if rows:
+        yield "talk a step, on the busiest rank"
+        yield from _table(["axis", "what", "calls", "bytes"], rows)
+
+
+def _tp_rows(priced: _Priced) -> Iterator[list[str]]:
+    m = priced.plan.num_microbatches
+    by_stage = []
+    for stage in range(priced.plan.mesh.pp):
+        calls: Counter[str] = Counter()
+        volume: Counter[str] = Counter()
+        for index in priced.setup.units_of(stage, priced.profile):
+            for kind, count, num_bytes in priced.profile.units[index].tp_bytes:
+                calls[kind] += m * count
+                volume[kind] += m * num_bytes
+        by_stage.append((sum(volume.values()), calls, volume))
+    _, calls, volume = max(by_stage, key=lambda found: found[0])
+    yield from (["tp", kind, str(calls[kind]), format_bytes(volume[kind])] for kind in calls)
+
+
+def _dp_rows(priced: _Priced) -> Iterator[list[str]]:
+    setup = priced.setup
+    if setup.mesh.dp == 1:
+        return
+    elements = max(stage_elements(priced.profile, setup, s) for s in range(setup.mesh.pp))
+    gradients, parameters = elements * setup.master_bytes, elements * setup.compute_bytes
+    buckets = max(1, -(-parameters // setup.bucket_bytes))
+    m = setup.num_microbatches
+    if setup.sharding_level == 0:
+        yield ["dp", "all_reduce of gradients", str(buckets), format_bytes(gradients)]
+    elif setup.sharding_level == 1:
+        yield ["dp", "reduce_scatter of gradients", str(buckets), format_bytes(gradients)]
+        yield ["dp", "all_gather of parameters", str(buckets), format_bytes(parameters)]
+    else:
+        units = len(setup.units_of(0, priced.profile))
+        gathers = m * (2 if setup.sharding_level == 3 else 1)
+        yield ["dp", "reduce_scatter of gradients", str(m * units), format_bytes(m * gradients)]
+        yield ["dp", "all_gather of parameters", str(gathers * units), format_bytes(gathers * parameters)]
+
+
+def _pp_rows(priced: _Priced) -> Iterator[list[str]]:
+    setup = priced.setup
+    if setup.mesh.pp > 1:
+        sent = max(priced.profile.units[start].input_bytes for start in setup.starts[1:])
+        m = setup.num_microbatches
+        yield ["pp", "activations and their gradients", str(2 * m), format_bytes(2 * m * sent)]
+
+
+def _unsharded(priced: _Priced) -> Iterator[str]:
+    """Ops that every tensor-parallel rank runs whole, those of repeated layers as one line."""
+    if priced.plan.mesh.tp == 1:
+        return
+    sharding = shard(
+        priced.folded.graph,
+        num_ranks=priced.plan.mesh.tp,
+        is_sequence_parallel=priced.plan.is_sequence_parallel,
+        replicate=priced.plan.replicate,
+    )
+    if not sharding.unsharded:
+        yield "every op with weights or heavy work is shared over tp"
+        return
+    modules = {op.name: op.module for op in priced.folded.graph.ops}
+    lines = dict.fromkeys(
+        (re.sub(r"\.\d+(?=\.|$)", ".*", modules[whole.op]), whole.reason, whole.source)
+        for whole in sharding.unsharded
+    )
+    yield "not shared over tp: every rank runs it whole"
+    yield from _table(["module", "why", "line"], [list(line) for line in lines])
+
+
+def _times(prediction: Prediction) -> Iterator[str]:
+    low, expected, high = (
+        prediction.step_time_low_s,
+        prediction.step_time_s,
+        prediction.step_time_high_s,
+    )
+    yield f"step     {format_s(expected)} predicted ({format_s(low)} to {format_s(high)})"
+    yield f"speed    {prediction.tokens_per_s:,.0f} tokens/s, MFU {format_ratio(prediction.mfu)}"
+    waits = (
+        ("tp", prediction.exposed_tp_s),
+        ("dp", prediction.exposed_dp_s),
+        ("pp", prediction.exposed_pp_s),
+    )
+    shown = ", ".join(f"{axis} {format_s(seconds)}" for axis, seconds in waits)
+    bubble, optimizer = format_ratio(prediction.bubble_ratio), format_s(prediction.optimizer_s)
+    yield f"waits    bubble {bubble} of the pipeline; exposed {shown}; optimizer {optimizer}"
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Columns as wide as their widest cell, indented by two."""
+    widths = [max(len(row[i]) for row in (heads, *rows)) for i in range(len(heads))]
+    for row in (heads, *rows):
+        yield "  " + "   ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
