@@ -73,11 +73,13 @@ def _run_to_the_end(program: Program) -> None:
                     sent.add(_message(instruction))
                 position[stage] += 1
                 is_moving = True
-    for stage, row in enumerate(program.instructions):
-        if position[stage] < len(row):
-            raise ProgramError(
-                f"stage {stage} waits for ever at step {position[stage]}: {row[position[stage]]}"
-            )
+    waiting = [
+        f"stage {stage} at step {position[stage]}: {row[position[stage]]}"
+        for stage, row in enumerate(program.instructions)
+        if position[stage] < len(row)
+    ]
+    if waiting:
+        raise ProgramError(f"what is waited for never comes: {', '.join(waiting)}")
 
 
 def _can_run(
