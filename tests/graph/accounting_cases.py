@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+import gc
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils._pytree import tree_leaves
 
-from shardstage.compat import storage_key
+from shardstage.compat import TorchDispatchMode, storage_key
 from shardstage.graph import ModelGraph
 from shardstage.graph.capture_transformers import as_untraced
+from shardstage.graph.saved import SELECTIVE_TARGETS, Recompute
 from shardstage.graph.source import ModelSource
 from shardstage.graph.tasks import Task
 
@@ -52,9 +58,7 @@ class Measured:
     saved_input_bytes: int
 
 
-def measure(
-    found: Case, *, around: Callable[[nn.Module], AbstractContextManager[Any]] = lambda _: nullcontext()
-) -> Measured:
+def measure(found: Case) -> Measured:
     """Runs the eager model. Saved storages count once each; parameters and buffers do not count."""
     model, batch = found.model.train(), {name: tensor.clone() for name, tensor in found.batch.items()}
     saved: dict[int, Tensor] = {}
@@ -66,7 +70,7 @@ def measure(
     own = {storage_key(tensor) for tensor in (*model.parameters(), *model.buffers())}
     given = {storage_key(tensor) for tensor in batch.values()}
     counter = FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION)
-    with as_untraced(model, batch), around(model), counter:
+    with as_untraced(model, batch), counter:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             loss = found.task.loss(model, batch)
         forward = counter.get_total_flops()
@@ -79,6 +83,73 @@ def measure(
         saved_bytes=sum(size for key, size in sizes.items() if key not in given),
         saved_input_bytes=sum(size for key, size in sizes.items() if key in given),
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasuredCheckpoint:
+    """What a run with torch's checkpoint around each layer keeps alive between forward and backward, and computes in backward."""
+
+    kept_bytes: int
+    backward_flops: int
+
+
+def measure_checkpoint(found: Case, layers: Sequence[nn.Module], recompute: Recompute) -> MeasuredCheckpoint:
+    """``kept_bytes`` are all storages made in the forward that still live when it ends."""
+    model, batch = found.model.train(), {name: tensor.clone() for name, tensor in found.batch.items()}
+    made = _MadeStorages()
+    counter = FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION)
+    with as_untraced(model, batch), _checkpointed(layers, recompute):
+        with made:
+            loss = found.task.loss(model, batch)
+        gc.collect()
+        kept_bytes = made.live_bytes()
+        with counter:
+            loss.backward()
+    model.zero_grad(set_to_none=True)
+    return MeasuredCheckpoint(kept_bytes=kept_bytes, backward_flops=counter.get_total_flops())
+
+
+class _MadeStorages(TorchDispatchMode):
+    """Remembers every storage that an op makes, without keeping it alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._made: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        given = {storage_key(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and storage_key(tensor) not in given:
+                storage = tensor.untyped_storage()
+                self._made[storage_key(tensor)] = (StorageWeakRef(storage), storage.nbytes())
+        return result
+
+    def live_bytes(self) -> int:
+        return sum(num_bytes for reference, num_bytes in self._made.values() if not reference.expired())
+
+
+@contextmanager
+def _checkpointed(layers: Sequence[nn.Module], recompute: Recompute) -> Iterator[None]:
+    options = {} if recompute == "full" else {"context_fn": _selective}
+    for layer in layers if recompute != "none" else ():
+        run = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False, **options)
+        layer.forward = run
+    try:
+        yield
+    finally:
+        for layer in layers:
+            vars(layer).pop("forward", None)
+
+
+def _policy(_: Any, op: Any, *__: Any, **___: Any) -> CheckpointPolicy:
+    is_kept = str(op) in SELECTIVE_TARGETS
+    return CheckpointPolicy.MUST_SAVE if is_kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+_selective = partial(create_selective_checkpoint_contexts, _policy)
 
 
 def _attention_forward(q: Any, k: Any, v: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:

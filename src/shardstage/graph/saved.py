@@ -39,7 +39,7 @@ SELECTIVE_TARGETS: Final = (
     *("aten.conv1d.padding", "aten.conv2d.padding", "aten.conv3d.padding"),
     *("aten.conv_transpose1d.default", "aten.conv_transpose2d.input", "aten.conv_transpose3d.input"),
     "aten.convolution.default",
-    "aten.scaled_dot_product_attention.default",
+    *("aten.scaled_dot_product_attention.default", "shardstage.attention"),
     "aten._scaled_dot_product_flash_attention_for_cpu.default",
     "aten._scaled_dot_product_flash_attention.default",
     "aten._scaled_dot_product_efficient_attention.default",
@@ -142,7 +142,18 @@ def _kept_of(graph: ModelGraph, block: Block, recompute: Recompute) -> Iterator[
     if recompute == "selective":
         for op in filter(_is_selected, ops):
             yield from (name for name in op.outputs if name is not None)
-            yield from (name for name in op.saved if graph.values[name].kind == "saved")
+            yield from _kept_within(graph, op)
+
+
+def _kept_within(graph: ModelGraph, op: Op) -> Iterator[str]:
+    """Results of products inside an op: fused attention returns its log-sum-exp, attention written out has scores [.., s, t]."""
+    own = [name for name in op.saved if graph.values[name].kind == "saved"]
+    if "attention" not in op.target:
+        return
+    query, key = (graph.values[name] for name in op.inputs[:2])
+    num_scores = query.numel // query.shape[-1] * key.shape[-2]
+    scores = [name for name in own if graph.values[name].numel >= num_scores]
+    yield from scores[:1] or own
 
 
 def _is_selected(op: Op) -> bool:
