@@ -5,9 +5,10 @@ goes a ``ModelGraph`` of any model, out comes the ``ModelGraph`` of each rank: t
 that ranks talk by. It refuses to know the model's name, what an operator does to numbers, and how fast a link is; it imports no torch.
 """
 
+from shardstage.sharding.describe import describe
 from shardstage.sharding.local import localize
 from shardstage.sharding.shard import shard
 from shardstage.sharding.sharding import Conversion, Sharding, Unsharded
 from shardstage.sharding.state import Placing, State
 
-__all__ = ["Conversion", "Placing", "Sharding", "State", "Unsharded", "localize", "shard"]
+__all__ = ["Conversion", "Placing", "Sharding", "State", "Unsharded", "describe", "localize", "shard"]

@@ -27,15 +27,15 @@ class Cut:
         )
 
     def with_boundaries(self, boundaries: set[int]) -> Cut | None:
-        """Sections divided at further places; None where a unit would be."""
-        ends = tuple(accumulate(self.sections))
-        wanted = sorted(boundaries | set(ends) - {0})
-        if wanted[-1] != ends[-1]:
+        """Sections divided at further places, units to be found anew; None where a place lies outside."""
+        ends = set(accumulate(self.sections))
+        wanted = sorted(boundaries | ends)
+        if wanted[0] <= 0 or wanted[-1] != max(ends):
             return None
+        if boundaries <= ends:
+            return self
         sections = tuple(b - a for a, b in zip((0, *wanted), wanted, strict=False))
-        units = tuple(self.units[next(i for i, e in enumerate(ends) if end <= e)] for end in wanted)
-        fits = all(length % unit == 0 for length, unit in zip(sections, units, strict=True))
-        return Cut(sections=sections, units=units) if fits else None
+        return Cut(sections=sections, units=(1,) * len(sections))
 
     def with_unit(self, unit: int, first: int, last: int) -> Cut | None:
         """The unit of some sections made a multiple of ``unit``; None where it does not divide them."""
@@ -47,7 +47,8 @@ class Cut:
 class Cuts:
     """The cut of every parameter that may be cut, and why the others may not.
 
-    A reconsideration only ever makes a cut coarser, so that a walk that starts again after each comes to an end.
+    A reconsideration divides a dim into more sections or makes their units larger, so that a walk that starts again after each comes
+    to an end.
     """
 
     def __init__(self, num_ranks: int) -> None:

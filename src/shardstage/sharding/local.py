@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from shardstage.graph import ModelGraph, Op, Ref, Value
 from shardstage.layout import Partial, Placement, Replicate, Shard
 from shardstage.sharding.call import LocalCall, local_shape, renamed
+from shardstage.sharding.kept import kept_of
 from shardstage.sharding.rules import is_random, rewrite_of
 from shardstage.sharding.shard import needed_placement
 from shardstage.sharding.sharding import Conversion, Sharding
@@ -92,8 +93,7 @@ class _Writer:
             *before, local = rewrite(call)
             for extra in before:
                 self._add_extra(extra, op)
-        self._rescale_saved(op, placing)
-        local = replace(local, saved=tuple(names.get(name, name) for name in op.saved))
+        local = replace(local, saved=self._saved(op, local, placing, names))
         is_partial = any(isinstance(state.placement, Partial) for state in placing.outputs)
         if is_partial and not placing.is_deferred:
             self._reduce(op, local, placing)
@@ -162,21 +162,27 @@ class _Writer:
         states = (*placing.inputs.values(), *(s.placement for s in placing.outputs))
         return any(not isinstance(placement, Replicate) for placement in states)
 
-    def _rescale_saved(self, op: Op, placing: Placing) -> None:
+    def _saved(self, op: Op, local: Op, placing: Placing, names: Mapping[str, str]) -> tuple[str, ...]:
+        """What autograd keeps of the local op."""
+        kept = kept_of(local, self.values)
+        own = [name for name in op.saved if self.sharding.graph.values[name].kind == "saved"]
+        if kept is None:
+            self._rescale(own, placing)
+            return tuple(names.get(name, name) for name in op.saved)
+        inputs, made = kept
+        for name in own:
+            del self.values[name]
+        self.values.update({value.name: value for value in made})
+        return (*inputs, *(value.name for value in made))
+
+    def _rescale(self, names: Iterable[str], placing: Placing) -> None:
         """Gives what autograd keeps of an op the sizes of the op's output or inputs, dim by dim."""
-        lengths = {
-            (placement.dim, placement.length): placement.size(self.rank)
-            for placement in (
-                *(s.placement for s in placing.outputs),
-                *placing.inputs.values(),
-            )
-            if isinstance(placement, Shard)
-        }
-        for name in op.saved:
-            value = self.sharding.graph.values[name]
-            if value.kind == "saved" and lengths:
-                shape = tuple(lengths.get((d, size), size) for d, size in enumerate(value.shape))
-                self.values[name] = replace(value, shape=shape)
+        placements = (*(s.placement for s in placing.outputs), *placing.inputs.values())
+        sizes = {(p.dim, p.length): p.size(self.rank) for p in placements if isinstance(p, Shard)}
+        for name in names:
+            value = self.values[name]
+            shape = tuple(sizes.get((dim, size), size) for dim, size in enumerate(value.shape))
+            self.values[name] = replace(value, shape=shape)
 
     def _is_gradient_fresh(self, name: str) -> bool:
         """Whether the gradient of the summed value is nobody else's: products make a new one."""

@@ -70,7 +70,7 @@ def _within_group(
             sections = tuple(tuple(size // new_inner for size in section) for section in run)
             return Shard(dim=dim, sections=sections), Fraction(new_inner, inner)
         units.append(new_inner // gcd(inner, new_inner))
-    return units[0] if units else None
+    return min(units) if units else None
 
 
 def _repeated_run(flat: Sections, times: int, length: int) -> Sections | None:

@@ -121,8 +121,8 @@ def _place(product: Product) -> Placing:
     if not found:
         return call.all_whole()
     letter = _agreed_letter(product, found, is_forced=is_forced)
-    if not is_forced and letter == product.summed:
-        raise Blocked(tuple(found), "the tokens are summed over")
+    if letter == product.summed and not any(name in call.free for name in product.letters):
+        raise Blocked(tuple(found), f"{call.op.target} of activations sums over the sharded dim")
     return _along(product, letter, next(n for n in found if found[n] == letter))
 
 

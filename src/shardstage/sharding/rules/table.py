@@ -23,16 +23,17 @@ from shardstage.sharding.state import Placing, State
 __all__ = ["RULES", "is_random", "rewrite_of"]
 
 _POINTWISE = """
-    abs add.Tensor add.Scalar add_.Tensor add_.Scalar addcdiv addcmul alias atan2 bitwise_and.Tensor bitwise_not bitwise_or.Tensor ceil
-    celu clamp clamp.Tensor clamp_max clamp_min clone contiguous copy cos detach detach_ div.Scalar div.Tensor div.Tensor_mode
-    div_.Scalar div_.Tensor elu eq.Scalar eq.Tensor erf exp exp2 expm1 floor floor_divide floor_divide.Scalar fmod.Scalar fmod.Tensor
-    full_like ge.Scalar ge.Tensor gelu gelu_ gt.Scalar gt.Tensor hardsigmoid hardswish hardtanh isinf isnan le.Scalar le.Tensor
-    leaky_relu leaky_relu_ lerp.Scalar lerp.Tensor lift_fresh_copy log log1p log2 log_sigmoid logical_and logical_not logical_or
-    lt.Scalar lt.Tensor masked_fill.Scalar masked_fill.Tensor masked_fill_.Scalar masked_fill_.Tensor max.other maximum min.other minimum mish mul.Scalar
-    mul.Tensor mul_.Scalar mul_.Tensor nan_to_num ne.Scalar ne.Tensor neg ones_like pow.Scalar pow.Tensor_Scalar pow.Tensor_Tensor
-    reciprocal relu relu_ relu6 remainder.Scalar remainder.Tensor round rsqrt rsub.Scalar rsub.Tensor selu sgn sigmoid sigmoid_ sign
-    silu silu_ sin softplus sqrt square sub.Scalar sub.Tensor sub_.Scalar sub_.Tensor tan tanh tanh_ threshold to.device to.dtype
-    to.dtype_layout to.other trunc type_as where.ScalarOther where.ScalarSelf where.self zeros_like _to_copy
+    _to_copy abs add.Scalar add.Tensor add_.Scalar add_.Tensor addcdiv addcmul alias atan2 bitwise_and.Tensor bitwise_not
+    bitwise_or.Tensor ceil celu clamp clamp.Tensor clamp_max clamp_min clone contiguous copy cos detach detach_ div.Scalar
+    div.Tensor div.Tensor_mode div_.Scalar div_.Tensor elu eq.Scalar eq.Tensor erf exp exp2 expm1 floor floor_divide
+    floor_divide.Scalar fmod.Scalar fmod.Tensor full_like ge.Scalar ge.Tensor gelu gelu_ gt.Scalar gt.Tensor hardsigmoid
+    hardswish hardtanh isinf isnan le.Scalar le.Tensor leaky_relu leaky_relu_ lerp.Scalar lerp.Tensor lift_fresh_copy log log1p
+    log2 log_sigmoid logical_and logical_not logical_or lt.Scalar lt.Tensor masked_fill.Scalar masked_fill.Tensor
+    masked_fill_.Scalar masked_fill_.Tensor max.other maximum min.other minimum mish mul.Scalar mul.Tensor mul_.Scalar
+    mul_.Tensor nan_to_num ne.Scalar ne.Tensor neg ones_like pow.Scalar pow.Tensor_Scalar pow.Tensor_Tensor reciprocal relu
+    relu6 relu_ remainder.Scalar remainder.Tensor round rsqrt rsub.Scalar rsub.Tensor selu sgn sigmoid sigmoid_ sign silu silu_
+    sin softplus sqrt square sub.Scalar sub.Tensor sub_.Scalar sub_.Tensor tan tanh tanh_ threshold to.device to.dtype
+    to.dtype_layout to.other trunc type_as where.ScalarOther where.ScalarSelf where.self zeros_like
 """
 
 _RESHAPE = "_reshape_alias _unsafe_view flatten.using_ints reshape unflatten.int view view_as"
