@@ -23,6 +23,7 @@ from torch import Tensor, fx
 
 from shardstage.errors import CaptureError
 from shardstage.graph.capture_targets import plain, resolve
+from shardstage.graph.capture_writes import Storages
 from shardstage.graph.model_graph import Op, Ref
 
 __all__ = [
@@ -58,8 +59,11 @@ def normalise(
     ``names`` gives the value that each placeholder stands for; ``prefix`` is the model's own path within what was traced.
     Raises CaptureError for what cannot be one flat list of operators, with the model's line.
     """
-    reader = _Reader(prefix, taken=set(names.values()))
-    placeholders = {n: Ref(names[n.name]) for n in graph_module.graph.nodes if n.op == "placeholder"}
+    nodes = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
+    placeholders = {node: Ref(names[node.name]) for node in nodes}
+    reader = _Reader(
+        prefix, taken=set(names.values()), storages=Storages({n.name: n.meta["val"] for n in nodes})
+    )
     (output,) = reader.read(graph_module, placeholders, is_without_grad=False)
     if not isinstance(output, Ref):
         raise CaptureError(
@@ -89,11 +93,12 @@ def is_mutating(target: str) -> bool:
 class _Reader:
     """Reads nodes into ops; submodules are read in place."""
 
-    def __init__(self, prefix: str, taken: set[str]) -> None:
+    def __init__(self, prefix: str, taken: set[str], storages: Storages) -> None:
         self.ops: list[TracedOp] = []
         self._prefix = prefix
         self._taken = taken
-        self._inputs = frozenset(taken)
+        self._storages = storages
+        self._present: dict[str, str] = {}  # of a value that was written to: the one that holds its content
 
     def read(
         self, module: fx.GraphModule, given: Mapping[fx.Node, Any], *, is_without_grad: bool
@@ -104,7 +109,7 @@ class _Reader:
             if node.op == "placeholder":
                 continue
             if node.op == "output":
-                returned = _lookup(node.args[0], env)
+                returned = self._lookup(node.args[0], env)
                 return returned if isinstance(returned, tuple) else (returned,)
             if node.op == "get_attr":
                 env[node] = getattr(module, node.target)
@@ -113,7 +118,8 @@ class _Reader:
         raise AssertionError("a graph without output")
 
     def _call(self, node: fx.Node, env: dict[fx.Node, Any], *, is_without_grad: bool) -> Any:
-        args, kwargs = _lookup(node.args, env), {key: _lookup(v, env) for key, v in node.kwargs.items()}
+        args = self._lookup(node.args, env)
+        kwargs = {key: self._lookup(item, env) for key, item in node.kwargs.items()}
         if node.target is operator.getitem:
             return args[0][args[1]]
         target = str(node.target)
@@ -126,7 +132,7 @@ class _Reader:
             )
         if target in _LIFTS:
             return args[0]
-        return self._add(node, target, args, kwargs, env, is_without_grad=is_without_grad)
+        return self._add(node, args, kwargs, is_without_grad=is_without_grad)
 
     def _inline(self, node: fx.Node, target: str, args: tuple[Any, ...], *, is_without_grad: bool) -> Any:
         position = next(i for i, item in enumerate(args) if isinstance(item, fx.GraphModule))
@@ -142,28 +148,17 @@ class _Reader:
         return tuple(self.read(inner, given, is_without_grad=without))
 
     def _add(
-        self,
-        node: fx.Node,
-        target: str,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        env: dict[fx.Node, Any],
-        *,
-        is_without_grad: bool,
+        self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], *, is_without_grad: bool
     ) -> Any:
-        written = self._written(node, args)
-        if written is not None:
-            target = _functional(target)
-        name = self._fresh(node.name)
-        value = node.meta.get("val")
+        """Adds the node's op; returns what later nodes read."""
+        name, value = self._fresh(node.name), node.meta.get("val")
+        values = tuple(value) if isinstance(value, tuple | list) else (value,)
         is_sequence = isinstance(value, tuple | list)
-        outputs = (
-            (name,) if value is None or not is_sequence else tuple(f"{name}.{i}" for i in range(len(value)))
-        )
+        outputs = tuple(f"{name}.{i}" for i in range(len(values))) if is_sequence else (name,)
         module, module_type = self._module(node)
         op = Op(
             name=name,
-            target=target,
+            target=str(node.target),
             args=_plain_arguments(args, node),
             kwargs=tuple((key, _plain_argument(item, node)) for key, item in kwargs.items()),
             outputs=outputs,
@@ -172,22 +167,47 @@ class _Reader:
             module_type=module_type,
             source=source_of(node),
         )
-        if is_sequence or isinstance(value, Tensor):
+        if is_mutating(op.target) and isinstance(value, Tensor) and args and isinstance(args[0], Ref):
+            return self._write(op, args[0], value, is_without_grad=is_without_grad)
+        if any(isinstance(item, Tensor) for item in values):
             self.ops.append(TracedOp(op=op, is_without_grad=is_without_grad))
-        result = tuple(Ref(output) for output in outputs) if is_sequence else Ref(name)
-        if written is not None:
-            for earlier, reference in env.items():
-                if reference == written:
-                    env[earlier] = result
-        return result
+        for index, (output, item) in enumerate(zip(outputs, values, strict=True)):
+            if isinstance(item, Tensor):
+                self._storages.note(output, item, op, index)
+        return tuple(Ref(output) for output in outputs) if is_sequence else Ref(name)
 
-    def _written(self, node: fx.Node, args: tuple[Any, ...]) -> Ref | None:
-        """The value that an op such as ``relu_`` overwrites, if it is one of the graph's own; buffers are really written to."""
-        is_in_place = is_mutating(str(node.target)) and args and isinstance(args[0], Ref)
-        if not is_in_place or args[0].name in self._inputs:
-            return None
-        written: Ref = args[0]
+    def _write(self, op: Op, written: Ref, value: Tensor, *, is_without_grad: bool) -> Ref:
+        """Adds an op such as ``relu_``: as it is where it changes a buffer, else as one that makes a new value."""
+
+        def emit(further: Op) -> str:
+            name = self._fresh(further.name)
+            outputs = tuple(output and name for output in further.outputs)
+            renamed = replace(further, name=name, outputs=outputs)
+            self.ops.append(TracedOp(op=renamed, is_without_grad=is_without_grad))
+            return name
+
+        if self._storages.outlives_the_graph(value):
+            self.ops.append(TracedOp(op=op, is_without_grad=is_without_grad))
+            return written
+        for made in _functional(op, value):
+            self.ops.append(TracedOp(op=made, is_without_grad=is_without_grad))
+        self._present.update(self._storages.write(written.name, value, op.name, emit))
         return written
+
+    def _lookup(self, argument: Any, env: Mapping[fx.Node, Any]) -> Any:
+        if isinstance(argument, fx.Node):
+            return self._now(env[argument])
+        if isinstance(argument, tuple | list):
+            return tuple(self._lookup(item, env) for item in argument)
+        return argument
+
+    def _now(self, found: Any) -> Any:
+        """References to what was written to, as references to what it became."""
+        if isinstance(found, tuple):
+            return tuple(self._now(item) for item in found)
+        while isinstance(found, Ref) and found.name in self._present:
+            found = Ref(self._present[found.name])
+        return found
 
     def _fresh(self, name: str) -> str:
         fresh, number = name, 1
@@ -249,21 +269,29 @@ def _schema(function: Any) -> Any:
     return function._schema
 
 
-def _functional(target: str) -> str:
-    """``aten.relu.default`` for ``aten.relu_.default``, ``aten.__and__.Tensor`` for ``aten.__iand__.Tensor``."""
-    namespace, name, overload = target.split(".")
+def _functional(op: Op, written: Tensor) -> tuple[Op, ...]:
+    """``relu`` for ``relu_``, ``__and__`` for ``__iand__``; for ``copy_`` and ``zero_``, whose like autograd does not know, others."""
+    namespace, name, overload = op.target.split(".")
+    if name == "copy_":
+        cast, spread = f"{op.name}.cast", f"{op.name}.spread"
+        dtype = str(written.dtype).removeprefix("torch.")
+        return (
+            replace(op, name=cast, target="aten.to.dtype", args=(op.args[1], dtype), outputs=(cast,)),
+            replace(
+                op,
+                name=spread,
+                target="aten.expand.default",
+                args=(Ref(cast), tuple(written.shape)),
+                outputs=(spread,),
+            ),
+            replace(op, target="aten.clone.default", args=(Ref(spread),)),
+        )
+    if name == "zero_":
+        return (replace(op, target="aten.zeros_like.default"),)
     plain_name = name.replace("__i", "__", 1) if name.startswith("__") else name.removesuffix("_")
     functional = f"{namespace}.{plain_name}.{overload}"
     resolve(functional)
-    return functional
-
-
-def _lookup(argument: Any, env: Mapping[fx.Node, Any]) -> Any:
-    if isinstance(argument, fx.Node):
-        return env[argument]
-    if isinstance(argument, tuple | list):
-        return tuple(_lookup(item, env) for item in argument)
-    return argument
+    return (replace(op, target=functional),)
 
 
 def _plain_arguments(arguments: Iterable[Any], node: fx.Node) -> tuple[Any, ...]:
