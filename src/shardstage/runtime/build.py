@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from shardstage.graph import ModelGraph
 from shardstage.graph.cuts import Segment, shared_parameters
+from shardstage.graph.fallback import module_library
 from shardstage.graph.source import ModelSource
 from shardstage.operators import OperatorContext, RandomState, library
 from shardstage.plan.plan import Plan
@@ -76,7 +78,7 @@ def build_engine(
         segments,
         infos,
         context=context,
-        library=library(context),
+        library=_library(graph, source, context),
         recompute=plan.recompute,
         parameter_dtype=master_dtype if is_fully_sharded else None,
         device=device,
@@ -112,6 +114,15 @@ def build_engine(
         random=random,
         device=device,
     )
+
+
+def _library(
+    graph: ModelGraph, source: ModelSource, context: OperatorContext
+) -> Mapping[str, Callable[..., Any]]:
+    """Our operators, and the model's own modules where it could not be exported and runs as blocks."""
+    operators = library(context)
+    known = {op.target for op in graph.ops if op.target.startswith("shardstage.")} <= set(operators)
+    return operators if known else {**operators, **module_library(source)}
 
 
 def _parameter_infos(

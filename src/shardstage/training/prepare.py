@@ -6,18 +6,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
+import torch
+
+from shardstage.checkpoint.export import check_export_folder
 from shardstage.cluster import Cluster
 from shardstage.data import Objective, PackedText
 from shardstage.errors import ConfigError, DataError
 from shardstage.graph import ModelGraph
-from shardstage.graph.capture import capture
+from shardstage.graph.fallback import capture_or_blocks
 from shardstage.graph.file import fingerprint
 from shardstage.graph.source import ModelSource
-from shardstage.plan import check, complete, load_plan, parse_request, save_plan
+from shardstage.plan import check, complete, load_plan, parse_request
 from shardstage.plan.plan import Plan, Precision
 from shardstage.planner import search
+from shardstage.training.folder import EarlierRun, RunFolder
 from shardstage.training.job import TrainJob, source_of
-from shardstage.training.run_config import RunConfig, load_run_config, run_config_to_toml
+from shardstage.training.run_config import RunConfig, load_run_config
 
 __all__ = ["choose_plan", "prepare", "read_job"]
 
@@ -27,24 +31,38 @@ def prepare(config: RunConfig, *, num_ranks: int, cluster: Cluster | None, folde
 
     ``cluster`` is needed for ``plan = "auto"`` only. Raises a ShardstageError for whatever would fail later.
     """
+    run_folder = RunFolder(path=folder)
+    earlier = run_folder.earlier_run() if config.resume else None
+    if earlier is None:
+        run_folder.check_free()
     config = replace(config, ranks=num_ranks, out=str(folder))
-    config = replace(config, precision=_precision(config))
+    config = replace(config, precision=_precision(config, earlier))
+    _check_device(config)
+    _check_weights(config)
     source = source_of(config)
+    _check_export(config, source)
     config = _with_objective(config, source)
     _check_length(config, source)
+    if earlier is not None:
+        earlier.check_same_run(config)
     _check_data(config, source)
     graph = capture(source, sequence=config.data.sequence, dtype=config.precision)
-    plan = choose_plan(config, graph, num_ranks=num_ranks, cluster=cluster)
-    job = TrainJob(config=config, graph=graph, plan=plan, folder=str(folder))
-    _write_folder(job)
-    return job
+    if earlier is None:
+        plan = choose_plan(config, graph, num_ranks=num_ranks, cluster=cluster)
+    else:
+        plan = _plan_to_go_on_with(config, earlier, graph, num_ranks=num_ranks)
+        config = replace(config, plan=earlier.config.plan)
+    check(plan, graph, num_ranks=num_ranks, max_sequence=source.max_sequence)
+    run_folder.write(config, plan)
+    return TrainJob(config=config, graph=graph, plan=plan, folder=str(folder))
 
 
 def read_job(folder: Path) -> TrainJob:
     """The job that a run folder was made for."""
-    config = load_run_config(folder / "run.toml")
-    graph = capture(source_of(config), sequence=config.data.sequence, dtype=config.precision)
-    return TrainJob(config=config, graph=graph, plan=load_plan(folder / "plan.toml"), folder=str(folder))
+    files = RunFolder(path=folder)
+    config = load_run_config(files.config)
+    graph = capture_or_blocks(source_of(config), sequence=config.data.sequence, dtype=config.precision)
+    return TrainJob(config=config, graph=graph, plan=load_plan(files.plan), folder=str(folder))
 
 
 def choose_plan(config: RunConfig, graph: ModelGraph, *, num_ranks: int, cluster: Cluster | None) -> Plan:
@@ -78,10 +96,19 @@ def choose_plan(config: RunConfig, graph: ModelGraph, *, num_ranks: int, cluster
     return plan
 
 
-def _precision(config: RunConfig) -> Precision:
+def _plan_to_go_on_with(
+    config: RunConfig, earlier: EarlierRun, graph: ModelGraph, *, num_ranks: int
+) -> Plan:
+    """The plan of the earlier run; one that was named must be the same."""
+    if config.plan not in ("auto", earlier.config.plan):
+        earlier.check_same_plan(choose_plan(config, graph, num_ranks=num_ranks, cluster=None))
+    return earlier.plan
+
+
+def _precision(config: RunConfig, earlier: EarlierRun | None) -> Precision:
     """The dtype that the plan asks for, or else the run: the model is captured in it."""
     if config.plan == "auto":
-        return config.precision
+        return config.precision if earlier is None else earlier.config.precision
     if config.plan.endswith(".toml"):
         return load_plan(config.plan).precision
     return parse_request(config.plan).precision or config.precision
@@ -96,6 +123,31 @@ def _with_objective(config: RunConfig, source: ModelSource) -> RunConfig:
             hint="--model llama-tiny",
         )
     return config.with_changes(**{"data.objective": objective})
+
+
+def _check_device(config: RunConfig) -> None:
+    num_devices = torch.cuda.device_count()
+    if config.device == "cuda" and not num_devices:
+        raise ConfigError('device = "cuda", and torch sees no CUDA device here', hint='device = "cpu"')
+
+
+def _check_weights(config: RunConfig) -> None:
+    if config.weights and not any(Path(config.weights).expanduser().glob("*.safetensors")):
+        raise ConfigError(
+            f"weights = {config.weights!r} is no folder with *.safetensors files",
+            hint='weights = ""  # draws them from the seed',
+        )
+
+
+def _check_export(config: RunConfig, source: ModelSource) -> None:
+    """An export that cannot be written would be noticed after the training."""
+    if not config.export_hf:
+        return
+    if source.hf_config is None:
+        raise ConfigError(
+            f"{config.model} is no Hugging Face model, so it has no such folder", hint="leave out --export-hf"
+        )
+    check_export_folder(config.export_hf)
 
 
 def _check_length(config: RunConfig, source: ModelSource) -> None:
@@ -118,15 +170,3 @@ def _check_data(config: RunConfig, source: ModelSource) -> None:
             f"the tokenizer has {data.vocab_size} tokens, and the model an embedding for {source.vocab_size}",
             hint="use the model's own tokenizer: [data] tokenizer = ...",
         )
-
-
-def _write_folder(job: TrainJob) -> None:
-    folder = Path(job.folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "run.toml").write_text(run_config_to_toml(job.config), encoding="utf-8")
-        save_plan(job.plan, folder / "plan.toml")
-    except OSError as error:
-        raise ConfigError(
-            f"the run folder {folder} cannot be written: {error.strerror}", hint="--out another/folder"
-        ) from error
