@@ -46,7 +46,7 @@ def prepare(config: RunConfig, *, num_ranks: int, cluster: Cluster | None, folde
     if earlier is not None:
         earlier.check_same_run(config)
     _check_data(config, source)
-    graph = capture(source, sequence=config.data.sequence, dtype=config.precision)
+    graph = capture_or_blocks(source, sequence=config.data.sequence, dtype=config.precision)
     if earlier is None:
         plan = choose_plan(config, graph, num_ranks=num_ranks, cluster=cluster)
     else:
