@@ -16,6 +16,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from shardstage.compat import FakeTensorMode
+from shardstage.errors import ConfigError
 
 __all__ = ["build_skeleton", "fake_parameters"]
 
@@ -30,12 +31,17 @@ def build_skeleton(factory: Callable[[], nn.Module]) -> nn.Module:
     """The factory's model with its large parameters on "meta", ties kept, and its buffers real, with the values that they have there.
 
     Takes time and memory by the number of modules, not of weights. A model whose buffers would land on "meta" is built again with
-    more of its tensors real. The random state of torch is left as it was.
+    more of its tensors real. The random state of torch is left as it was. Raises ConfigError for a factory that makes no module.
     """
     with torch.random.fork_rng(devices=()):
         for filled in (_FILLED, ()):
             with _LargeTensorsOnMeta(filled):
                 model = factory()
+            if not isinstance(model, nn.Module):
+                raise ConfigError(
+                    f"the factory made a {type(model).__name__}, which is no model",
+                    hint="def factory() -> torch.nn.Module: ...",
+                )
             if not any(buffer.is_meta for buffer in model.buffers()):
                 return model
         return factory()

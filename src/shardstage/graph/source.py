@@ -183,7 +183,7 @@ def _build_transformers(config: Any, model_class: str) -> nn.Module:
 
 
 def _from_factory(spec: str, task: Task | None) -> ModelSource:
-    """``factory()`` makes a module, or a ModelSource that says more."""
+    """``module:factory`` where ``factory()`` makes a module, is annotated to make a ModelSource, or is one."""
     place, _, name = spec.rpartition(":")
     made = getattr(_import(place, spec), name, None)
     if isinstance(made, ModelSource):
@@ -194,12 +194,6 @@ def _from_factory(spec: str, task: Task | None) -> ModelSource:
         source: ModelSource = made()
         return source
     skeleton = build_skeleton(made)
-    if isinstance(skeleton, ModelSource):
-        return skeleton
-    if not isinstance(skeleton, nn.Module):
-        raise ConfigError(
-            f"{spec} made a {type(skeleton).__name__}, which is no model", hint="return a torch.nn.Module"
-        )
     config = getattr(skeleton, "config", None)
     return ModelSource(
         name=spec,
