@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from shardstage.graph import ModelGraph, Op, Parameter, Ref, Value
@@ -11,14 +12,18 @@ def toy_graph(
     *,
     num_layers: int = 4,
     width: int = 8,
-    hidden: int = 32,
+    hidden: int | Sequence[int] = 32,
     vocab: int = 64,
     is_tied: bool = False,
     microbatch: int = 31,
     sequence: int = 37,
 ) -> ModelGraph:
-    """Five ops a layer: ``up``, ``relu``, ``down``, ``add``, between ``embed`` and ``head``, ``flat``, ``loss``."""
-    return _Builder(microbatch, sequence).build(num_layers, width, hidden, vocab, is_tied=is_tied)
+    """Four ops a layer: ``up``, ``relu``, ``down``, ``add``, between ``embed`` and ``head``, ``flat``, ``targets``, ``loss``.
+
+    ``hidden`` may differ from layer to layer. ``relu`` keeps its output, ``add`` nothing, other ops their inputs.
+    """
+    widths = [hidden] * num_layers if isinstance(hidden, int) else list(hidden)
+    return _Builder(microbatch, sequence).build(width, widths, vocab, is_tied=is_tied)
 
 
 class _Builder:
@@ -29,12 +34,12 @@ class _Builder:
         self.values: dict[str, Value] = {}
         self.parameters: list[Parameter] = []
 
-    def build(self, num_layers: int, width: int, hidden: int, vocab: int, *, is_tied: bool) -> ModelGraph:
+    def build(self, width: int, widths: Sequence[int], vocab: int, *, is_tied: bool) -> ModelGraph:
         whole = (self.microbatch, self.sequence)
         ids, labels = self.batch_input("input_ids"), self.batch_input("labels")
         table = self.parameter("embed.weight", (vocab, width))
         x = self.op("embed", "aten.embedding.default", (table, ids), (*whole, width), "embed")
-        for n in range(num_layers):
+        for n, hidden in enumerate(widths):
             module = f"layers.{n}"
             up = self.parameter(f"{module}.up.weight", (hidden, width))
             down = self.parameter(f"{module}.down.weight", (width, hidden))

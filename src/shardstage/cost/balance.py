@@ -37,7 +37,9 @@ def balanced(weights: Sequence[float], num_stages: int) -> tuple[int, ...]:
                 if weight > cap:
                     break  # an earlier start only makes this stage heavier
                 squares = best[start] + weight * weight
-                if squares < row[stop]:
+                if (
+                    squares <= row[stop]
+                ):  # of equal cuts, the first stages, which hold most activations, get fewer
                     row[stop], came_from[stop] = squares, start
         best = row
         cuts.append(came_from)

@@ -11,7 +11,8 @@ __all__ = ["StageTime", "least_pipeline_s", "run_pipeline"]
 
 
 class StageTime(NamedTuple):
-    """Seconds of a stage for one microbatch; ``receive_s`` is the transfer into it from the stage before, and of the gradient back."""
+    """Seconds of a stage for one microbatch; ``receive_s`` is the transfer into it from the stage before,
+    and of the gradient back; the first stage has none."""
 
     forward_s: float
     backward_s: float
@@ -49,9 +50,9 @@ def run_pipeline(stages: Sequence[StageTime], num_microbatches: int, schedule: s
 def least_pipeline_s(stages: Sequence[StageTime], num_microbatches: int) -> float:
     """A lower bound on any schedule's end: each stage does all its work after what must come before, and before what must come after."""
     before = after = bound = 0.0
-    for stage in stages:
-        before += stage.receive_s
-        after += stage.receive_s
+    for number, stage in enumerate(stages):
+        before += stage.receive_s if number else 0.0
+        after += stage.receive_s if number else 0.0
         bound = max(bound, before + num_microbatches * (stage.forward_s + stage.backward_s) + after)
         before += stage.forward_s
         after += stage.backward_s

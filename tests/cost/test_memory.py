@@ -1,0 +1,115 @@
+"""What a rank holds, category by category, worked out by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from tests.cost.machines import round_machine
+from tests.cost.toy import toy_graph
+
+from shardstage.cost import Profile, StepSetup, fold, profile, stage_memory
+from shardstage.cost.memory import stage_elements
+from shardstage.layout import Mesh
+
+LAYER = 2 * 8 * 32
+TABLE = 64 * 8
+ELEMENTS = 4 * LAYER + 2 * TABLE
+
+
+def priced(*, is_tied: bool = False) -> Profile:
+    graph = toy_graph(num_layers=4, is_tied=is_tied)
+    return profile(fold(graph), round_machine(), tp=1, microbatch=2, sequence=16)
+
+
+def setup(**changes: Any) -> StepSetup:
+    default = StepSetup(
+        mesh=Mesh(dp=4),
+        starts=(0,),
+        microbatch=2,
+        num_microbatches=3,
+        global_batch=24,
+        sequence=16,
+        zero=0,
+        recompute="none",
+        schedule="1f1b",
+        precision="float32",
+        bucket_bytes=2**20,
+    )
+    return replace(default, **changes)
+
+
+@pytest.mark.parametrize(
+    ("zero", "precision", "parameters", "master", "gradients", "optimizer"),
+    [
+        (0, "float32", 4, 0, 4, 8),
+        (0, "bfloat16", 2, 4, 4, 8),
+        (0, "float64", 8, 0, 8, 16),
+        (1, "float32", 4, 0, 4 + 1, 2),
+        (1, "bfloat16", 2, 1, 4 + 1, 2),
+    ],
+)
+def test_replicated_parameters_take_these_bytes_an_element(
+    zero: int, precision: str, parameters: int, master: int, gradients: int, optimizer: int
+) -> None:
+    use = stage_memory(priced(), setup(zero=zero, precision=precision), 0)
+    found = (use.parameters, use.master, use.gradients, use.optimizer)
+    assert found == tuple(n * ELEMENTS for n in (parameters, master, gradients, optimizer))
+
+
+def test_zero_2_keeps_parameters_gathered_and_zero_3_two_units() -> None:
+    for zero, whole in ((2, ELEMENTS), (3, 2 * LAYER)):
+        use = stage_memory(priced(), setup(zero=zero, precision="bfloat16"), 0)
+        assert use.parameters == 2 * whole
+        assert use.master == 4 * ELEMENTS // 4
+        assert use.gradients == 4 * ELEMENTS // 4 + (2 + 4) * LAYER
+        assert use.optimizer == 8 * ELEMENTS // 4
+
+
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_zero_without_other_ranks_is_no_zero(zero: int) -> None:
+    alone = setup(mesh=Mesh(), zero=zero)
+    assert stage_memory(priced(), alone, 0) == stage_memory(priced(), replace(alone, zero=0), 0)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "num_microbatches", "in_flight"),
+    [("1f1b", 8, (3, 2, 1)), ("1f1b", 2, (2, 2, 1)), ("gpipe", 8, (8, 8, 8))],
+)
+def test_stages_hold_the_activations_of_the_microbatches_in_flight(
+    schedule: str, num_microbatches: int, in_flight: tuple[int, ...]
+) -> None:
+    case = setup(mesh=Mesh(pp=3), starts=(0, 2, 4), schedule=schedule, num_microbatches=num_microbatches)
+    assert tuple(case.in_flight(stage) for stage in range(3)) == in_flight
+    once = replace(case, num_microbatches=1)
+    for stage, times in enumerate(in_flight):
+        held = stage_memory(priced(), case, stage).activations
+        assert held == times * stage_memory(priced(), once, stage).activations
+
+
+def test_a_later_stage_holds_what_it_received() -> None:
+    case = setup(mesh=Mesh(pp=2), starts=(0, 3), num_microbatches=1)
+    kept = sum(unit.kept["none"].saved_bytes for unit in priced().units[3:])
+    assert stage_memory(priced(), case, 1).activations == kept + 4 * 2 * 16 * 8
+
+
+def test_a_tied_weight_is_held_by_both_of_its_stages_once_each() -> None:
+    tied = priced(is_tied=True)
+    assert stage_elements(tied, setup(), 0) == 4 * LAYER + TABLE
+    cut = setup(mesh=Mesh(pp=2), starts=(0, 3))
+    assert [stage_elements(tied, cut, s) for s in (0, 1)] == [2 * LAYER + TABLE] * 2
+
+
+def test_recomputing_trades_activations_for_a_working_set() -> None:
+    none, full = (stage_memory(priced(), setup(recompute=r), 0) for r in ("none", "full"))
+    assert full.activations < none.activations
+    assert none.recompute == 0 < full.recompute
+
+
+def test_the_total_is_the_sum_of_the_categories() -> None:
+    use = stage_memory(priced(), setup(zero=1), 0)
+    assert use.total_bytes == sum(num_bytes for _, num_bytes in use.categories())
+    assert [name for name, _ in use.categories()] == [
+        "parameters", "gradients", "optimizer", "activations", "transient", "communication",
+    ]  # fmt: skip

@@ -1,0 +1,54 @@
+"""When stages act: the recurrence against the closed form, its bounds, and what transfers cost."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shardstage.cost.pipeline import StageTime, least_pipeline_s, run_pipeline
+
+SECONDS = st.floats(0.01, 10)
+STAGES = st.lists(st.builds(StageTime, SECONDS, SECONDS, st.floats(0, 1)), min_size=1, max_size=5)
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
+@given(st.integers(1, 6), st.integers(1, 12), SECONDS, SECONDS)
+def test_equal_stages_take_one_microbatch_for_each_and_one_for_each_further_stage(
+    schedule: str, num_stages: int, num_microbatches: int, forward_s: float, backward_s: float
+) -> None:
+    ends = run_pipeline([StageTime(forward_s, backward_s)] * num_stages, num_microbatches, schedule)
+    assert max(ends) == pytest.approx((num_microbatches + num_stages - 1) * (forward_s + backward_s))
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
+@given(STAGES, st.integers(1, 8))
+def test_no_schedule_beats_the_lower_bound(
+    schedule: str, stages: list[StageTime], num_microbatches: int
+) -> None:
+    end_s = max(run_pipeline(stages, num_microbatches, schedule))
+    assert least_pipeline_s(stages, num_microbatches) <= end_s * (1 + 1e-12)
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
+@given(STAGES, st.integers(1, 8))
+def test_transfers_never_help(schedule: str, stages: list[StageTime], num_microbatches: int) -> None:
+    instant = [stage._replace(receive_s=0.0) for stage in stages]
+    with_transfers = run_pipeline(stages, num_microbatches, schedule)
+    without = run_pipeline(instant, num_microbatches, schedule)
+    assert all(a <= b + 1e-9 for a, b in zip(without, with_transfers, strict=True))
+
+
+def test_the_slowest_stage_sets_the_pace() -> None:
+    slow = [StageTime(1.0, 2.0), StageTime(2.0, 4.0), StageTime(1.0, 2.0)]
+    paces = [max(run_pipeline(slow, m, "1f1b")) for m in (20, 21)]
+    assert paces[1] - paces[0] == pytest.approx(6.0)
+
+
+def test_the_first_stage_ends_last() -> None:
+    ends = run_pipeline([StageTime(1.0, 2.0)] * 3, 6, "1f1b")
+    assert ends == (24.0, 22.0, 20.0)
+
+
+def test_one_stage_does_one_thing_after_the_other() -> None:
+    assert run_pipeline([StageTime(1.0, 2.0)], 5, "1f1b") == (15.0,)

@@ -1,0 +1,134 @@
+"""The analytic step: what each axis adds, what hides, and what the numbers mean."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from tests.cost.machines import round_machine
+from tests.cost.test_memory import setup
+from tests.cost.toy import toy_graph
+
+from shardstage.cluster import Cluster
+from shardstage.cost import Links, Prediction, Profile, fold, least_step_s, predict_step, profile
+from shardstage.cost.step import CALIBRATIONS
+from shardstage.layout import Mesh
+
+GRAPH = toy_graph(num_layers=4)
+
+
+def priced(cluster: Cluster, tp: int = 1, microbatch: int = 2) -> Profile:
+    return profile(fold(GRAPH), cluster, tp=tp, microbatch=microbatch, sequence=16)
+
+
+def step(cluster: Cluster | None = None, **changes: Any) -> Prediction:
+    cluster = cluster or round_machine(64)
+    case = setup(**changes)
+    units = priced(cluster, case.mesh.tp, case.microbatch)
+    prediction = predict_step(units, case, Links(cluster, case.mesh))
+    bound = least_step_s(units, case, Links(cluster, case.mesh))
+    assert bound <= prediction.step_time_s * (1 + 1e-12)
+    return prediction
+
+
+def test_one_rank_computes_and_updates() -> None:
+    cluster = round_machine(1)
+    alone = step(cluster, mesh=Mesh())
+    compute_s = 3 * sum(unit.forward_s + unit.backward_s for unit in priced(cluster).units)
+    expected = CALIBRATIONS["cuda"].expected
+    assert alone.step_time_s == pytest.approx(expected * (compute_s + alone.optimizer_s))
+    assert (alone.exposed_dp_s, alone.exposed_tp_s, alone.exposed_pp_s) == (0, 0, 0)
+    assert alone.bubble_ratio == pytest.approx(0)
+
+
+def test_the_range_holds_the_expected_time() -> None:
+    for kind in ("cuda", "cpu"):
+        found = step(round_machine(4, kind=kind))
+        assert found.step_time_low_s < found.step_time_s < found.step_time_high_s
+
+
+def test_rates_follow_from_the_time() -> None:
+    found = step(global_batch=24)
+    assert found.samples_per_s == pytest.approx(24 / found.step_time_s)
+    assert found.tokens_per_s == pytest.approx(16 * found.samples_per_s)
+    flops = 3 * priced(round_machine(64)).whole_flops * 24 / 2
+    assert found.mfu == pytest.approx(flops / (found.step_time_s * 4 * 1e12))
+
+
+def test_a_reduction_hides_under_the_last_backward_of_a_gpu_and_not_of_a_cpu() -> None:
+    gpu, cpu = (step(round_machine(4, kind=kind), bucket_bytes=1024) for kind in ("cuda", "cpu"))
+    assert 0 < gpu.exposed_dp_s < cpu.exposed_dp_s
+
+
+def test_data_parallelism_across_nodes_costs_more_than_within() -> None:
+    near = step(round_machine(4, kind="cpu"), mesh=Mesh(dp=4))
+    far = step(round_machine(8, kind="cpu", node=1), mesh=Mesh(dp=4))
+    assert far.exposed_dp_s > near.exposed_dp_s
+
+
+def test_zero_1_updates_a_part_and_gathers_the_whole() -> None:
+    plain, sharded = step(zero=0), step(zero=1)
+    gathered_s = sharded.optimizer_s - plain.optimizer_s / 4
+    assert gathered_s > 0
+
+
+def test_zero_3_gathers_for_every_microbatch() -> None:
+    cluster = round_machine(4, kind="cpu")
+    two, three = step(cluster, zero=2), step(cluster, zero=3)
+    assert three.stages[0].forward_s == pytest.approx(two.stages[0].forward_s)
+    assert three.stages[0].backward_s > two.stages[0].backward_s
+    assert two.stages[0].forward_s > step(cluster, zero=0).stages[0].forward_s
+    assert two.exposed_dp_s == 0
+
+
+def test_tensor_parallelism_waits_for_its_talk() -> None:
+    found = step(mesh=Mesh(tp=2))
+    units = priced(round_machine(64), 2).units
+    assert found.exposed_tp_s == pytest.approx(3 * sum(u.tp_forward_s + u.tp_backward_s for u in units))
+
+
+def test_a_pipeline_has_a_bubble_that_more_microbatches_fill() -> None:
+    cut = {"mesh": Mesh(pp=2), "starts": (0, 3)}
+    few, many = (step(**cut, num_microbatches=m) for m in (2, 16))
+    assert 0 < many.bubble_ratio < few.bubble_ratio
+    assert few.exposed_pp_s > 0
+    assert [stage.compute_ratio for stage in few.stages] == pytest.approx(
+        [1 - few.stages[1].compute_ratio, few.stages[1].compute_ratio]
+    )
+
+
+def test_a_tie_across_stages_is_summed_between_them() -> None:
+    cluster = round_machine(2)
+    cut = setup(mesh=Mesh(pp=2), starts=(0, 3))
+    for is_tied in (False, True):
+        units = profile(
+            fold(toy_graph(num_layers=4, is_tied=is_tied)), cluster, tp=1, microbatch=2, sequence=16
+        )
+        waited = predict_step(units, cut, Links(cluster, cut.mesh)).exposed_dp_s
+        assert (waited > 0) == is_tied
+
+
+def test_recomputing_takes_time() -> None:
+    assert step(recompute="full").step_time_s > step().step_time_s
+
+
+def test_the_peak_is_the_fullest_stage_s() -> None:
+    found = step(mesh=Mesh(pp=2), starts=(0, 3), num_microbatches=8)
+    assert found.peak_bytes == max(found.rank_peak_bytes(0), found.rank_peak_bytes(1))
+    assert found.rank_peak_bytes(0) == found.stages[0].memory.total_bytes
+
+
+def test_latency_counts_once_a_collective() -> None:
+    quick, slow = (step(round_machine(4, kind="cpu", latency_s=s), bucket_bytes=1024) for s in (0.0, 1.0))
+    assert slow.exposed_dp_s - quick.exposed_dp_s == pytest.approx(
+        _num_buckets() * 4, rel=0.01
+    )  # two rounds of two hops
+
+
+def _num_buckets() -> int:
+    elements = sum(unit.own_elements for unit in priced(round_machine(4)).units)
+    return -(-elements * 4 // 1024)
+
+
+def test_a_plan_s_other_numbers_do_not_change_the_price() -> None:
+    assert step(global_batch=24).step_time_s == step(global_batch=48).step_time_s

@@ -1,0 +1,89 @@
+"""A plan in words: every number in it is the plan's."""
+
+from __future__ import annotations
+
+import pytest
+from tests.cost.machines import round_machine
+from tests.cost.toy import toy_graph
+
+from shardstage.graph import ModelGraph
+from shardstage.plan import complete, explain, parse_request
+from shardstage.planner import predict
+
+GRAPH = toy_graph(num_layers=4)
+
+
+def text_of(
+    text: str, graph: ModelGraph = GRAPH, *, ranks: int = 8, batch: int = 16, with_times: bool = False
+) -> str:
+    plan = complete(parse_request(text), graph, num_ranks=ranks, global_batch=batch, sequence=64)
+    prediction = predict(graph, plan, round_machine(ranks)) if with_times else None
+    return explain(plan, graph, prediction=prediction)
+
+
+def section(text: str, title: str) -> list[str]:
+    return next(part for part in text.split("\n\n") if part.startswith(title)).splitlines()
+
+
+def test_the_mesh_is_drawn() -> None:
+    assert section(text_of("tp=2,pp=2"), "mesh") == [
+        "mesh     dp=2 × tp=2 × pp=2 on 8 ranks",
+        "         pp=0   pp=1",
+        "  dp=0   0 1    4 5",
+        "  dp=1   2 3    6 7",
+    ]
+
+
+def test_a_mesh_of_thousands_is_not_drawn() -> None:
+    lines = section(text_of("", ranks=512, batch=512), "mesh")
+    assert lines == ["mesh     dp=512 × tp=1 × pp=1 on 512 ranks"]
+
+
+def test_the_summary_says_batch_and_savers() -> None:
+    lines = section(text_of("pp=2,zero=1,recompute=full,shares=5/3,dp=2,tp=2,sp,compile"), "model")
+    assert lines == [
+        "model    3072 parameters in 10 tensors, 21 ops, float32".replace("3072", "3.07 k"),
+        "batch    16 samples of 64 tokens: 6 to 10 a data-parallel rank, in 5 microbatches of 2",
+        "with     zero=1, recompute=full, 1f1b, sequence parallel, compiled",
+    ]
+
+
+def test_stages_say_their_modules_and_shares() -> None:
+    lines = section(text_of("pp=2,dp=4"), "stages")
+    assert lines[2].startswith("  0   embed … layers.2") or lines[2].startswith("  0   embed … layers.1")
+    assert lines[3].split()[-1] == "KiB"
+    assert "the slowest stage has 1." in lines[-1]
+    shares = [float(line.split(" %")[0].split()[-1]) for line in lines[2:4]]
+    assert sum(shares) == pytest.approx(100, abs=0.2)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("dp=8", ["dp", "all_reduce", "of", "gradients", "1"]),
+        ("dp=8,zero=1", ["dp", "reduce_scatter", "of", "gradients", "1"]),
+        ("dp=8,zero=3,mb=1", ["dp", "all_gather", "of", "parameters", "24"]),
+        ("tp=2,mb=2", ["tp", "all_reduce", "24"]),
+        ("pp=2,mb=1", ["pp", "activations", "and", "their", "gradients", "8"]),
+    ],
+)
+def test_talk_is_counted_by_axis(text: str, said: list[str]) -> None:
+    lines = section(text_of(text), "talk a step")
+    assert any(line.split()[: len(said)] == said for line in lines), lines
+
+
+def test_one_rank_talks_to_nobody() -> None:
+    assert "talk" not in text_of("", ranks=1)
+
+
+def test_what_is_not_shared_is_listed_once_for_all_layers() -> None:
+    lines = section(text_of("tp=2,replicate=layers.*"), "not shared over tp")
+    assert [line.split()[0] for line in lines[2:]] == ["layers.*.up", "layers.*.down"]
+    assert "replicate = 'layers.*'" in lines[2]
+    assert "every op with weights or heavy work is shared over tp" in text_of("tp=2")
+
+
+def test_times_are_told_when_they_are_known() -> None:
+    assert "predicted (" not in text_of("pp=2")
+    lines = section(text_of("pp=2", with_times=True), "step")
+    assert "predicted (" in lines[0] and "tokens/s, MFU" in lines[1] and "bubble" in lines[2]
