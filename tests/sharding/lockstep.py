@@ -17,6 +17,9 @@ from shardstage.operators.moves import intervals_of, take
 from shardstage.operators.resolve import literal, resolve
 from shardstage.sharding import Sharding, localize
 
+POSITIONS = (5, 2, 9)
+"""Of the three samples of every batch in the global batch."""
+
 Lists = Callable[[Sequence[Tensor]], list[Tensor]]
 
 
@@ -54,11 +57,17 @@ def run_sharded(sharding: Sharding, state: Mapping[str, Tensor], batch: Mapping[
     torch.autograd.backward(losses, [torch.ones_like(loss) for loss in losses])
     for loss in losses:
         torch.testing.assert_close(loss, losses[0], rtol=1e-12, atol=1e-12)
-    local = [_gradients(p) for p in parameters]
-    gradients = {
-        fqn: _whole_gradient([g[fqn] for g in local], sharding.parameters[fqn], fqn) for fqn in fqns.values()
-    }
+    gradients = put_together([_gradients(p) for p in parameters], sharding)
     return Outcome(loss=losses[0].detach(), gradients=gradients)
+
+
+def put_together(gradients: Sequence[Mapping[str, Tensor]], sharding: Sharding) -> dict[str, Tensor]:
+    """Gradients of whole parameters from those of each rank."""
+    return {
+        fqn: _whole_gradient([part[fqn] for part in gradients], placement, fqn)
+        for fqn, placement in sharding.parameters.items()
+        if fqn in gradients[0]
+    }
 
 
 def assert_same(found: Outcome, expected: Outcome, tolerance: float = 1e-10) -> None:
@@ -75,7 +84,7 @@ def assert_same(found: Outcome, expected: Outcome, tolerance: float = 1e-10) -> 
 
 
 def _context(rank: int, size: int) -> OperatorContext:
-    random = RandomState(seed=11, step=3, positions=(5, 2, 9))
+    random = RandomState(seed=11, step=3, positions=POSITIONS)
     return OperatorContext(tp_group=None, tp_rank=rank, tp_size=size, random=random)
 
 

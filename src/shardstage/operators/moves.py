@@ -41,7 +41,7 @@ def gather(local: Tensor, dim: int, sections: Sections, context: OperatorContext
     shapes = [_with_size(local, dim, _held(sections, rank)) for rank in range(context.tp_size)]
     whole = local.new_empty(_with_size(local, dim, sum(map(sum, sections))))
     if _is_direct(whole, dim, sections):
-        compat.all_gather_single(whole, local.contiguous(), context.tp_group)
+        compat.all_gather_single(whole.view(-1), local.reshape(-1), context.tp_group)
         return whole
     largest = max(map(prod, shapes))
     buffer = local.new_empty((context.tp_size, largest))
@@ -61,7 +61,7 @@ def reduce_scatter(summand: Tensor, dim: int, sections: Sections, context: Opera
     own = shapes[context.tp_rank]
     if _is_direct(summand, dim, sections):
         part = summand.new_empty(own)
-        compat.reduce_scatter_single(part, summand.contiguous(), context.tp_group)
+        compat.reduce_scatter_single(part.view(-1), summand.reshape(-1), context.tp_group)
         return part
     largest = max(map(prod, shapes))
     buffer = summand.new_empty((context.tp_size, largest))
@@ -106,7 +106,7 @@ def _is_direct(whole: Tensor, dim: int, sections: Sections) -> bool:
 
 
 def _padded(local: Tensor, numel: int) -> Tensor:
-    flat = local.contiguous().view(-1)
+    flat = local.reshape(-1)
     if flat.numel() == numel:
         return flat
     padded = local.new_empty(numel)
