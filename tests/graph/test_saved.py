@@ -114,6 +114,33 @@ def test_the_logits_are_the_largest_working_set_of_a_large_vocabulary() -> None:
     assert transient_bytes(*whole(found)) == 4 * (2 * 4 * 1000 + 1)
 
 
+@pytest.mark.parametrize(
+    ("target", "own", "kept"),
+    [
+        ("aten.scaled_dot_product_attention.default", {"log_sum_exp": (2, 4, 6)}, ("y", "log_sum_exp")),
+        (
+            "shardstage.attention",
+            {"query": (2, 4, 6, 8), "scores": (2, 4, 6, 5), "dropped": (2, 4, 6, 5)},
+            ("y", "scores"),
+        ),
+    ],
+    ids=["fused", "written out"],
+)
+def test_selective_recompute_keeps_the_results_of_the_products_in_attention(
+    target: str, own: dict[str, tuple[int, ...]], kept: tuple[str, ...]
+) -> None:
+    key = value("k", (2, 4, 5, 8), kind="input", requires_grad=True)
+    values = [
+        value("q", (2, 4, 6, 8), kind="input", requires_grad=True),
+        key,
+        replace(key, name="v"),
+        value("y", (2, 4, 6, 8), requires_grad=True),
+        *(value(name, shape, kind="saved") for name, shape in own.items()),
+    ]
+    found = graph([call("y", target, "q", "k", "v", saved=("q", "k", "v", *own))], values, output="y")
+    assert saved_values(*whole(found), "selective") == ("q", "k", "v", *kept)
+
+
 def views() -> ModelGraph:
     """A tensor that is saved twice through views, and a part of it once more."""
     values = [

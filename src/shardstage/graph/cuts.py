@@ -130,7 +130,7 @@ _RANDOM: Final = frozenset(
     )
 )
 # Of our own operators, those that neither communicate nor draw.
-_LOCAL_OPERATORS: Final = frozenset({"shardstage.slice", "shardstage.take"})
+_LOCAL_OPERATORS: Final = frozenset(f"shardstage.{name}" for name in ("narrow", "slice", "select_heads"))
 # A product over fewer terms than this costs no more than reading its operands: an outer product of positions and frequencies.
 _CHEAP_TERMS: Final = 16
 

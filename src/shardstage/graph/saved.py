@@ -151,8 +151,10 @@ def _kept_within(graph: ModelGraph, op: Op) -> Iterator[str]:
     if "attention" not in op.target:
         return
     query, key = (graph.values[name] for name in op.inputs[:2])
-    num_scores = query.numel // query.shape[-1] * key.shape[-2]
-    scores = [name for name in own if graph.values[name].numel >= num_scores]
+    rows, columns = query.shape[-2], key.shape[-2]
+    num_scores = query.numel // query.shape[-1] * columns
+    sized = ((name, graph.values[name]) for name in own)
+    scores = [n for n, v in sized if v.numel >= num_scores and v.shape[-2:] == (rows, columns)]
     yield from scores[:1] or own
 
 
