@@ -7,7 +7,7 @@ dp ranks (ZeRO-1)        |  rank 0  |  rank 1   |      each updates its part, th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -73,20 +73,31 @@ class BucketedParameters:
         self._groups = groups
         self._is_sharded = zero >= 1 and groups.mesh.dp > 1
         self._is_last = False
+        held = stage.parameters_by_name()
+        self._alone = {
+            name: _materialise(held[name], device)
+            for name, info in stage.infos.items()
+            if self._is_alone(_kind(info), held[name][1], master_dtype)
+        }
         self._buckets = [
             self._make_bucket(stage, kind, infos, device=device, master_dtype=master_dtype, allocate=allocate)
-            for kind, infos in _assign(stage, bucket_bytes)
+            for kind, infos in _assign(stage, bucket_bytes, without=self._alone)
         ]
         self._next_to_start = 0
         for bucket in self._buckets:
             for index, parameter in enumerate(bucket.parameters):
                 parameter.register_post_accumulate_grad_hook(self._hook(bucket, index))  # type: ignore[no-untyped-call]  # torch's is untyped
-        self.leaves: tuple[Leaf, ...] = tuple(self._leaf(bucket) for bucket in self._buckets)
+        self.leaves: tuple[Leaf, ...] = (
+            *(self._leaf_alone(stage.infos[name], p) for name, p in self._alone.items() if p.requires_grad),
+            *(self._leaf(bucket) for bucket in self._buckets),
+        )
 
     def begin(self) -> None:
         """Forgets the gradients of the step before."""
         self._is_last = False
         self._next_to_start = 0
+        for parameter in self._alone.values():
+            parameter.grad = None
         for bucket in self._buckets:
             bucket.touched.clear()
             bucket.pending = len(bucket.parameters)
@@ -119,6 +130,9 @@ class BucketedParameters:
 
     def assign(self, name: str, local: Tensor) -> None:
         """Gives a parameter its value: ``local`` is this rank's tensor-parallel shard."""
+        if name in self._alone:
+            self._alone[name].copy_(local)
+            return
         for bucket in self._buckets:
             for info, offset in zip(bucket.infos, bucket.offsets, strict=True):
                 if info.name == name:
@@ -130,6 +144,23 @@ class BucketedParameters:
                             bucket.master[start - own.start : stop - own.start].copy_(
                                 local.reshape(-1)[start - offset : stop - offset]
                             )
+
+    def _is_alone(self, kind: _Kind, parameter: nn.Parameter, master_dtype: torch.dtype) -> bool:
+        """Whether no other rank needs its gradient: autograd then accumulates in place, and nothing is copied to a bucket."""
+        if not parameter.requires_grad:
+            return True
+        is_shared = self._groups.mesh.dp > 1 or kind.is_tp_partial or bool(kind.tied_stages)
+        return not is_shared and parameter.dtype == master_dtype
+
+    def _leaf_alone(self, info: ParameterInfo, parameter: nn.Parameter) -> Leaf:
+        return Leaf(
+            master=parameter,
+            gradient=lambda: parameter.grad,
+            pieces=(Piece(parameter=info, flat_start=0, flat_stop=parameter.numel(), offset=0),),
+            is_decayed=info.is_decayed,
+            is_counted=isinstance(info.placement, Shard) or self._groups.tp == 0,
+            owns_gradient=True,
+        )
 
     def _make_bucket(
         self,
@@ -244,13 +275,16 @@ class BucketedParameters:
         return range(self._groups.dp * size, (self._groups.dp + 1) * size)
 
 
-def _assign(stage: Stage, bucket_bytes: int) -> Iterator[tuple[_Kind, tuple[ParameterInfo, ...]]]:
+def _assign(
+    stage: Stage, bucket_bytes: int, *, without: Container[str]
+) -> Iterator[tuple[_Kind, tuple[ParameterInfo, ...]]]:
     """Parameters in the order in which backward finishes them, cut into buckets of one kind and at most ``bucket_bytes``.
 
-    A parameter that is tied across stages has a bucket of its own, so that its flat shards lie alike on all of them.
+    What several blocks of the stage use is finished last. A parameter that is tied across stages has a bucket of its
+    own, so that its flat shards lie alike on all of them.
     """
     held = stage.parameters_by_name()
-    order = [name for name in reversed(_forward_order(stage)) if held[name][1].requires_grad]
+    order = [name for name in reversed(held) if name not in without]
     filling: dict[_Kind, list[ParameterInfo]] = {}
     filled_bytes: dict[_Kind, int] = {}
     for name in order:
@@ -263,11 +297,6 @@ def _assign(stage: Stage, bucket_bytes: int) -> Iterator[tuple[_Kind, tuple[Para
         filled_bytes[kind] = num_bytes + (filled_bytes[kind] if len(filling[kind]) > 1 else 0)
     for kind, infos in filling.items():
         yield kind, tuple(infos)
-
-
-def _forward_order(stage: Stage) -> list[str]:
-    """Names of the parameters by first use; what several blocks share is used first of all, so finished last."""
-    return list(stage.parameters_by_name())
 
 
 def _kind(info: ParameterInfo) -> _Kind:
@@ -291,12 +320,20 @@ def _numel(info: ParameterInfo) -> int:
     return int(torch.Size(info.local_shape).numel())
 
 
+def _materialise(held: tuple[nn.Module, nn.Parameter], device: torch.device) -> nn.Parameter:
+    module, old = held
+    return _replace(module, old, torch.empty(old.shape, dtype=old.dtype, device=device))
+
+
 def _become_view(held: tuple[nn.Module, nn.Parameter], flat: Tensor, offset: int) -> nn.Parameter:
     """Puts the module's parameter into the flat buffer; it stays the same parameter by name."""
     module, old = held
-    parameter = nn.Parameter(
-        flat[offset : offset + old.numel()].view(old.shape), requires_grad=old.requires_grad
-    )
+    return _replace(module, old, flat[offset : offset + old.numel()].view(old.shape))
+
+
+def _replace(module: nn.Module, old: nn.Parameter, tensor: Tensor) -> nn.Parameter:
+    """Puts ``tensor`` in the place of a parameter of the module, under its name."""
+    parameter = nn.Parameter(tensor, requires_grad=old.requires_grad)
     name = next(name for name, p in module._parameters.items() if p is old)
     module._parameters[name] = parameter
     return parameter
