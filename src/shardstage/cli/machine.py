@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from pathlib import Path
 
 from shardstage.cluster import Cluster, load, save
 from shardstage.cluster.machine import cpu_model, memory_bytes
+from shardstage.errors import ClusterError
 
-__all__ = ["cluster_named", "num_default_ranks", "probe_machine"]
+__all__ = ["cluster_named", "known_cluster", "num_default_ranks", "probe_machine"]
 
 QUICK_BUDGET_S = 15.0
 """Seconds that a run spends on looking at a machine it has not seen before; `shardstage probe` takes more care."""
@@ -38,17 +40,34 @@ def probe_machine(ranks: int, *, budget_s: float) -> Cluster:
 
 def cluster_named(spec: str, *, ranks: int) -> Cluster:
     """A preset or file; ``local`` is this machine, measured once and remembered in the user's cache folder."""
+    known = known_cluster(spec, ranks=ranks)
+    if known is not None:
+        return known
+    cluster = probe_machine(ranks, budget_s=QUICK_BUDGET_S)
+    path = _measured_file(ranks)
+    with contextlib.suppress(
+        OSError, ClusterError
+    ):  # a home that cannot be written: measured again next time
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"{path.name}.{os.getpid()}")
+        save(cluster, partial)
+        partial.replace(path)
+    return cluster
+
+
+def known_cluster(spec: str, *, ranks: int) -> Cluster | None:
+    """``cluster_named`` without a measurement: None where this machine has not been looked at with that many ranks."""
     if spec != "local":
         return load(spec)
-    path = _cache_folder() / f"cluster-{_machine_key(ranks)}.toml"
-    if not path.exists():
-        cluster = probe_machine(ranks, budget_s=QUICK_BUDGET_S)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save(cluster, path)
-        except OSError:
-            return cluster
-    return load(path)
+    path = _measured_file(ranks)
+    try:
+        return load(path) if path.exists() else None
+    except ClusterError:  # of an older version: measured anew
+        return None
+
+
+def _measured_file(ranks: int) -> Path:
+    return _cache_folder() / f"cluster-{_machine_key(ranks)}.toml"
 
 
 def _cache_folder() -> Path:

@@ -15,7 +15,7 @@ __all__ = ["probe"]
 
 def probe(
     ranks: Annotated[
-        int | None, typer.Option(help="Ranks that will share the machine [default: cores or GPUs]")
+        int | None, typer.Option(help="Ranks that will share the machine (default: one for each GPU or core)")
     ] = None,
     out: Annotated[Path, typer.Option(help="File to write")] = Path("cluster.toml"),
     budget: Annotated[float, typer.Option(help="Seconds to spend at most")] = 45.0,

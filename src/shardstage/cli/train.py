@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from shardstage.cli.machine import cluster_named
+from shardstage.cli.machine import cluster_named, known_cluster
 from shardstage.cluster import Cluster
+from shardstage.errors import ConfigError
 from shardstage.runtime.environment import RankEnvironment
 
 if TYPE_CHECKING:  # what imports torch is imported when it is needed: help comes at once
+    from shardstage.cost import Prediction
     from shardstage.training import RunConfig
     from shardstage.training.job import TrainJob
 
@@ -36,9 +38,9 @@ def train(
     batch: Annotated[int | None, typer.Option(help="Samples of a step, over all ranks")] = None,
     seq: Annotated[int | None, typer.Option(help="Tokens of a sample")] = None,
     data: Annotated[
-        list[str] | None, typer.Option(help="Text files or folders [default: Python's own sources]")
+        list[str] | None, typer.Option(help="Text files or folders (default: Python's own sources)")
     ] = None,
-    out: Annotated[str | None, typer.Option(help="Run folder")] = None,
+    out: Annotated[str | None, typer.Option(help="Run folder (default: runs/<time>)")] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the run folder's newest checkpoint")
     ] = False,
@@ -56,13 +58,13 @@ def train(
 
       shardstage train --model llama-tiny --ranks 4 --plan "tp=2,pp=2"
 
-      shardstage train --run run.toml --steps 500 --resume
+      shardstage train --run run.toml --steps 500 --prove
+
+      shardstage train --resume --out runs/mine --steps 1000
 
       torchrun --nproc-per-node 4 -m shardstage train --plan "zero=3,dp=4"
     """
-    from shardstage.training import RunConfig, load_run_config
-
-    config = (load_run_config(run) if run is not None else RunConfig()).with_changes(
+    config = _base(run, out, is_resumed=resume).with_changes(
         **_given(
             {
                 "model": model,
@@ -86,23 +88,55 @@ def train(
     return _join(environment, config, is_proved=prove)
 
 
+def _base(run: Path | None, out: str | None, *, is_resumed: bool) -> RunConfig:
+    """What the options override: the run file, the settings of the run to go on with, or the defaults."""
+    from shardstage.training import RunConfig, load_run_config
+    from shardstage.training.folder import RunFolder
+
+    if run is not None:
+        return load_run_config(run)
+    if is_resumed:
+        if out is None:
+            raise ConfigError(
+                "--resume goes on with a run, and nothing says which", hint=f"--resume --out {_newest_run()}"
+            )
+        return RunFolder(path=Path(out)).earlier_run().config
+    return RunConfig()
+
+
+def _newest_run() -> str:
+    runs = [path.parent for path in Path("runs").glob("*/run.toml")]
+    return str(max(runs, default="runs/<name>"))
+
+
 def _launch(config: RunConfig, *, is_proved: bool) -> int:
     """Starts the ranks on this host."""
     from shardstage.runtime.launch import launch
+    from shardstage.training.folder import RunFolder
     from shardstage.training.prepare import prepare
     from shardstage.training.rank import train_rank
-    from shardstage.training.table import print_plan
+    from shardstage.training.table import print_plan, print_stopped
 
     console = Console(highlight=False)
-    _check_export(config)
+    folder = RunFolder(path=Path(_folder(config)))
     cluster = None
-    if config.plan == "auto":
-        with console.status("looking at this machine"):
+    if config.plan == "auto" and not config.resume:
+        folder.check_free()  # a refusal should not have to wait for the measurement
+        with console.status("looking at this machine (about 15 s, once)"):
             cluster = cluster_named(config.cluster, ranks=config.ranks)
     with console.status("capturing the model, choosing a plan"):
-        job = prepare(config, num_ranks=config.ranks, cluster=cluster, folder=_folder(config))
+        job = prepare(config, num_ranks=config.ranks, cluster=cluster, folder=folder.path)
     print_plan(console, job)
-    launch(train_rank, (job,), num_ranks=config.ranks, log_dir=Path(job.folder) / "logs")
+    if folder.is_done(job.config.steps):
+        console.print(
+            f"all {job.config.steps} steps are done already: --steps says how many there are in all"
+        )
+        return _finish(console, job, cluster, is_proved=is_proved)
+    try:
+        launch(train_rank, (job,), num_ranks=job.config.ranks, log_dir=folder.rank_logs)
+    except BaseException:
+        print_stopped(Console(stderr=True, highlight=False), job)
+        raise
     return _finish(console, job, cluster, is_proved=is_proved)
 
 
@@ -118,8 +152,7 @@ def _join(environment: RankEnvironment, config: RunConfig, *, is_proved: bool) -
         return 0
     from shardstage.training.prepare import read_job
 
-    job = read_job(folder)
-    return _finish(Console(highlight=False), job, None, is_proved=is_proved)
+    return _finish(Console(highlight=False), read_job(folder), None, is_proved=is_proved)
 
 
 def _finish(console: Console, job: TrainJob, cluster: Cluster | None, *, is_proved: bool) -> int:
@@ -134,26 +167,38 @@ def _finish(console: Console, job: TrainJob, cluster: Cluster | None, *, is_prov
             verdict = prove_job(job)
         console.print(verdict.text(), markup=False, soft_wrap=True)
     if job.config.export_hf:
-        from shardstage.checkpoint import export_hf
-        from shardstage.training.job import source_of
-
-        export_hf(Path(job.folder) / "checkpoints", source_of(job.config), job.config.export_hf)
-    prediction = None
-    if cluster is not None:
-        from shardstage.planner import predict
-
-        prediction = predict(job.graph, job.plan, cluster)
+        _export(job)
     print_summary(
-        console, job, prediction=prediction, is_proved=None if verdict is None else verdict.is_equal
+        console,
+        job,
+        prediction=_predicted(job, cluster or known_cluster(job.config.cluster, ranks=job.config.ranks)),
+        is_proved=None if verdict is None else verdict.is_equal,
     )
     return 0 if verdict is None or verdict.is_equal else 1
 
 
-def _check_export(config: RunConfig) -> None:
-    if config.export_hf:
-        from shardstage.checkpoint.export import check_export_folder
+def _export(job: TrainJob) -> None:
+    """Writes the folder for transformers, the tokenizer beside it where it is one of a folder."""
+    from shardstage.checkpoint import export_hf
+    from shardstage.training.folder import RunFolder
+    from shardstage.training.job import source_of
 
-        check_export_folder(Path(config.export_hf))
+    tokenizer = job.config.data.tokenizer
+    export_hf(
+        RunFolder(path=Path(job.folder)).checkpoints,
+        source_of(job.config),
+        job.config.export_hf,
+        tokenizer=tokenizer if Path(tokenizer).exists() else None,
+    )
+
+
+def _predicted(job: TrainJob, cluster: Cluster | None) -> Prediction | None:
+    """What the plan was expected to take, where the machine has been measured."""
+    if cluster is None or cluster.num_devices < job.plan.mesh.world_size:
+        return None
+    from shardstage.planner import predict
+
+    return predict(job.graph, job.plan, cluster)
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:

@@ -1,41 +1,84 @@
-"""How much memory a rank took at most, beyond what its libraries take."""
+"""How much memory training takes on a rank at its peak, beyond what its libraries take."""
 
 from __future__ import annotations
 
+import ctypes
+import gc
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
-__all__ = ["PeakMemory"]
+__all__ = ["PeakMemory", "live_tensor_bytes"]
 
 
 class PeakMemory:
-    """Measures from its creation: on CUDA the allocator's peak, on Linux the growth of the resident set.
+    """Peak bytes of the steps between each ``begin`` and the last ``observe`` before the next.
 
-    The resident set counts whole pages and what the C allocator keeps, so it lies a little above the bytes of the live tensors.
+    The steps after the first ``begin`` count only if there are no others: in them the optimizer makes its state, and libraries set up
+    what they keep.
+
+    CUDA: the allocator's own peak. CPU: the tensors that are alive between steps (weights, gradients, optimizer state), plus the growth of
+    the resident set within a step (activations and whatever else a step takes for a while). So neither libraries nor what they set up once
+    is counted; whole pages, and free memory that the C allocator keeps between the tensors of a step, are.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-            self._start_bytes = torch.cuda.memory_allocated(device)
-        else:
-            _forget_peak()
-            self._start_bytes = _status_bytes("VmRSS")
+        self._held_bytes = 0
+        self._resident_bytes = 0
+        self._peaks_bytes: list[int] = []
 
+    @property
     def peak_bytes(self) -> int:
+        warm = max(self._peaks_bytes[1:], default=0)
+        return warm or max(self._peaks_bytes, default=0)
+
+    def begin(self) -> None:
+        """Takes the memory of now as what stays between steps."""
+        self._peaks_bytes.append(0)
         if self._device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self._device) - self._start_bytes
-        return max(0, _status_bytes("VmHWM") - self._start_bytes)
+            torch.cuda.reset_peak_memory_stats(self._device)
+            return
+        self._held_bytes = live_tensor_bytes()
+        _give_back_free_memory()
+        _forget_peak()
+        self._resident_bytes = _status_bytes("VmRSS")
+
+    def observe(self) -> None:
+        """Notes the peak since ``begin``."""
+        if self._device.type == "cuda":
+            peak_bytes = torch.cuda.max_memory_allocated(self._device)
+        else:
+            peak_bytes = self._held_bytes + max(0, _status_bytes("VmHWM") - self._resident_bytes)
+        self._peaks_bytes[-1] = max(self._peaks_bytes[-1], peak_bytes)
+
+
+def live_tensor_bytes() -> int:
+    """Bytes of the storages in CPU memory that some tensor of this program still refers to, each counted once.
+
+    Tensors of subclasses that hold no memory themselves (fake and distributed tensors) are not counted, what they wrap is.
+    """
+    storages = {}
+    for thing in gc.get_objects():
+        if issubclass(type(thing), torch.Tensor):
+            with suppress(RuntimeError, NotImplementedError):  # sparse tensors and some wrappers have no storage
+                storage = thing.untyped_storage()
+                if storage.device.type == "cpu" and storage.data_ptr():
+                    storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+def _give_back_free_memory() -> None:
+    """Else what building the engine left free would hide how much a step takes (malloc_trim(3), glibc only)."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _forget_peak() -> None:
     """Sets the kernel's high-water mark of this program's resident set to its present size (proc(5), clear_refs)."""
-    try:
+    with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return
 
 
 def _status_bytes(key: str) -> int:

@@ -9,6 +9,7 @@ from shardstage.cluster import Cluster
 from shardstage.errors import ShardstageError
 from shardstage.runtime.environment import RankEnvironment, leave_world
 from shardstage.runtime.groups import broadcast_from_first
+from shardstage.runtime.rank_entry import EXIT_REFUSED
 from shardstage.training.job import TrainJob
 from shardstage.training.prepare import prepare
 from shardstage.training.rank import join_job, train_joined
@@ -22,20 +23,22 @@ def train_as_rank(
 ) -> None:
     """Rank 0 prepares the job and gives it to all; then every rank trains.
 
-    What rank 0 refuses is raised on every rank, so that all end alike. ``folder`` lies on storage that all ranks share; ``cluster`` is
-    asked for only where the plan is to be searched.
+    What rank 0 refuses is raised there and ends the others silently, with the same exit code: it is said once. ``folder`` lies on storage
+    that all ranks share; ``cluster`` is asked for only where the plan is to be searched.
     """
     device = join_job(environment, config)
     prepared: TrainJob | ShardstageError | None = None
     if environment.rank == 0:
         try:
-            machine = cluster() if config.plan == "auto" else None
+            machine = cluster() if config.plan == "auto" and not config.resume else None
             prepared = prepare(config, num_ranks=environment.world_size, cluster=machine, folder=folder)
         except ShardstageError as error:
             prepared = error
     job = broadcast_from_first(prepared)
     if isinstance(job, ShardstageError):
         leave_world()
-        raise job
+        if environment.rank == 0:
+            raise job
+        raise SystemExit(EXIT_REFUSED)
     train_joined(environment, job, device)
     leave_world()

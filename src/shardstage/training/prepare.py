@@ -96,9 +96,7 @@ def choose_plan(config: RunConfig, graph: ModelGraph, *, num_ranks: int, cluster
     return plan
 
 
-def _plan_to_go_on_with(
-    config: RunConfig, earlier: EarlierRun, graph: ModelGraph, *, num_ranks: int
-) -> Plan:
+def _plan_to_go_on_with(config: RunConfig, earlier: EarlierRun, graph: ModelGraph, *, num_ranks: int) -> Plan:
     """The plan of the earlier run; one that was named must be the same."""
     if config.plan not in ("auto", earlier.config.plan):
         earlier.check_same_plan(choose_plan(config, graph, num_ranks=num_ranks, cluster=None))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from types import TracebackType
 
 from rich.console import Console
@@ -14,6 +15,9 @@ from shardstage.training.run_config import RunConfig
 
 __all__ = ["Progress"]
 
+REDRAW_S = 0.2
+"""Between two drawings of the bar: often enough to look alive, rare enough to cost nothing (a drawing takes about 2 ms)."""
+
 
 class Progress:
     """Shows step, loss and tokens/s; a context manager. Off a terminal it prints about ten lines a run."""
@@ -23,6 +27,7 @@ class Progress:
         self._num_steps = config.steps
         self._every = max(1, (config.steps - first_step) // 10)
         self._is_shown = is_shown
+        self._drawn_s = 0.0
         self._console = Console()
         self._bar = Bar(
             TextColumn("training"),
@@ -32,6 +37,7 @@ class Progress:
             TextColumn("{task.fields[rate]} tokens/s"),
             TimeRemainingColumn(),
             console=self._console,
+            auto_refresh=False,  # a drawing thread would take the core from the rank that draws
             disable=not (is_shown and self._console.is_terminal),
         )
         self._task = self._bar.add_task(
@@ -50,6 +56,7 @@ class Progress:
     def advance(self, step: int, result: StepResult, elapsed_s: float) -> None:
         rate = f"{self._tokens_per_step / elapsed_s:,.0f}"
         self._bar.update(self._task, completed=step + 1, loss=f"{result.loss:.4f}", rate=rate)
+        self._draw(is_last=step + 1 == self._num_steps)
         is_line_due = step % self._every == 0 or step + 1 == self._num_steps
         if self._is_shown and not self._console.is_terminal and is_line_due:
             norm = "" if result.gradient_norm is None else f"  grad norm {result.gradient_norm:.3f}"
@@ -57,3 +64,9 @@ class Progress:
                 f"step {step + 1}/{self._num_steps}  loss {result.loss:.4f}{norm}  {rate} tokens/s",
                 highlight=False,
             )
+
+    def _draw(self, *, is_last: bool) -> None:
+        now_s = time.monotonic()
+        if is_last or now_s - self._drawn_s >= REDRAW_S:
+            self._drawn_s = now_s
+            self._bar.refresh()

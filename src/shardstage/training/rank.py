@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -19,6 +19,7 @@ from shardstage.runtime.build import build_engine
 from shardstage.runtime.engine import Engine, StepResult
 from shardstage.runtime.environment import RankEnvironment, join_world
 from shardstage.runtime.peak_memory import PeakMemory
+from shardstage.training.folder import RunFolder, replace_text
 from shardstage.training.job import TrainJob, source_of
 from shardstage.training.progress import Progress
 from shardstage.training.run_config import RunConfig
@@ -37,8 +38,8 @@ def train_rank(environment: RankEnvironment, job: TrainJob) -> None:
 
 def train_joined(environment: RankEnvironment, job: TrainJob, device: torch.device) -> None:
     """``train_rank`` of a rank that is in the world already."""
-    memory = PeakMemory(device)
     source = source_of(job.config)
+    data = PackedText.from_config(job.config.data)
     engine = build_engine(
         job.graph,
         job.plan,
@@ -49,10 +50,10 @@ def train_joined(environment: RankEnvironment, job: TrainJob, device: torch.devi
         device=device,
         weights_folder=job.config.weights or None,
     )
-    batches = rank_batches(job, engine)
+    batches = rank_batches(job, engine, data)
     first_step = _resume(engine, batches, job) if job.config.resume else 0
-    step_times_s = _train(engine, batches, job, first_step)
-    _write_summary(engine, job, step_times_s, memory.peak_bytes())
+    measured = _train(engine, batches, job, first_step)
+    _write_summary(engine, job, measured)
 
 
 def join_job(environment: RankEnvironment, config: RunConfig) -> torch.device:
@@ -67,9 +68,8 @@ def join_job(environment: RankEnvironment, config: RunConfig) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if is_cuda else torch.device("cpu")
 
 
-def rank_batches(job: TrainJob, engine: Engine) -> RankBatches:
+def rank_batches(job: TrainJob, engine: Engine, data: PackedText) -> RankBatches:
     """This rank's share of every global batch; ranks that differ only in pp and tp read the same samples."""
-    data = PackedText.from_config(job.config.data)
     plan, dp = job.plan, engine.groups.dp
     sampler = BatchSampler(num_samples=data.num_samples, global_batch=plan.global_batch, seed=job.config.seed)
     start = sum(plan.shares[:dp])
@@ -78,28 +78,41 @@ def rank_batches(job: TrainJob, engine: Engine) -> RankBatches:
     )
 
 
-def _train(engine: Engine, batches: RankBatches, job: TrainJob, first_step: int) -> list[float]:
+@dataclass(kw_only=True)
+class _Measured:
+    """What one rank measured of its steps."""
+
+    memory: PeakMemory
+    step_times_s: list[float] = field(default_factory=list)
+
+
+def _train(engine: Engine, batches: RankBatches, job: TrainJob, first_step: int) -> _Measured:
     config = job.config
-    step_times_s = []
-    with Progress(config, job.plan, first_step, is_shown=engine.groups.rank == 0) as progress:
-        log = _Log(Path(job.folder) / "log.jsonl") if engine.groups.rank == 0 else None
+    is_first = engine.groups.rank == 0
+    log = _Log(RunFolder(path=Path(job.folder)), first_step) if is_first else None
+    measured = _Measured(memory=PeakMemory(engine.device))
+    measured.memory.begin()
+    with Progress(config, job.plan, first_step, is_shown=is_first) as progress:
         for step in range(first_step, config.steps):
             started_s = time.perf_counter()
             result = engine.step(step, batches.step(step))
             elapsed_s = time.perf_counter() - started_s
-            step_times_s.append(elapsed_s)
+            measured.memory.observe()
+            measured.step_times_s.append(elapsed_s)
             progress.advance(step, result, elapsed_s)
             if log is not None:
                 log.write(step, result, elapsed_s)
             is_due = config.checkpoint_every and (step + 1) % config.checkpoint_every == 0
             if is_due or step + 1 == config.steps:
                 _save(engine, batches, job, step + 1)
-    return step_times_s
+            if is_due or step == first_step:
+                measured.memory.begin()
+    return measured
 
 
 def _save(engine: Engine, batches: RankBatches, job: TrainJob, step: int) -> None:
     checkpoint.save(
-        Path(job.folder) / "checkpoints",
+        RunFolder(path=Path(job.folder)).checkpoints,
         step,
         state_entries(engine),
         _extra(job, batches, step),
@@ -119,33 +132,56 @@ def _extra(job: TrainJob, batches: RankBatches, step: int) -> Mapping[str, Any]:
 
 def _resume(engine: Engine, batches: RankBatches, job: TrainJob) -> int:
     """Loads the newest checkpoint of the run folder; returns the step to go on with."""
-    folder = Path(job.folder) / "checkpoints"
-    if checkpoint.latest(folder) is None:
-        raise CheckpointError(f"there is no checkpoint in {folder} to resume from", hint="leave out --resume")
-    extra = checkpoint.load(folder, "latest", state_entries(engine))
+    extra = checkpoint.load(RunFolder(path=Path(job.folder)).checkpoints, "latest", state_entries(engine))
+    if extra["graph_fingerprint"] != job.plan.graph_fingerprint:
+        raise CheckpointError(
+            f"the checkpoints in {job.folder} are of another model: {extra['model']}",
+            hint=f"--model {extra['model']}",
+        )
     accept_loaded(engine, num_steps=int(extra["step"]))
     batches.load_state_dict(extra["data"])
     return int(extra["step"])
 
 
 class _Log:
-    """``log.jsonl``: one line a step, written at once."""
+    """``log.jsonl``: one line a step, written at once.
 
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("a", encoding="utf-8", buffering=1)
+    Steps from ``first_step`` on that a run logged after its last checkpoint, and before it was killed, are done again: their lines go.
+    """
+
+    def __init__(self, folder: RunFolder, first_step: int) -> None:
+        self._path = folder.log
+        kept = [line for line in folder.log_lines() if line["step"] < first_step]
+        try:
+            replace_text(self._path, "".join(f"{json.dumps(line)}\n" for line in kept))
+            self._file = self._path.open("a", encoding="utf-8", buffering=1)
+        except OSError as error:
+            raise self._unwritable(error) from error
 
     def write(self, step: int, result: StepResult, elapsed_s: float) -> None:
-        self._file.write(json.dumps({"step": step, **asdict(result), "step_time_s": elapsed_s}) + "\n")
+        line = {"step": step, **asdict(result), "step_time_s": elapsed_s}
+        try:
+            self._file.write(f"{json.dumps(line)}\n")
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    def _unwritable(self, error: OSError) -> CheckpointError:
+        return CheckpointError(
+            f"the log {self._path} cannot be written: {error.strerror or error}",
+            hint=f"df -h {self._path.parent}",
+        )
 
 
-def _write_summary(engine: Engine, job: TrainJob, step_times_s: list[float], peak_bytes: int) -> None:
+def _write_summary(engine: Engine, job: TrainJob, measured: _Measured) -> None:
     """Gathers each rank's figures on rank 0, which writes them."""
+    step_times_s = measured.step_times_s
     steady = step_times_s[min(WARM_UP_STEPS, max(0, len(step_times_s) - 1)) :]
-    mine = {"peak_bytes": peak_bytes, "step_time_s": median(steady) if steady else None}
+    mine = {"peak_bytes": measured.memory.peak_bytes, "step_time_s": median(steady) if steady else None}
     everyone = engine.groups.gather(mine)
     if engine.groups.rank:
         return
-    lines = list(_log_lines(Path(job.folder) / "log.jsonl"))
+    folder = RunFolder(path=Path(job.folder))
+    lines = list(folder.log_lines())
     step_time_s = max((rank["step_time_s"] for rank in everyone if rank["step_time_s"]), default=None)
     tokens = job.plan.global_batch * (job.plan.sequence or 1)
     summary = {
@@ -157,9 +193,9 @@ def _write_summary(engine: Engine, job: TrainJob, step_times_s: list[float], pea
         "peak_bytes": [rank["peak_bytes"] for rank in everyone],
         "threads_per_rank": torch.get_num_threads(),
     }
-    (Path(job.folder) / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-
-
-def _log_lines(path: Path) -> Iterator[dict[str, Any]]:
-    if path.exists():
-        yield from map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    try:
+        replace_text(folder.summary, json.dumps(summary, indent=2) + "\n")
+    except OSError as error:
+        raise CheckpointError(
+            f"{folder.summary} cannot be written: {error.strerror or error}", hint=f"df -h {folder.path}"
+        ) from error

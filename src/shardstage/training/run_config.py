@@ -41,7 +41,7 @@ class RunConfig:
     seed: int = 0
     device: Device = "auto"
     out: str = ""
-    checkpoint_every: int = 0
+    checkpoint_every: int = 100
     keep_checkpoints: int = 2
     resume: bool = False
     export_hf: str = ""
