@@ -15,6 +15,7 @@ from shardstage.graph.source import ModelSource
 from shardstage.operators import OperatorContext, RandomState, library
 from shardstage.plan.plan import Plan
 from shardstage.program import Program, lower, verify
+from shardstage.runtime.block_code import BlockWriter
 from shardstage.runtime.bucketed import BucketedParameters
 from shardstage.runtime.engine import Engine, Parameters
 from shardstage.runtime.fully_sharded import FullyShardedParameters
@@ -78,14 +79,10 @@ def build_engine(
         segments,
         infos,
         context=context,
-        library=_library(graph, source, context),
+        writer=BlockWriter(_library(graph, source, context), device, is_compiled=plan.is_compiled),
         recompute=plan.recompute,
         parameter_dtype=master_dtype if is_fully_sharded else None,
-        device=device,
     )
-    if plan.is_compiled:
-        for block in stage.blocks:
-            block.compile()
     parameters = (
         FullyShardedParameters(
             stage, groups, zero=plan.zero, compute_dtype=precision, master_dtype=master_dtype, device=device

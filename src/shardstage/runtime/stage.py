@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +11,8 @@ from torch import Tensor, nn
 from shardstage.graph.cuts import Segment
 from shardstage.operators import OperatorContext
 from shardstage.plan.plan import Recompute
-from shardstage.runtime.block import Block, BlockCode, block_code
+from shardstage.runtime.block import Block
+from shardstage.runtime.block_code import BlockCode, BlockWriter
 from shardstage.runtime.leaves import ParameterInfo
 
 __all__ = ["Stage", "build_stage"]
@@ -89,10 +89,9 @@ def build_stage(
     infos: Mapping[str, ParameterInfo],
     *,
     context: OperatorContext,
-    library: Mapping[str, Callable[..., Any]],
+    writer: BlockWriter,
     recompute: Recompute,
     parameter_dtype: torch.dtype | None,
-    device: torch.device,
 ) -> Stage:
     """The stage with its parameters and buffers on meta.
 
@@ -107,7 +106,7 @@ def build_stage(
     stage = Stage(index=first.index, infos=infos, buffer_fqns=buffer_fqns, outputs=outputs)
     codes = [
         {
-            size: _code(segment, number, [(b.start, b.stop) for b in blocks], outputs, library, device)
+            size: _code(segment, number, [(b.start, b.stop) for b in blocks], outputs, writer)
             for size, segment in segments.items()
         }
         for number in range(len(blocks))
@@ -158,8 +157,7 @@ def _code(
     number: int,
     bounds: Sequence[tuple[int, int]],
     stage_outputs: tuple[str, ...],
-    library: Mapping[str, Callable[..., Any]],
-    device: torch.device,
+    writer: BlockWriter,
 ) -> BlockCode:
     """Code of block ``number``; its outputs are what later blocks read and what leaves the stage."""
     start, stop = bounds[number]
@@ -172,7 +170,7 @@ def _code(
         for name in op.outputs
         if name is not None and name in produced and (name in read_later or name in stage_outputs)
     )
-    return block_code(graph, graph.ops[start:stop], outputs, library=library, device=device)
+    return writer.code(graph, graph.ops[start:stop], outputs)
 
 
 def _stage_outputs(segment: Segment) -> tuple[str, ...]:

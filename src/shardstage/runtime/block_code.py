@@ -1,0 +1,158 @@
+"""``BlockCode``: the ops of a block as one Python function, written once for all blocks that compute the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shardstage.graph import Constant, ModelGraph, Op, Ref, Value, substitute
+from shardstage.operators.resolve import literal, resolve
+
+__all__ = ["BlockCode", "BlockWriter"]
+
+Function = Callable[..., tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockCode:
+    """What a block computes for one size of microbatch: ``function(*parameters, *inputs) -> outputs``, all by value name."""
+
+    function: Function
+    parameters: tuple[str, ...]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+class BlockWriter:
+    """Writes the functions of a stage's blocks; layers that differ in nothing but names share one, compiled once if asked."""
+
+    def __init__(
+        self, library: Mapping[str, Callable[..., Any]], device: torch.device, *, is_compiled: bool
+    ) -> None:
+        self._library = library
+        self._device = device
+        self._is_compiled = is_compiled
+        self._written: dict[str, Function] = {}
+
+    def code(self, graph: ModelGraph, ops: Sequence[Op], outputs: tuple[str, ...]) -> BlockCode:
+        """The ops as a function that drops every tensor after its last use."""
+        produced = {name for op in ops for name in op.outputs}
+        read = [name for name in dict.fromkeys(n for op in ops for n in op.inputs) if name not in produced]
+        kinds = {name: graph.values[name].kind for name in read}
+        stored = tuple(name for name in read if kinds[name] in ("parameter", "buffer"))
+        constants = tuple(c for c in graph.constants if kinds.get(c.name) == "constant")
+        inputs = tuple(name for name in read if kinds[name] not in ("parameter", "buffer", "constant"))
+        key = _without_names((*stored, *inputs), constants, ops, outputs)
+        if key not in self._written:
+            function = self._write(graph, (*stored, *inputs), constants, ops, outputs)
+            self._written[key] = torch.compile(function) if self._is_compiled else function
+        return BlockCode(function=self._written[key], parameters=stored, inputs=inputs, outputs=outputs)
+
+    def _write(
+        self,
+        graph: ModelGraph,
+        arguments: Sequence[str],
+        constants: Sequence[Constant],
+        ops: Sequence[Op],
+        outputs: tuple[str, ...],
+    ) -> Function:
+        builder = _FunctionBuilder(self._library, self._device)
+        for name in arguments:
+            builder.placeholder(name)
+        for constant in constants:
+            builder.constant(constant, graph.values[constant.name])
+        for op in ops:
+            builder.call(op)
+        return builder.finish(outputs)
+
+
+def _without_names(
+    arguments: Sequence[str], constants: Sequence[Constant], ops: Sequence[Op], outputs: Sequence[str]
+) -> str:
+    """What the function computes, with values numbered in the order in which they appear."""
+    number: dict[str, int] = {}
+
+    def numbered(ref: Ref) -> str:
+        return f"%{number.setdefault(ref.name, len(number))}"
+
+    for name in (*arguments, *(constant.name for constant in constants)):
+        numbered(Ref(name))
+    lines = [
+        (
+            op.target,
+            substitute(op.args, numbered),
+            tuple((key, substitute(value, numbered)) for key, value in op.kwargs),
+            tuple(None if name is None else numbered(Ref(name)) for name in op.outputs),
+            op.returns_sequence,
+        )
+        for op in ops
+    ]
+    returned = [numbered(Ref(name)) for name in outputs]
+    return repr((len(arguments), [constant.elements for constant in constants], lines, returned))
+
+
+class _FunctionBuilder:
+    """Writes ops into a ``torch.fx`` graph, whose code generator makes the function."""
+
+    def __init__(self, library: Mapping[str, Callable[..., Any]], device: torch.device) -> None:
+        self._graph = torch.fx.Graph()
+        self._root = nn.Module()
+        self._library = library
+        self._device = device
+        self._nodes: dict[str, torch.fx.Node] = {}
+
+    def placeholder(self, name: str) -> None:
+        self._nodes[name] = self._graph.placeholder(f"v{len(self._nodes)}")
+
+    def constant(self, constant: Constant, value: Value) -> None:
+        tensor = torch.tensor(constant.elements, dtype=getattr(torch, value.dtype), device=self._device)
+        attribute = f"constant{len(self._nodes)}"
+        self._root.register_buffer(attribute, tensor.reshape(value.shape))
+        self._nodes[constant.name] = self._graph.get_attr(attribute)
+
+    def call(self, op: Op) -> None:
+        target = (
+            _named(op.target, self._library[op.target]) if op.target in self._library else resolve(op.target)
+        )
+        node = self._graph.call_function(target, self._arguments(op.args), dict(self._keywords(op)))
+        if op.returns_sequence:
+            for index, name in enumerate(op.outputs):
+                if name is not None:
+                    self._nodes[name] = self._graph.call_function(_item, (node, index))
+        elif op.outputs and op.outputs[0] is not None:
+            self._nodes[op.outputs[0]] = node
+
+    def finish(self, outputs: tuple[str, ...]) -> Function:
+        self._graph.output(tuple(self._nodes[name] for name in outputs))
+        return torch.fx.GraphModule(self._root, self._graph)
+
+    def _arguments(self, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(substitute(self._literals(argument), self._node) for argument in arguments)
+
+    def _keywords(self, op: Op) -> tuple[tuple[str, Any], ...]:
+        return tuple((key, substitute(self._literals(argument), self._node)) for key, argument in op.kwargs)
+
+    def _literals(self, argument: Any) -> Any:
+        if isinstance(argument, tuple | list):
+            return tuple(self._literals(item) for item in argument)
+        return argument if isinstance(argument, Ref) else literal(argument, self._device)
+
+    def _node(self, ref: Ref) -> torch.fx.Node:
+        return self._nodes[ref.name]
+
+
+def _named(target: str, call: Callable[..., Any]) -> Callable[..., Any]:
+    """The operator as a callable with the name under which generated code finds it."""
+    named = partial(call)
+    named.__name__ = named.__qualname__ = target.replace(".", "_")  # type: ignore[attr-defined]
+    named.__module__ = __name__
+    return named
+
+
+def _item(sequence: Sequence[Tensor], index: int) -> Tensor:
+    return sequence[index]
