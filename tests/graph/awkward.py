@@ -24,6 +24,13 @@ class Gate(nn.Module):
         return x
 
 
+class Plain(nn.Sequential):
+    """Nothing awkward at all."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Embedding(20, 8), nn.Linear(8, 20))
+
+
 class Stack(nn.Module):
     """An embedding, blocks in a ModuleList, and a head that is tied to the embedding."""
 

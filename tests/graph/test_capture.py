@@ -189,7 +189,7 @@ def test_bfloat16_casts_where_the_model_does() -> None:
     assert graph.values[graph.output].dtype == "float32"
 
 
-@pytest.mark.parametrize("family", ["llama-tiny", "resnet", "t5-tiny"])
+@pytest.mark.parametrize("family", ["llama-tiny", "resnet"])
 def test_float64_is_kept_to_the_loss(family: str) -> None:
     graph = capture(source_of(family), microbatch=2, sequence=8, dtype="float64")
     assert graph.values[graph.output].dtype == "float64"

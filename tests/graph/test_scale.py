@@ -108,5 +108,9 @@ def test_a_marker_stays_within_the_model_s_positions() -> None:
     assert markers([64], sequence=512, max_sequence=512)[1] == 509
 
 
+def test_a_marker_may_divide_what_is_next_to_a_size() -> None:
+    assert markers([16, 24, 50, 96], sequence=128, max_sequence=31)[1] == 29  # 2**6 + 1 is no size
+
+
 def test_a_short_model_without_a_marker_has_a_fixed_length() -> None:
     assert markers([64], sequence=8, max_sequence=8)[1] is None

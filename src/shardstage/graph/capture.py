@@ -27,6 +27,8 @@ from shardstage.graph.tasks import Task
 __all__ = ["capture", "model_sizes"]
 
 _DEFAULT_SEQUENCE = 128
+# Torch knows the shapes of a recurrent layer only by running it step by step.
+_UNROLLED_SEQUENCE = 31
 # Sizes at which a graph must still fit together to be called scalable: coprime to each other and unlike any marker.
 _OTHER_MICROBATCH, _OTHER_SEQUENCE = 2, 48
 _PREFIX = "model"
@@ -57,10 +59,13 @@ def _capture_scalable(model: nn.Module, source: ModelSource, sequence: int, dtyp
     """The graph at markers; where it does not scale with one of them, at one sample or at ``sequence`` tokens instead."""
     has_sequence = source.task.has_sequence
     wanted = min(sequence, source.max_sequence or sequence)
+    limit = source.max_sequence
+    if any(isinstance(module, nn.RNNBase) for module in model.modules()):
+        limit = min(limit or _UNROLLED_SEQUENCE, _UNROLLED_SEQUENCE)
     microbatch, length = markers(
         model_sizes(model, source),
         sequence=wanted if has_sequence else None,
-        max_sequence=source.max_sequence,
+        max_sequence=limit,
     )
     graph = _capture_at(model, source, microbatch, length if length is not None else wanted, dtype)
     is_scalable = _fits(replace(graph, is_scalable=True), _OTHER_MICROBATCH, graph.sequence)

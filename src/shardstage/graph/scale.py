@@ -26,6 +26,8 @@ __all__ = ["at", "markers"]
 _NO_SIZE = 1 << 62
 # Beyond the small integers that models write down, such as a number of buckets.
 _SMALLEST_MICROBATCH = 1009
+_SHORTEST_LENGTH = 97
+_SMALLEST_PRIME = 11
 _POWERS_OF_TWO = frozenset(1 << power for power in range(1, 24))
 # (multiple of the length, distance from it)
 _NEAR_LENGTH = ((1, -1), (1, 1), (2, -1))
@@ -66,18 +68,18 @@ def markers(
 ) -> tuple[int, int | None]:
     """A microbatch and a length to capture at, for a model that has ``sizes`` of its own.
 
-    The length is close to ``sequence``, so that a model which branches on it (a sliding window) takes the same branch, and not
-    beyond ``max_sequence``; None where no such prime exists, or without ``sequence``.
+    The length is close to ``sequence`` where that is long, so that a model which branches on it (a sliding window) takes the same
+    branch, and not beyond ``max_sequence``; None where no such prime exists, or without ``sequence``.
     """
     taken = {size for size in sizes if size > 1}
     microbatch = next(p for p in _upwards(_SMALLEST_MICROBATCH) if _is_marker(p, taken))
     if sequence is None:
         return microbatch, None
-    limit = max_sequence if max_sequence is not None else 2 * sequence + 64
-    lengths = {microbatch, *taken, *_near(taken | _POWERS_OF_TWO)}
-    longer = (p for p in range(sequence, limit + 1) if _is_marker(p, lengths))
-    shorter = (p for p in range(min(sequence, limit), 10, -1) if _is_marker(p, lengths))
-    return microbatch, next(longer, next(shorter, None))
+    limit = max_sequence if max_sequence is not None else 2 * sequence + 10 * _SHORTEST_LENGTH
+    wanted = min(max(sequence, _SHORTEST_LENGTH), limit)
+    ambiguous = {microbatch, *_near(taken | _POWERS_OF_TWO)}
+    lengths = (*range(wanted, limit + 1), *range(wanted, _SMALLEST_PRIME - 1, -1))
+    return microbatch, next((p for p in lengths if p not in ambiguous and _is_marker(p, taken)), None)
 
 
 def _require_scalable(graph: ModelGraph, microbatch: int, sequence: int | None) -> None:

@@ -20,6 +20,7 @@ from shardstage.graph.tasks import Task, causal_task, image_task, masked_task, s
 
 __all__ = ["BUILT_IN", "ModelSource", "load_model", "source_of_model"]
 
+_IMAGE_SIZE = 224  # of ImageNet, for a model that reads images of any size
 BYTE_VOCABULARY = 260  # what a tokenizer of bytes needs: 256 and four special tokens
 
 
@@ -245,7 +246,7 @@ def _task_of_class(model_class: str, config: Any) -> Task:
         start_id = config.decoder_start_token_id or 0
         return seq2seq_task(config.vocab_size, start_id=start_id, pad_id=config.pad_token_id or 0)
     if model_class.endswith("ForImageClassification"):
-        size = config.image_size
+        size = getattr(config, "image_size", _IMAGE_SIZE)
         return image_task(
             image_size=(size, size) if isinstance(size, int) else tuple(size),
             num_channels=config.num_channels,
