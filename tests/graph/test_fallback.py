@@ -32,6 +32,11 @@ def test_the_line_that_prevents_capture_is_named() -> None:
     assert note.endswith("if x.abs().sum() > 0.1:: data-dependent control flow")
 
 
+def test_a_failed_capture_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    capture_or_blocks(awkward("tangle"))
+    assert capfd.readouterr() == ("", "")
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_blocks_train_as_their_model_does_bit_for_bit(name: str) -> None:
     source = awkward(name)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
+import logging
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import replace
 
 import torch
@@ -70,7 +72,7 @@ def _capture_scalable(model: nn.Module, source: ModelSource, sequence: int, dtyp
     graph = _capture_at(model, source, microbatch, length if length is not None else wanted, dtype)
     is_scalable = _fits(replace(graph, is_scalable=True), _OTHER_MICROBATCH, graph.sequence)
     is_sequence_scalable = length is not None and _fits(
-        replace(graph, is_sequence_scalable=True), microbatch, min(_OTHER_SEQUENCE, length)
+        replace(graph, is_sequence_scalable=True), microbatch, min(_OTHER_SEQUENCE, length // 2 + 1)
     )
     if not is_scalable or (has_sequence and not is_sequence_scalable):
         length = length if is_sequence_scalable else wanted
@@ -162,14 +164,27 @@ class _WithLoss(nn.Module):
 
 def _exported(module: nn.Module, batch: dict[str, Tensor]) -> torch.export.ExportedProgram:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a tracer's remarks about what does not matter here
+        with _quiet():
             return torch.export.export(module, (batch,), strict=False)
     except Exception as error:  # whatever the model's own code raises
         raise CaptureError(
             f"{_reason(error)}\n  at {_line_of(error)}",
             hint="capture_or_blocks(source) falls back to whole modules",
         ) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the tracer's remarks: warnings, a log line, and on failure the whole graph on stderr. What matters is in its errors."""
+    logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def _reason(error: Exception) -> str:
