@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-import gc
 from contextlib import suppress
 from pathlib import Path
 
 import torch
 
-__all__ = ["PeakMemory", "live_tensor_bytes"]
+__all__ = ["PeakMemory"]
 
 
 class PeakMemory:
@@ -18,14 +17,14 @@ class PeakMemory:
     The steps after the first ``begin`` count only if there are no others: in them the optimizer makes its state, and libraries set up
     what they keep.
 
-    CUDA: the allocator's own peak. CPU: the tensors that are alive between steps (weights, gradients, optimizer state), plus the growth of
+    CUDA: the allocator's own peak. CPU: the tensors that stay between steps (weights, gradients, optimizer state), plus the growth of
     the resident set within a step (activations and whatever else a step takes for a while). So neither libraries nor what they set up once
     is counted; whole pages, and free memory that the C allocator keeps between the tensors of a step, are.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._held_bytes = 0
+        self._kept_bytes = 0
         self._resident_bytes = 0
         self._peaks_bytes: list[int] = []
 
@@ -34,13 +33,13 @@ class PeakMemory:
         warm = max(self._peaks_bytes[1:], default=0)
         return warm or max(self._peaks_bytes, default=0)
 
-    def begin(self) -> None:
-        """Takes the memory of now as what stays between steps."""
+    def begin(self, kept_bytes: int) -> None:
+        """Takes the memory of now as what stays between steps, ``kept_bytes`` of it in tensors."""
         self._peaks_bytes.append(0)
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
             return
-        self._held_bytes = live_tensor_bytes()
+        self._kept_bytes = kept_bytes
         _give_back_free_memory()
         _forget_peak()
         self._resident_bytes = _status_bytes("VmRSS")
@@ -50,23 +49,8 @@ class PeakMemory:
         if self._device.type == "cuda":
             peak_bytes = torch.cuda.max_memory_allocated(self._device)
         else:
-            peak_bytes = self._held_bytes + max(0, _status_bytes("VmHWM") - self._resident_bytes)
+            peak_bytes = self._kept_bytes + max(0, _status_bytes("VmHWM") - self._resident_bytes)
         self._peaks_bytes[-1] = max(self._peaks_bytes[-1], peak_bytes)
-
-
-def live_tensor_bytes() -> int:
-    """Bytes of the storages in CPU memory that some tensor of this program still refers to, each counted once.
-
-    Tensors of subclasses that hold no memory themselves (fake and distributed tensors) are not counted, what they wrap is.
-    """
-    storages = {}
-    for thing in gc.get_objects():
-        if issubclass(type(thing), torch.Tensor):
-            with suppress(RuntimeError, NotImplementedError):  # sparse tensors and some wrappers have no storage
-                storage = thing.untyped_storage()
-                if storage.device.type == "cpu" and storage.data_ptr():
-                    storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values())
 
 
 def _give_back_free_memory() -> None:

@@ -23,7 +23,7 @@ from shardstage.training.folder import RunFolder, replace_text
 from shardstage.training.job import TrainJob, source_of
 from shardstage.training.progress import Progress
 from shardstage.training.run_config import RunConfig
-from shardstage.training.state import accept_loaded, state_entries
+from shardstage.training.state import accept_loaded, kept_bytes, state_entries
 
 __all__ = ["join_job", "rank_batches", "train_joined", "train_rank"]
 
@@ -91,7 +91,7 @@ def _train(engine: Engine, batches: RankBatches, job: TrainJob, first_step: int)
     is_first = engine.groups.rank == 0
     log = _Log(RunFolder(path=Path(job.folder)), first_step) if is_first else None
     measured = _Measured(memory=PeakMemory(engine.device))
-    measured.memory.begin()
+    measured.memory.begin(kept_bytes(engine))
     with Progress(config, job.plan, first_step, is_shown=is_first) as progress:
         for step in range(first_step, config.steps):
             started_s = time.perf_counter()
@@ -102,11 +102,11 @@ def _train(engine: Engine, batches: RankBatches, job: TrainJob, first_step: int)
             progress.advance(step, result, elapsed_s)
             if log is not None:
                 log.write(step, result, elapsed_s)
-            is_due = config.checkpoint_every and (step + 1) % config.checkpoint_every == 0
-            if is_due or step + 1 == config.steps:
+            is_saved = config.is_checkpoint_due(step + 1)
+            if is_saved:
                 _save(engine, batches, job, step + 1)
-            if is_due or step == first_step:
-                measured.memory.begin()
+            if is_saved or step == first_step:
+                measured.memory.begin(kept_bytes(engine))
     return measured
 
 

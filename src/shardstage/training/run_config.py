@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 from shardstage.cluster.table import to_toml
@@ -18,6 +19,19 @@ from shardstage.runtime.optimizer import OptimizerConfig
 __all__ = ["RunConfig", "load_run_config", "run_config_from_toml", "run_config_to_toml"]
 
 Device = Literal["auto", "cpu", "cuda"]
+
+
+_LEAST = MappingProxyType(
+    {
+        "ranks": 1,
+        "steps": 0,
+        "global_batch": 1,
+        "seed": 0,
+        "checkpoint_every": 0,
+        "keep_checkpoints": 1,
+        "timeout_s": 0.1,
+    }
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,23 +64,27 @@ class RunConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
     def __post_init__(self) -> None:
-        for name, least in (
-            ("ranks", 1),
-            ("steps", 0),
-            ("global_batch", 1),
-            ("seed", 0),
-            ("checkpoint_every", 0),
-        ):
+        for name, least in _LEAST.items():
             if getattr(self, name) < least:
+                default = RunConfig.__dataclass_fields__[name].default
                 raise ConfigError(
-                    f"{name} = {getattr(self, name)} is too small", hint=f"{name} = {max(least, 1)}"
+                    f"{name} = {getattr(self, name)} is too small", hint=f"{name} = {default or least}"
                 )
-        for name, choices in (("precision", get_args(Precision)), ("device", get_args(Device))):
-            if getattr(self, name) not in choices:
+        _check_choice("precision", self.precision, get_args(Precision))
+        _check_choice("device", self.device, get_args(Device))
+        _check_choice("kind", self.optimizer.kind, ("adamw", "sgd"))
+        for optimizer_field in fields(OptimizerConfig):
+            value = getattr(self.optimizer, optimizer_field.name)
+            if isinstance(value, int | float) and value < 0:
                 raise ConfigError(
-                    f"{name} = {getattr(self, name)!r} is not one of {', '.join(choices)}",
-                    hint=f'{name} = "{choices[0]}"',
+                    f"[optimizer] {optimizer_field.name} = {value} is negative",
+                    hint=f"{optimizer_field.name} = {optimizer_field.default}",
                 )
+
+    def is_checkpoint_due(self, num_steps: int) -> bool:
+        """Whether a checkpoint is made after so many steps."""
+        is_due = self.checkpoint_every > 0 and num_steps % self.checkpoint_every == 0
+        return is_due or num_steps == self.steps
 
     def with_changes(self, **changes: Any) -> RunConfig:
         """This run with some fields replaced; keys of ``data`` and ``optimizer`` are written ``data.paths``."""
@@ -114,6 +132,14 @@ def run_config_to_toml(config: RunConfig) -> str:
     return to_toml(tables)
 
 
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        near = get_close_matches(value, choices, n=1, cutoff=0.5) or choices[:1]
+        raise ConfigError(
+            f"{name} = {value!r} is not one of {', '.join(choices)}", hint=f'{name} = "{near[0]}"'
+        )
+
+
 def _section(kind: type[Any], table: Any, where: str) -> Any:
     if not isinstance(table, Mapping):
         raise ConfigError(
@@ -123,26 +149,65 @@ def _section(kind: type[Any], table: Any, where: str) -> Any:
     values = {}
     for key, value in table.items():
         if key not in known:
-            near = get_close_matches(key, known, n=1)
-            raise ConfigError(
-                f"{where}: unknown key {key!r}",
-                hint=f"{near[0]} = ..." if near else f"known: {', '.join(known)}",
-            )
-        values[key] = _typed(value, known[key], f"{where}: {key}")
+            raise _unknown_key(key, value, known, where)
+        values[key] = (
+            value
+            if isinstance(value, DataConfig | OptimizerConfig)
+            else _typed(value, known[key], key, where)
+        )
     return kind(**values)
 
 
-def _typed(value: Any, default: Any, where: str) -> Any:
+def _unknown_key(key: str, value: Any, known: Collection[str], where: str) -> ConfigError:
+    near = get_close_matches(key, known, n=1)
+    example = (
+        f"[{near[0]}]" if near and isinstance(value, Mapping) else "".join(f"{name} = ..." for name in near)
+    )
+    return ConfigError(f"{where}: unknown key {key!r}", hint=example or f"known: {', '.join(known)}")
+
+
+def _typed(value: Any, default: Any, key: str, where: str) -> Any:
     """The value in the type of the field's default; numbers may be written without a point, tuples as lists."""
-    if where.endswith("max_grad_norm") and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value) or None
-    if isinstance(default, tuple) and isinstance(value, list):
-        return tuple(value)
-    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if isinstance(default, bool | int | float | str) and type(value) is not type(default):
-        raise ConfigError(
-            f"{where} must be {type(default).__name__}, not {value!r}",
-            hint=f"{where.split(': ')[-1]} = {default!r}".replace("'", '"'),
-        )
-    return value
+    if key == "max_grad_norm":
+        default = 1.0
+    wanted, read = _reader(default)
+    found = read(value)
+    if found is None:
+        example = '["text"]' if default == () else _as_toml(default)
+        raise ConfigError(f"{where}: {key} must be {wanted}, not {value!r}", hint=f"{key} = {example}")
+    return None if key == "max_grad_norm" and found == 0 else found
+
+
+def _reader(default: Any) -> tuple[str, Callable[[Any], Any]]:
+    """What a field with this default takes, in words, and how it is read: None for what it does not take."""
+    match default:
+        case bool():
+            return "true or false", lambda value: value if isinstance(value, bool) else None
+        case int():
+            return "a whole number", lambda value: value if type(value) is int else None
+        case float():
+            return "a number", _number
+        case str():
+            return "text", lambda value: value if isinstance(value, str) else None
+        case ():
+            return "a list of texts", _texts
+        case _:
+            return f"a list of {len(default)} numbers", lambda value: _numbers(value, len(default))
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if type(value) in (int, float) else None
+
+
+def _texts(value: Any) -> tuple[str, ...] | None:
+    is_right = isinstance(value, list) and all(isinstance(part, str) for part in value)
+    return tuple(value) if is_right else None
+
+
+def _numbers(value: Any, length: int) -> tuple[float, ...] | None:
+    numbers = tuple(map(_number, value)) if isinstance(value, list) else ()
+    return None if len(numbers) != length or None in numbers else numbers  # type: ignore[return-value]
+
+
+def _as_toml(value: Any) -> str:
+    return to_toml({"x": value}).removeprefix("x = ").strip()

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
+from torch import Tensor
 
 from shardstage.checkpoint import StateEntry
 from shardstage.layout import Replicate
 from shardstage.runtime.engine import Engine
 
-__all__ = ["accept_loaded", "state_entries"]
+__all__ = ["accept_loaded", "kept_bytes", "state_entries"]
 
 
 def state_entries(engine: Engine) -> list[StateEntry]:
@@ -54,3 +57,24 @@ def accept_loaded(engine: Engine, *, num_steps: int) -> None:
     engine.optimizer.set_num_steps(num_steps)
     with torch.no_grad():
         engine.parameters.publish()
+
+
+def kept_bytes(engine: Engine) -> int:
+    """Bytes of the tensors that an engine keeps between steps: weights, masters, gradients, optimizer state, buffers; none twice."""
+    tensors = [*engine.stage.parameters(), *engine.stage.buffers()]
+    for leaf in engine.parameters.leaves:
+        gradient = leaf.gradient()
+        tensors += [leaf.master, *engine.optimizer.state(leaf).values()]
+        tensors += [] if gradient is None else [gradient]
+    return _covered_bytes(tensors)
+
+
+def _covered_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of memory that contiguous tensors cover; some are views of others."""
+    local = [getattr(tensor, "to_local", lambda tensor=tensor: tensor)() for tensor in tensors]
+    ranges = sorted((t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in local)
+    covered = end = 0
+    for start, stop in ranges:
+        covered += max(0, stop - max(start, end))
+        end = max(end, stop)
+    return covered
