@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from shardstage.graph import Value
 from shardstage.graph.cuts import Segment
 from shardstage.operators import RandomState
 from shardstage.program import Instruction, Program
@@ -172,9 +173,10 @@ class Engine:
     def _forward(self, flight: _InFlight) -> None:
         batch = flight.batch
         size = len(batch.positions)
+        graph = self._segments[size].graph
         inputs = {
-            name: batch.tensors[name].to(self.device, non_blocking=True)
-            for name in self._segments[size].graph.inputs
+            name: _as_input(batch.tensors[name], graph.values[name], self.device)
+            for name in graph.inputs
             if name in batch.tensors
         }
         flight.outputs = self.stage(size, batch.positions, {**inputs, **flight.received})
@@ -246,6 +248,12 @@ class Engine:
     def _as_leaves(self, received: Mapping[str, Tensor]) -> dict[str, Tensor]:
         needs_gradient = {e.value for e in self.program.edges if e.requires_grad}
         return {name: tensor.requires_grad_(name in needs_gradient) for name, tensor in received.items()}
+
+
+def _as_input(tensor: Tensor, value: Value, device: torch.device) -> Tensor:
+    """The batch's tensor on the device; pixels and other floats in the dtype that the graph computes in."""
+    dtype = getattr(torch, value.dtype) if tensor.is_floating_point() else tensor.dtype
+    return tensor.to(device, dtype, non_blocking=True)
 
 
 def _gradient_of(received: Tensor) -> Tensor:
