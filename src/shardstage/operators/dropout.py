@@ -68,7 +68,8 @@ def attention(
         scores = scores.masked_fill(_future(scores), -torch.inf)
     elif mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-    probabilities = scores.softmax(-1)
+    wide = torch.promote_types(scores.dtype, torch.float32)
+    probabilities = scores.softmax(-1, dtype=wide).to(scores.dtype)
     kept = _kept_probabilities(context.random, probabilities, p, ordinal, num_heads, heads)
     return _Dropout.apply(probabilities, kept, p) @ value  # type: ignore[no-untyped-call, no-any-return]
 
