@@ -78,7 +78,7 @@ def test_zero_3_gathers_for_every_microbatch() -> None:
     assert three.stages[0].forward_s == pytest.approx(two.stages[0].forward_s)
     assert three.stages[0].backward_s > two.stages[0].backward_s
     assert two.stages[0].forward_s > step(cluster, zero=0).stages[0].forward_s
-    assert two.exposed_dp_s == 0
+    assert three.exposed_dp_s > two.exposed_dp_s > 0
 
 
 def test_tensor_parallelism_waits_for_its_talk() -> None:

@@ -217,13 +217,15 @@ def _shorthand(plan: Plan) -> str:
 
 
 def _alternatives_table(considered: tuple[Candidate, ...]) -> Table:
-    """The next best, and the nearest that do not fit."""
+    """The next best, and what would be fastest of those that do not fit."""
     others = considered[1:]
     priced = [c for c in others if c.prediction is not None][:NUM_ALTERNATIVES]
     too_large = [c for c in others if c.prediction is None and c.reason.startswith("needs")][:2]
     table = Table(box=None, pad_edge=False, title=f"{len(considered)} plans considered", title_justify="left")
-    for name in ("alternative", "step time", "memory", "why not"):
-        table.add_column(name)
+    table.add_column("alternative", overflow="fold")
+    table.add_column("step time", no_wrap=True)
+    table.add_column("memory", no_wrap=True)
+    table.add_column("why not")
     for candidate in (*priced, *too_large):
         prediction = candidate.prediction
         time = "" if prediction is None else format_s(prediction.step_time_s)

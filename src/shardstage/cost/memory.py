@@ -62,9 +62,9 @@ def stage_elements(profile: Profile, setup: StepSetup, stage: int) -> int:
 
 
 def stage_memory(profile: Profile, setup: StepSetup, stage: int) -> MemoryUse:
-    """The peak of a rank of one stage: the largest op's backward, with the activations of all microbatches in flight still held.
+    """The peak of a rank of one stage: the backward of its costliest unit, with the activations of all microbatches in flight held.
 
-    That op's gradients are as large as what it reads and writes, which is counted as ``transient``.
+    ``transient`` are the gradients of the unit's largest op: as large as what the op reads and writes.
     """
     units = [profile.units[index] for index in setup.units_of(stage, profile)]
     elements = stage_elements(profile, setup, stage)
@@ -74,6 +74,9 @@ def stage_memory(profile: Profile, setup: StepSetup, stage: int) -> MemoryUse:
     in_flight = setup.in_flight(stage)
     received = units[0].input_bytes if stage else 0
     kept = [unit.kept[setup.recompute] for unit in units]
+    recomputed, transient = max(
+        ((k.extra_bytes, unit.transient_bytes) for k, unit in zip(kept, units, strict=True)), key=sum
+    )
     level, c, w = setup.sharding_level, setup.compute_bytes, setup.master_bytes
     shards = setup.mesh.dp if level else 1
     part = -(-elements // shards)
@@ -89,8 +92,8 @@ def stage_memory(profile: Profile, setup: StepSetup, stage: int) -> MemoryUse:
         gradients=gradients,
         optimizer=MOMENTS * part * w,
         activations=in_flight * (sum(k.saved_bytes for k in kept) + received),
-        recompute=max(k.extra_bytes for k in kept),
-        transient=max(unit.transient_bytes for unit in units),
+        recompute=recomputed,
+        transient=transient,
         communication=_communication_bytes(setup, profile, stage, elements),
     )
 

@@ -105,6 +105,10 @@ def predict_step(profile: Profile, setup: StepSetup, links: Links) -> Prediction
         m * sum(u.tp_forward_s + u.tp_backward_s for u in _units(profile, setup, s))
         for s in range(num_stages)
     ]
+    gathering = [
+        time.forward_s + time.backward_s - sum(_plain_times(_units(profile, setup, s), setup))
+        for s, time in enumerate(times)
+    ]
     rate = cluster.device.rate(setup.precision) * setup.mesh.world_size
     return Prediction(
         step_time_s=step_s,
@@ -112,7 +116,7 @@ def predict_step(profile: Profile, setup: StepSetup, links: Links) -> Prediction
         step_time_high_s=calibration.high * modelled_s,
         stages=_stages(profile, setup, times),
         bubble_ratio=1 - sum(busy) / (num_stages * max(ends)),
-        exposed_dp_s=backward_done - max(ends),
+        exposed_dp_s=backward_done - max(ends) + m * max(gathering),
         exposed_tp_s=max(talk),
         exposed_pp_s=max(ends) - max(instant),
         optimizer_s=update,
@@ -145,23 +149,34 @@ def _units(profile: Profile, setup: StepSetup, stage: int) -> list[UnitCost]:
 
 def _stage_time(profile: Profile, setup: StepSetup, links: Links, stage: int) -> StageTime:
     units = _units(profile, setup, stage)
+    forward_s, backward_s = _plain_times(units, setup)
+    wait = _gathering_waits(units, setup, links, forward_s, backward_s)
+    receive_s = links.transfer_s(units[0].input_bytes) if stage else 0.0
+    return StageTime(forward_s + wait[0], backward_s + wait[1], receive_s)
+
+
+def _plain_times(units: Sequence[UnitCost], setup: StepSetup) -> tuple[float, float]:
+    """Seconds forward and backward of compute, talk along tp and recomputation."""
     forward_s = sum(unit.forward_s + unit.tp_forward_s for unit in units)
     backward_s = sum(
         unit.backward_s + unit.tp_backward_s + unit.kept[setup.recompute].recompute_s for unit in units
     )
-    if setup.sharding_level >= 2:
-        gathers = [links.dp_s("all_gather", unit.own_elements * setup.compute_bytes) for unit in units]
-        sums = [links.dp_s("reduce_scatter", unit.own_elements * setup.master_bytes) for unit in units]
-        again = gathers if setup.sharding_level == 3 else []
-        forward_s = _beside(forward_s, sum(gathers), gathers[0], links.hidden_ratio)
-        backward_s = _beside(backward_s, sum(again) + sum(sums), sums[0], links.hidden_ratio)
-    receive_s = links.transfer_s(units[0].input_bytes) if stage else 0.0
-    return StageTime(forward_s, backward_s, receive_s)
+    return forward_s, backward_s
 
 
-def _beside(compute_s: float, talk_s: float, alone_s: float, hidden_ratio: float) -> float:
-    """Seconds of compute with talk beside it, of which ``alone_s`` has nothing to hide under."""
-    return compute_s + max(alone_s, talk_s - hidden_ratio * compute_s)
+def _gathering_waits(
+    units: Sequence[UnitCost], setup: StepSetup, links: Links, forward_s: float, backward_s: float
+) -> tuple[float, float]:
+    """Seconds forward and backward that a microbatch waits for ZeRO-2/3: the first gather, the last reduction, what does not hide."""
+    if setup.sharding_level < 2:
+        return 0.0, 0.0
+    gathers = [links.dp_s("all_gather", unit.own_elements * setup.compute_bytes) for unit in units]
+    sums = [links.dp_s("reduce_scatter", unit.own_elements * setup.master_bytes) for unit in units]
+    again = gathers if setup.sharding_level == 3 else []
+    return (
+        max(gathers[0], sum(gathers) - links.hidden_ratio * forward_s),
+        max(sums[0], sum(again) + sum(sums) - links.hidden_ratio * backward_s),
+    )
 
 
 def _exposed_reduction_s(

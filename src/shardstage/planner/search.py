@@ -46,7 +46,7 @@ class Candidate:
 
 @dataclass(frozen=True, kw_only=True)
 class SearchResult:
-    """``best`` with its prediction, and all that was considered: priced ones first, fastest first."""
+    """``best`` with its prediction, and all that was considered: priced ones first, then the slow, then the too large; fastest first."""
 
     best: Plan
     prediction: Prediction
@@ -157,7 +157,7 @@ def _considered(
     for candidate in sorted((c for c in fitting if c not in predictions), key=lambda c: c.least_step_s):
         reason = f"takes at least {format_s(candidate.least_step_s)}"
         yield Candidate(text=_text(candidate), prediction=None, reason=reason)
-    for candidate in sorted((c for c in priced if c.peak_bytes > limit), key=lambda c: c.peak_bytes):
+    for candidate in sorted((c for c in priced if c.peak_bytes > limit), key=lambda c: c.least_step_s):
         yield Candidate(text=_text(candidate), prediction=None, reason=_excess(candidate, limit))
 
 
