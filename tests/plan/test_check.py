@@ -104,6 +104,18 @@ def test_tensor_parallelism_across_nodes_is_said() -> None:
     assert "tp=16 talks over the network (8 devices share a node)" in said
 
 
+def test_tensor_parallelism_that_shares_nothing_is_said() -> None:
+    assert "tp=4 shares no weight of this model" in notes("tp=4,replicate=*")
+
+
+def test_ranks_without_a_part_of_a_weight_are_said() -> None:
+    narrow = toy_graph(num_layers=4, hidden=2)
+    plan = complete(parse_request("tp=4"), narrow, num_ranks=4, global_batch=16, sequence=64)
+    assert check(plan, narrow) == (
+        "2 of 4 tensor-parallel ranks get nothing of layers.0.up.weight, which has too few units to share",
+    )
+
+
 def test_small_buckets_are_said() -> None:
     plan = replace(PLAN, bucket_bytes=4096)
     assert check(plan, GRAPH) == ("buckets of 4.00 KiB make many small reductions",)

@@ -7,11 +7,13 @@ from dataclasses import replace
 from typing import Final
 
 from shardstage.cluster import Cluster
+from shardstage.cost import fold
 from shardstage.errors import PlanError
 from shardstage.graph import ModelGraph
 from shardstage.graph.file import fingerprint
-from shardstage.layout import balanced_sizes
+from shardstage.layout import Shard, balanced_sizes
 from shardstage.plan.plan import Plan
+from shardstage.sharding import shard
 from shardstage.units import format_bytes
 
 __all__ = ["check"]
@@ -34,7 +36,7 @@ def check(
     _check_stages(plan, graph)
     _check_batch(plan, graph)
     _check_sequence(plan, graph, max_sequence)
-    return tuple(note for noted in _NOTES if (note := noted(plan, cluster)))
+    return tuple(note for noted in _NOTES if (note := noted(plan, graph, cluster)))
 
 
 def _check_model(plan: Plan, graph: ModelGraph) -> None:
@@ -154,7 +156,7 @@ def _check_sequence(plan: Plan, graph: ModelGraph, max_sequence: int | None) -> 
         )
 
 
-def _note_bubble(plan: Plan, _: Cluster | None) -> str:
+def _note_bubble(plan: Plan, _graph: ModelGraph, _cluster: Cluster | None) -> str:
     p, m = plan.mesh.pp, plan.num_microbatches
     if p == 1 or m >= p:
         return ""
@@ -167,13 +169,13 @@ def _note_bubble(plan: Plan, _: Cluster | None) -> str:
     return f"{m} microbatches keep {p} stages busy {100 * m / (m + p - 1):.0f} % of the time{advice}"
 
 
-def _note_zero(plan: Plan, _: Cluster | None) -> str:
+def _note_zero(plan: Plan, _graph: ModelGraph, _cluster: Cluster | None) -> str:
     if plan.zero and plan.mesh.dp == 1:
         return f"zero={plan.zero} changes nothing with dp=1: it shards over data-parallel ranks"
     return ""
 
 
-def _note_zero_pipeline(plan: Plan, _: Cluster | None) -> str:
+def _note_zero_pipeline(plan: Plan, _graph: ModelGraph, _cluster: Cluster | None) -> str:
     if plan.zero >= 2 and plan.mesh.dp > 1 and plan.num_microbatches > 1:
         return (
             f"zero={plan.zero} gathers parameters and reduces gradients {plan.num_microbatches} times a step, "
@@ -182,11 +184,31 @@ def _note_zero_pipeline(plan: Plan, _: Cluster | None) -> str:
     return ""
 
 
-def _note_sequence_parallel(plan: Plan, _: Cluster | None) -> str:
+def _note_sequence_parallel(plan: Plan, _graph: ModelGraph, _cluster: Cluster | None) -> str:
     return "sp changes nothing with tp=1" if plan.is_sequence_parallel and plan.mesh.tp == 1 else ""
 
 
-def _note_links(plan: Plan, cluster: Cluster | None) -> str:
+def _note_shares_of_tp(plan: Plan, graph: ModelGraph, _cluster: Cluster | None) -> str:
+    """Weights of which a rank gets nothing, because they have fewer units (heads, say) than there are ranks."""
+    if plan.mesh.tp == 1:
+        return ""
+    sharding = shard(
+        fold(graph).graph,
+        num_ranks=plan.mesh.tp,
+        is_sequence_parallel=plan.is_sequence_parallel,
+        replicate=plan.replicate,
+    )
+    cut = {fqn: p for fqn, p in sharding.parameters.items() if isinstance(p, Shard)}
+    if not cut:
+        return f"tp={plan.mesh.tp} shares no weight of this model: every rank computes everything"
+    for fqn, placement in cut.items():
+        num_empty = placement.sizes().count(0)
+        if num_empty:
+            return f"{num_empty} of {plan.mesh.tp} tensor-parallel ranks get nothing of {fqn}, which has too few units to share"
+    return ""
+
+
+def _note_links(plan: Plan, _graph: ModelGraph, cluster: Cluster | None) -> str:
     if cluster is None or plan.mesh.tp == 1:
         return ""
     innermost, level = cluster.levels[0], cluster.level_for(range(plan.mesh.tp))
@@ -196,17 +218,18 @@ def _note_links(plan: Plan, cluster: Cluster | None) -> str:
     return f"tp={plan.mesh.tp} talks over the {level.name} ({num_near} devices share a {innermost.name})"
 
 
-def _note_bucket(plan: Plan, _: Cluster | None) -> str:
+def _note_bucket(plan: Plan, _graph: ModelGraph, _cluster: Cluster | None) -> str:
     if plan.mesh.dp > 1 and plan.zero < 2 and plan.bucket_bytes < 2**20:
         return f"buckets of {format_bytes(plan.bucket_bytes)} make many small reductions"
     return ""
 
 
-_NOTES: Final[tuple[Callable[[Plan, Cluster | None], str], ...]] = (
+_NOTES: Final[tuple[Callable[[Plan, ModelGraph, Cluster | None], str], ...]] = (
     _note_bubble,
     _note_zero,
     _note_zero_pipeline,
     _note_sequence_parallel,
+    _note_shares_of_tp,
     _note_links,
     _note_bucket,
 )
