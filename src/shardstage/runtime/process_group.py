@@ -136,6 +136,10 @@ class ShardstageProcessGroup(dist.ProcessGroup):
 
     pg_name = group_name
 
+    def wrap_collectives(self, wrap: Callable[[Collectives], Collectives]) -> None:
+        """Puts something between this group and what carries its collectives: to delay, to count or to break them."""
+        self._collectives = wrap(self._collectives)
+
     def shutdown(self) -> None:
         """Leaves the group; peers that still wait for this rank get an error."""
         self._pipes.close()

@@ -1,0 +1,138 @@
+"""The modes under which an unmodified model runs in float64 and drops out what the ranks drop out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from shardstage.compat import TorchDispatchMode
+from shardstage.operators import RandomState
+
+__all__ = ["Promotion", "ReplayedDropout", "in_float64"]
+
+_NO_SAMPLE = -1
+_NARROW = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@contextmanager
+def in_float64(model: nn.Module) -> Iterator[None]:
+    """Makes the model's parameters and buffers float64, and everything that its code computes in the block."""
+    model.double()
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with Promotion():  # type: ignore[no-untyped-call]
+            yield
+    finally:
+        torch.set_default_dtype(previous)
+
+
+class Promotion(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves its modes untyped
+    """Gives every operator that asks for a narrower float (``.float()``, ``softmax(dtype=float32)``) float64 instead.
+
+    Except random numbers, which are others in another dtype.
+    """
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if str(func).startswith("aten.rand."):
+            return func(*args, **(kwargs or {}))
+        wide = {name: _widened(value) for name, value in (kwargs or {}).items()}
+        return func(*map(_widened, args), **wide)
+
+
+def _widened(argument: Any) -> Any:
+    return torch.float64 if isinstance(argument, torch.dtype) and argument in _NARROW else argument
+
+
+class ReplayedDropout(TorchFunctionMode):
+    """Draws every dropout mask as the ranks do: by seed, step, sample and the ordinal of the call in the model's forward.
+
+    Only the random numbers are shared with the operators of the ranks; what is done with them is written here anew.
+    """
+
+    def __init__(self, random: RandomState) -> None:
+        super().__init__()
+        self.random = random
+        self._ordinal = 0
+
+    def begin_forward(self, positions: tuple[int, ...]) -> None:
+        """Says which samples of the global batch the next forward is given."""
+        self.random.positions = positions
+        self._ordinal = 0
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in (F.dropout, torch.dropout):
+            return self._dropout(func, *args, **kwargs)
+        if func is F.scaled_dot_product_attention:
+            return self._attention(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _dropout(
+        self,
+        func: Callable[..., Tensor],
+        input: Tensor,
+        p: float = 0.5,
+        training: bool = True,
+        inplace: bool = False,
+        train: bool | None = None,
+    ) -> Tensor:
+        if not (training if train is None else train) or not p:
+            return func(input, p, False)
+        ordinal, positions = self._next_ordinal(), self.random.positions
+        if input.dim() and input.shape[0] % len(positions) == 0:
+            shape = (input.shape[0] // len(positions), *input.shape[1:])
+            drawn = torch.cat([self._kept(shape, p, ordinal, position) for position in positions])
+        else:
+            drawn = self._kept(tuple(input.shape), p, ordinal, _NO_SAMPLE)
+        return input * drawn / (1 - p)
+
+    def _attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        """softmax(q kᵀ · scale + mask), dropped, times v.  q: [B, H, S, D]"""
+        if not dropout_p:
+            return F.scaled_dot_product_attention(
+                query, key, value, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa
+            )
+        if enable_gqa:
+            key, value = (t.repeat_interleave(query.shape[-3] // t.shape[-3], -3) for t in (key, value))
+        scores = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
+        if is_causal:
+            attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            scores = scores.masked_fill(attn_mask.logical_not(), -torch.inf)
+        elif attn_mask is not None:
+            scores = scores + attn_mask
+        ordinal, probabilities = self._next_ordinal(), scores.softmax(-1)
+        shape, num_heads = tuple(scores.shape[-2:]), scores.shape[-3]
+        drawn = [
+            torch.stack([self._kept(shape, dropout_p, ordinal, position, head) for head in range(num_heads)])
+            for position in self.random.positions
+        ]
+        return (probabilities * torch.stack(drawn) / (1 - dropout_p)) @ value
+
+    def _next_ordinal(self) -> int:
+        self._ordinal += 1
+        return self._ordinal - 1
+
+    def _kept(self, shape: tuple[int, ...], p: float, *key: int) -> Tensor:
+        return self.random.uniforms(shape, torch.device("cpu"), *key) >= p

@@ -1,0 +1,98 @@
+"""``prove_job``: a job's first steps on its plan against the same steps on one process in float64."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from shardstage.errors import ConfigError
+from shardstage.parity.compare import Reference, compare
+from shardstage.parity.faults import Fault, broken_job, check_fault
+from shardstage.parity.measure import Request, measure_rank, read_reports
+from shardstage.parity.probe import Probe, follow_probe, trace_blocks
+from shardstage.parity.reference import GlobalBatches, first_values, follow_reference
+from shardstage.parity.tolerance import derive_tolerances, num_probes
+from shardstage.parity.verdict import Verdict
+from shardstage.runtime.launch import launch
+from shardstage.training.job import TrainJob
+
+__all__ = ["MAX_STEPS", "prove_job", "run_reference"]
+
+MAX_STEPS = 4
+"""Steps that a proof follows: rounding errors grow with each, and with them the tolerance; a fault shows in the first."""
+
+
+def prove_job(job: TrainJob, *, fault: Fault | None = None, reference: Reference | None = None) -> Verdict:
+    """Starts ranks that run at most ``MAX_STEPS`` steps of ``job`` and compares them with ``reference`` (computed here if not given).
+
+    ``fault`` is put into the ranks on purpose. Raises ConfigError where it would change nothing, or where there is no step to compare.
+    """
+    if fault is not None:
+        check_fault(fault, job)
+    reference = reference or run_reference(job)
+    with _scratch_folder(Path(job.folder)) as folder:
+        trajectory = reference.trajectory
+        tensors = {f"gradient.{name}": tensor for name, tensor in trajectory.gradients.items()}
+        tensors |= {f"parameter.{name}": tensor for name, tensor in trajectory.parameters.items()}
+        save_file({n: t.detach().contiguous() for n, t in tensors.items()}, folder / "reference.safetensors")
+        request = Request(folder=str(folder), num_steps=trajectory.num_steps, fault=fault)
+        launch(
+            measure_rank,
+            (job if fault is None else broken_job(fault, job), request),
+            num_ranks=job.plan.mesh.world_size,
+            log_dir=Path(job.folder) / "logs" / "prove",
+        )
+        reports = read_reports(folder)
+    return compare(job, reference, reports)
+
+
+def run_reference(job: TrainJob) -> Reference:
+    """The job's first steps on one process in float64, and the tolerances that the probes give."""
+    num_steps = min(job.config.steps, MAX_STEPS)
+    if num_steps < 1:
+        raise ConfigError("a run of no steps has nothing to compare", hint="--steps 4")
+    batches = GlobalBatches(job)
+    trajectory = follow_reference(job, batches, num_steps=num_steps)
+    if not all(map(math.isfinite, trajectory.losses)):
+        raise ConfigError(
+            f"the loss is {trajectory.losses[-1]} in float64 already: there is nothing to compare",
+            hint="[optimizer] lr = 1e-4",
+        )
+    activations = trace_blocks(job, batches)
+    model = first_values(job)
+    first = {name: p.detach() for name, p in model.named_parameters(remove_duplicate=False)}
+    tolerances = derive_tolerances(
+        trajectory,
+        activations,
+        first,
+        _probes(job, batches, num_steps),
+        precision=job.plan.precision,
+    )
+    return Reference(
+        trajectory=trajectory,
+        activations=activations,
+        tolerances=tolerances,
+        batches=tuple(batches.step(step) for step in range(num_steps)),
+    )
+
+
+def _probes(job: TrainJob, batches: GlobalBatches, num_steps: int) -> Iterator[Probe]:
+    for seed in range(num_probes(num_steps)):
+        yield follow_probe(job, batches, num_steps=num_steps, seed=seed)
+
+
+@contextmanager
+def _scratch_folder(parent: Path) -> Iterator[Path]:
+    """A folder on the run's own storage for what may be large; gone afterwards."""
+    parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix="prove-", dir=parent))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
