@@ -154,14 +154,14 @@ class _Log:
         kept = [line for line in folder.log_lines() if line["step"] < first_step]
         try:
             replace_text(self._path, "".join(f"{json.dumps(line)}\n" for line in kept))
-            self._file = self._path.open("a", encoding="utf-8", buffering=1)
         except OSError as error:
             raise self._unwritable(error) from error
 
     def write(self, step: int, result: StepResult, elapsed_s: float) -> None:
         line = {"step": step, **asdict(result), "step_time_s": elapsed_s}
         try:
-            self._file.write(f"{json.dumps(line)}\n")
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(f"{json.dumps(line)}\n")
         except OSError as error:
             raise self._unwritable(error) from error
 
