@@ -53,6 +53,8 @@ _NUM_CALL_FIELDS = (
 _SPINS = 200  # about 15 us of pure looking before the first system call
 _YIELDING_S = 200e-6  # then give way to runnable processes, and after that sleep, so that no core is burnt
 _SLEEP_S = 20e-6
+_LONGEST_SLEEP_S = 250e-6
+_SLEEP_RATIO = 1 / 64  # sleep this part of what was waited already: each look costs 10 us of a core that others may need
 _LIVENESS_INTERVAL_S = 0.25
 
 
@@ -311,7 +313,7 @@ class SharedSegments:
                 self._check_alive(absent, missing, what)
                 if now_s - began_s > self.timeout_s:
                     raise self._failure("did not arrive", missing() or absent, what)
-            time.sleep(_SLEEP_S)
+            time.sleep(min(max(_SLEEP_S, (now_s - began_s) * _SLEEP_RATIO), _LONGEST_SLEEP_S))
 
     def _check_alive(self, absent: list[Peer], missing: Callable[[], list[Peer]], what: str) -> None:
         gone = [peer for peer in absent if peer.is_gone()]
