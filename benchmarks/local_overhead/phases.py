@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
 
@@ -61,9 +61,11 @@ def _recorded_communication() -> Iterator[None]:
     from shardstage.runtime.shared_pipes import PipeWork
 
     calls = ("allreduce", "all_gather_single", "reduce_scatter_single", "broadcast", "send", "recv")
-    with patch.multiple(type(group), **{name: _recorded(getattr(type(group), name)) for name in calls}):
-        with patch.object(PipeWork, "wait", _recorded(PipeWork.wait)):
-            yield
+    owners: list[tuple[type, str]] = [(PipeWork, "wait"), *((type(group), name) for name in calls)]
+    with ExitStack() as stack:
+        for owner, name in owners:
+            stack.enter_context(patch.object(owner, name, _recorded(getattr(owner, name))))
+        yield
 
 
 def _recorded(method: Callable[..., Any]) -> Callable[..., Any]:

@@ -66,7 +66,8 @@ def save_weights(workload: Workload) -> None:
 def load_weights(workload: Workload) -> LlamaForCausalLM:
     """The unmodified model in float32, ready to train."""
     model: LlamaForCausalLM = LlamaForCausalLM.from_pretrained(workload.folder, dtype=torch.float32)
-    return model.train()
+    model.train()
+    return model
 
 
 def make_optimizer(parameters: Iterable[nn.Parameter]) -> torch.optim.AdamW:

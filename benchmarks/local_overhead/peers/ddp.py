@@ -16,7 +16,7 @@ def build(workload: Workload, rank: int, size: int) -> Step:
     def step(number: int) -> float:
         inputs, labels = (tensor.chunk(size)[rank] for tensor in workload.batch(number))
         loss = mean_loss(model(input_ids=inputs).logits, labels)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         optimizer.zero_grad()
         total = loss.detach()

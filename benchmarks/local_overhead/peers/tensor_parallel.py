@@ -79,7 +79,7 @@ def _build(workload: Workload, size: int, styles: _Styles) -> Step:
         with loss_parallel():
             logits = model(input_ids=inputs, position_ids=position_ids).logits
             loss = mean_loss(logits, labels)
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         optimizer.zero_grad()
         return (loss.full_tensor() if isinstance(loss, DTensor) else loss).item()
