@@ -26,7 +26,7 @@ from shardstage.runtime.leaves import Leaf, Piece
 from shardstage.training.job import TrainJob, source_of
 from shardstage.training.rank import join_job, rank_batches
 
-__all__ = ["PieceError", "RankReport", "Request", "measure_rank", "read_reports"]
+__all__ = ["PieceError", "RankReport", "Request", "measure_joined", "measure_rank", "read_reports"]
 
 _REPORTS = "reports.pickle"
 
@@ -78,7 +78,13 @@ class RankReport:
 
 def measure_rank(environment: RankEnvironment, job: TrainJob, request: Request) -> None:
     """Runs the job's first steps from its first values; rank 0 writes what all ranks report."""
-    device = join_job(environment, job.config)
+    measure_joined(environment, job, request, join_job(environment, job.config))
+
+
+def measure_joined(
+    environment: RankEnvironment, job: TrainJob, request: Request, device: torch.device
+) -> None:
+    """``measure_rank`` of a rank that is in the world already."""
     engine = build_engine(
         job.graph,
         job.plan,

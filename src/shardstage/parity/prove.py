@@ -15,7 +15,7 @@ from shardstage.errors import ConfigError
 from shardstage.parity.compare import Reference, compare
 from shardstage.parity.faults import Fault, broken_job, check_fault
 from shardstage.parity.measure import Request, measure_rank, read_reports
-from shardstage.parity.probe import Probe, follow_probe, trace_blocks
+from shardstage.parity.probe import exact_replica, probing_replica
 from shardstage.parity.reference import GlobalBatches, first_values, follow_reference
 from shardstage.parity.tolerance import derive_tolerances, num_probes
 from shardstage.parity.verdict import Verdict
@@ -58,33 +58,28 @@ def run_reference(job: TrainJob) -> Reference:
     if num_steps < 1:
         raise ConfigError("a run of no steps has nothing to compare", hint="--steps 4")
     batches = GlobalBatches(job)
-    trajectory = follow_reference(job, batches, num_steps=num_steps)
+    model = first_values(job)
+    first = {
+        name: tensor.detach().clone()
+        for named in (model.named_parameters, model.named_buffers)
+        for name, tensor in named(remove_duplicate=False)
+    }
+    trajectory = follow_reference(job, model, batches, num_steps=num_steps)
     if not all(map(math.isfinite, trajectory.losses)):
         raise ConfigError(
             f"the loss is {trajectory.losses[-1]} in float64 already: there is nothing to compare",
             hint="[optimizer] lr = 1e-4",
         )
-    activations = trace_blocks(job, batches)
-    model = first_values(job)
-    first = {name: p.detach() for name, p in model.named_parameters(remove_duplicate=False)}
-    tolerances = derive_tolerances(
-        trajectory,
-        activations,
-        first,
-        _probes(job, batches, num_steps),
-        precision=job.plan.precision,
-    )
+    activations = exact_replica(job, first).activations(batches)
+    replica = probing_replica(job, first)
+    probes = (replica.probe(batches, num_steps=num_steps, seed=seed) for seed in range(num_probes(num_steps)))
+    tolerances = derive_tolerances(trajectory, activations, first, probes, precision=job.plan.precision)
     return Reference(
         trajectory=trajectory,
         activations=activations,
         tolerances=tolerances,
         batches=tuple(batches.step(step) for step in range(num_steps)),
     )
-
-
-def _probes(job: TrainJob, batches: GlobalBatches, num_steps: int) -> Iterator[Probe]:
-    for seed in range(num_probes(num_steps)):
-        yield follow_probe(job, batches, num_steps=num_steps, seed=seed)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from shardstage.parity.trajectory import StepGradients, Trajectory, follow
 from shardstage.runtime.weights import initialised_model
 from shardstage.training.job import TrainJob, source_of
 
-__all__ = ["GlobalBatches", "first_values", "follow_reference", "master_dtype"]
+__all__ = ["GlobalBatches", "first_values", "follow_reference", "master_dtype", "run_random"]
 
 
 class GlobalBatches:
@@ -42,14 +43,15 @@ class GlobalBatches:
         return tuple(batch for share in self._shares for batch in share.step(step))
 
 
-def follow_reference(job: TrainJob, batches: GlobalBatches, *, num_steps: int) -> Trajectory:
-    """Trains the model that the job's source makes, as it is, for ``num_steps``; tensors by the graph's parameter names (fqn).
+def follow_reference(
+    job: TrainJob, model: nn.Module, batches: GlobalBatches, *, num_steps: int
+) -> Trajectory:
+    """Trains ``model``, which the job's source made, as it is; tensors are known by the graph's parameter names (fqn).
 
-    loss = (sum over the global batch of the losses of its target tokens) / (number of those tokens). The masters start as the run's do.
+    loss = (sum over the global batch of the losses of its target tokens) / (number of those tokens).
     """
-    source = source_of(job.config)
-    model = first_values(job)
-    random = RandomState(seed=job.config.seed)
+    task = source_of(job.config).task
+    random = run_random(job)
     named = dict(model.named_parameters(remove_duplicate=False))
     parameters = {p.fqn: named[p.fqn] for p in job.graph.parameters}
     _forbid_other_randomness(job)
@@ -63,7 +65,7 @@ def follow_reference(job: TrainJob, batches: GlobalBatches, *, num_steps: int) -
         with ReplayedDropout(random) as dropout:
             for batch in microbatches:
                 dropout.begin_forward(batch.positions)
-                part = source.task.loss(model, _widened(batch.tensors)) / num_targets
+                part = task.loss(model, _widened(batch.tensors)) / num_targets
                 part.backward()  # type: ignore[no-untyped-call]
                 loss += float(part.detach())
         return StepGradients(loss=loss, gradients=dict(_gradients(parameters)))
@@ -83,9 +85,26 @@ def first_values(job: TrainJob) -> nn.Module:
     return model.train()
 
 
+def run_random(job: TrainJob) -> RandomState:
+    """The random numbers of the run's ranks, which depend on the kind of their device."""
+    chosen = job.config.device
+    is_cuda = chosen == "cuda" or (chosen == "auto" and torch.cuda.is_available())
+    return _DrawnElsewhere(seed=job.config.seed, device=torch.device("cuda" if is_cuda else "cpu"))
+
+
 def master_dtype(job: TrainJob) -> torch.dtype:
     """The dtype of the run's master weights."""
     return torch.float64 if job.plan.precision == "float64" else torch.float32
+
+
+@dataclass(kw_only=True)
+class _DrawnElsewhere(RandomState):
+    """Draws on ``device`` what is used on another."""
+
+    device: torch.device
+
+    def uniforms(self, shape: tuple[int, ...], device: torch.device, *key: int) -> Tensor:
+        return super().uniforms(shape, self.device, *key).to(device)
 
 
 def _gradients(parameters: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
