@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
-import click
 import typer
 from rich.console import Console
 from rich.markup import escape
@@ -22,6 +22,9 @@ __all__ = ["run"]
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
+
+_USAGE_ERROR: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+"""What a mistyped option raises: click's, or that of the copy of click which newer versions of typer bring."""
 
 app = typer.Typer(
     name="shardstage",
@@ -39,22 +42,26 @@ for verb in (plan, train, prove, probe):
 def run(arguments: Sequence[str] | None = None) -> int:
     """Runs a verb; returns the exit code. ``SHARDSTAGE_DEBUG=1`` lets errors through with their traceback."""
     if os.environ.get("SHARDSTAGE_DEBUG"):
-        app(list(arguments) if arguments is not None else None, standalone_mode=False)
-        return 0
+        return _run_verb(arguments)
     try:
-        code = app(list(arguments) if arguments is not None else None, standalone_mode=False)
-        return code if isinstance(code, int) else 0
-    except click.exceptions.Exit as stop:
-        return stop.exit_code
-    except click.ClickException as error:
+        code = _run_verb(arguments)
+    except _USAGE_ERROR as error:
         error.show()
         return EXIT_BAD_INPUT
-    except (KeyboardInterrupt, click.Abort):
-        print("stopped", file=sys.stderr)
-        return EXIT_INTERRUPTED
+    except (KeyboardInterrupt, typer.Abort):
+        code = EXIT_INTERRUPTED
     except ShardstageError as error:
         _show(error)
         return EXIT_FAILED if isinstance(error, ParityError | RankFailedError) else EXIT_BAD_INPUT
+    if code == EXIT_INTERRUPTED:
+        print("stopped", file=sys.stderr)
+    return code
+
+
+def _run_verb(arguments: Sequence[str] | None) -> int:
+    typed = None if arguments is None else list(arguments)
+    code = app(typed, prog_name="shardstage", standalone_mode=False)
+    return code if isinstance(code, int) else 0
 
 
 def _show(error: ShardstageError) -> None:

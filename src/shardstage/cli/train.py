@@ -24,7 +24,14 @@ __all__ = ["train"]
 
 
 def train(
-    run: Annotated[Path | None, typer.Option(help="Run file; the other options override it")] = None,
+    run: Annotated[
+        Path | None,
+        typer.Option(
+            "--run",
+            "--run-file",
+            help="Run file; other options override it (torchrun takes --run for its own)",
+        ),
+    ] = None,
     model: Annotated[
         str | None, typer.Option(help="Built-in name, Hugging Face config or folder, or module:factory")
     ] = None,
@@ -51,8 +58,7 @@ def train(
 ) -> int:
     """Train a model on text, split over ranks as a plan says.
 
-    Everything else (optimizer, precision, tokenizer, checkpoints) stands in a run file; each run writes its own, complete, as
-    [bold]run.toml[/] into its folder.
+    Everything else (optimizer, precision, tokenizer, checkpoints) stands in a run file; each run writes its own, complete, into its folder.
 
     [bold]Examples[/]
 
@@ -62,7 +68,7 @@ def train(
 
       shardstage train --resume --out runs/mine --steps 1000
 
-      torchrun --nproc-per-node 4 -m shardstage train --plan "zero=3,dp=4"
+      torchrun --nproc-per-node 4 -m shardstage train --run-file run.toml
     """
     config = _base(run, out, is_resumed=resume).with_changes(
         **_given(

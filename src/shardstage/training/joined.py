@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,9 @@ from shardstage.training.rank import join_job, train_joined
 from shardstage.training.run_config import RunConfig
 
 __all__ = ["train_as_rank"]
+
+_LAST_WORDS_S = 2.0
+"""torchrun ends all ranks when the first one ends: rank 0, which says what is wrong, must be that one."""
 
 
 def train_as_rank(
@@ -39,6 +43,7 @@ def train_as_rank(
         leave_world()
         if environment.rank == 0:
             raise job
+        time.sleep(_LAST_WORDS_S)
         raise SystemExit(EXIT_REFUSED)
     train_joined(environment, job, device)
     leave_world()
