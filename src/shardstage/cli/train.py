@@ -29,7 +29,7 @@ def train(
         typer.Option(
             "--run",
             "--run-file",
-            help="Run file; other options override it (torchrun takes --run for its own)",
+            help="Run file, which the other options override",
         ),
     ] = None,
     model: Annotated[
