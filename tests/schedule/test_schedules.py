@@ -13,11 +13,7 @@ SIZES = {"num_stages": st.integers(1, 9), "num_microbatches": st.integers(1, 17)
 
 
 def test_gpipe_is_the_one_of_the_paper() -> None:
-    assert str(gpipe(3, 3)) == (
-        "0F0 0F1 0F2 0B2 0B1 0B0\n"
-        "1F0 1F1 1F2 1B2 1B1 1B0\n"
-        "2F0 2F1 2F2 2B2 2B1 2B0"
-    )
+    assert str(gpipe(3, 3)) == ("0F0 0F1 0F2 0B2 0B1 0B0\n1F0 1F1 1F2 1B2 1B1 1B0\n2F0 2F1 2F2 2B2 2B1 2B0")
 
 
 def test_one_f_one_b_is_the_one_of_the_paper() -> None:
@@ -32,7 +28,9 @@ def test_one_f_one_b_is_the_one_of_the_paper() -> None:
 
 @pytest.mark.parametrize("name", SCHEDULES)
 @given(**SIZES)
-def test_every_stage_runs_every_microbatch_once_each_way(name: str, num_stages: int, num_microbatches: int) -> None:
+def test_every_stage_runs_every_microbatch_once_each_way(
+    name: str, num_stages: int, num_microbatches: int
+) -> None:
     schedule = SCHEDULES[name](num_stages, num_microbatches)
     for stage, row in enumerate(schedule.actions):
         wanted = {Action(stage, kind, m) for kind in ("F", "B") for m in range(num_microbatches)}
@@ -49,7 +47,9 @@ def test_a_backward_follows_its_forward(name: str, num_stages: int, num_microbat
 
 
 @given(**SIZES)
-def test_one_f_one_b_holds_no_more_microbatches_than_stages_follow(num_stages: int, num_microbatches: int) -> None:
+def test_one_f_one_b_holds_no_more_microbatches_than_stages_follow(
+    num_stages: int, num_microbatches: int
+) -> None:
     schedule = one_f_one_b(num_stages, num_microbatches)
     for stage in range(num_stages):
         assert schedule.max_in_flight(stage) == min(num_stages - stage, num_microbatches)

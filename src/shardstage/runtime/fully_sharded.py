@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import cast
 
 import torch
@@ -46,6 +47,8 @@ class FullyShardedParameters:
             if compute_dtype != master_dtype
             else MixedPrecisionPolicy()
         )
+        # FSDP2 warns of outputs that are views, lest somebody change them in place: blocks do not.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         keeps_whole = zero < 3
         for block in stage.blocks:
             if any(True for _ in block.parameters()):
