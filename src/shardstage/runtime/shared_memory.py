@@ -54,7 +54,7 @@ _SPINS = 200  # about 15 us of pure looking before the first system call
 _YIELDING_S = 200e-6  # then give way to runnable processes, and after that sleep, so that no core is burnt
 _SLEEP_S = 20e-6
 _LONGEST_SLEEP_S = 250e-6
-_SLEEP_RATIO = 1 / 64  # sleep this part of what was waited already: each look costs 10 us of a core that others may need
+_SLEEP_RATIO = 1 / 64  # of the time waited already: each look costs 10 us of a core that others may need
 _LIVENESS_INTERVAL_S = 0.25
 
 
