@@ -26,8 +26,9 @@ from shardstage.runtime.leaves import Leaf, Piece
 from shardstage.training.job import TrainJob, source_of
 from shardstage.training.rank import join_job, rank_batches
 
-__all__ = ["PieceError", "RankReport", "Request", "measure_joined", "measure_rank", "read_reports"]
+__all__ = ["REFERENCE_FILE", "PieceError", "RankReport", "Request", "measure_joined", "measure_rank", "read_reports"]
 
+REFERENCE_FILE = "reference.safetensors"
 _REPORTS = "reports.pickle"
 
 
@@ -113,7 +114,7 @@ def _run(engine: Engine, job: TrainJob, request: Request) -> RankReport:
     groups = engine.groups
     report = RankReport(rank=groups.rank, pp=groups.pp, dp=groups.dp, tp=groups.tp)
     batches = rank_batches(job, engine, PackedText.from_config(job.config.data))
-    reference = Path(request.folder) / "reference.safetensors"
+    reference = Path(request.folder) / REFERENCE_FILE
 
     def see_gradients(engine: Engine) -> None:
         report.gradients += _compare(engine, reference, "gradient", lambda leaf: leaf.gradient())

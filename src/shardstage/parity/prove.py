@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from shardstage.errors import ConfigError
 from shardstage.parity.compare import Reference, compare
 from shardstage.parity.faults import Fault, broken_job, check_fault
-from shardstage.parity.measure import Request, measure_rank, read_reports
+from shardstage.parity.measure import REFERENCE_FILE, Request, measure_rank, read_reports
 from shardstage.parity.probe import exact_replica, probing_replica
 from shardstage.parity.reference import GlobalBatches, first_values, follow_reference
 from shardstage.parity.tolerance import derive_tolerances, num_probes
@@ -22,7 +22,7 @@ from shardstage.parity.verdict import Verdict
 from shardstage.runtime.launch import launch
 from shardstage.training.job import TrainJob
 
-__all__ = ["MAX_STEPS", "prove_job", "run_reference"]
+__all__ = ["MAX_STEPS", "prove_job", "run_reference", "write_reference"]
 
 MAX_STEPS = 4
 """Steps that a proof follows: rounding errors grow with each, and with them the tolerance; a fault shows in the first."""
@@ -37,11 +37,9 @@ def prove_job(job: TrainJob, *, fault: Fault | None = None, reference: Reference
         check_fault(fault, job)
     reference = reference or run_reference(job)
     with _scratch_folder(Path(job.folder)) as folder:
-        trajectory = reference.trajectory
-        tensors = {f"gradient.{name}": tensor for name, tensor in trajectory.gradients.items()}
-        tensors |= {f"parameter.{name}": tensor for name, tensor in trajectory.parameters.items()}
-        save_file({n: t.detach().contiguous() for n, t in tensors.items()}, folder / "reference.safetensors")
-        request = Request(folder=str(folder), num_steps=trajectory.num_steps, fault=fault)
+        write_reference(reference, folder)
+        num_steps = reference.trajectory.num_steps
+        request = Request(folder=str(folder), num_steps=num_steps, fault=fault)
         launch(
             measure_rank,
             (job if fault is None else broken_job(fault, job), request),
@@ -80,6 +78,14 @@ def run_reference(job: TrainJob) -> Reference:
         tolerances=tolerances,
         batches=tuple(batches.step(step) for step in range(num_steps)),
     )
+
+
+def write_reference(reference: Reference, folder: Path) -> None:
+    """Writes the gradients and parameters where the ranks read them piece by piece: no rank holds them all."""
+    trajectory = reference.trajectory
+    tensors = {f"gradient.{name}": tensor for name, tensor in trajectory.gradients.items()}
+    tensors |= {f"parameter.{name}": tensor for name, tensor in trajectory.parameters.items()}
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / REFERENCE_FILE)
 
 
 @contextmanager
