@@ -34,7 +34,7 @@ FAULTS: Mapping[Fault, str] = {
     "missing-tp-reduction": "partial results are not summed over tp",
     "doubled-loss": "every target counts twice",
     "wrong-rng": "each rank draws its own dropout masks",
-    "lost-tie": "stages that share a parameter keep their own part of its gradient",
+    "lost-tie": "stages that share a parameter do not sum its gradient",
     "dtype": "the ranks compute in bfloat16",
     "swapped-batch": "the last dp rank reads the samples of the step after",
 }

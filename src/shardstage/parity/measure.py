@@ -26,7 +26,15 @@ from shardstage.runtime.leaves import Leaf, Piece
 from shardstage.training.job import TrainJob, source_of
 from shardstage.training.rank import join_job, rank_batches
 
-__all__ = ["REFERENCE_FILE", "PieceError", "RankReport", "Request", "measure_joined", "measure_rank", "read_reports"]
+__all__ = [
+    "REFERENCE_FILE",
+    "PieceError",
+    "RankReport",
+    "Request",
+    "measure_joined",
+    "measure_rank",
+    "read_reports",
+]
 
 REFERENCE_FILE = "reference.safetensors"
 _REPORTS = "reports.pickle"
