@@ -17,7 +17,7 @@ from shardstage.plan import complete, parse_request
 from shardstage.training.job import TrainJob, source_of
 from shardstage.training.run_config import RunConfig
 
-__all__ = ["Decoder", "bert", "decoder", "gpt2", "job_of", "llama"]
+__all__ = ["Decoder", "Encoder", "bert", "decoder", "encoder", "gpt2", "job_of", "llama"]
 
 SEQUENCE = 16
 
@@ -103,6 +103,29 @@ class Decoder(nn.Module):
 
 def decoder() -> nn.Module:
     return Decoder()
+
+
+class Encoder(nn.Module):
+    """PyTorch's own layer, whose dropouts are called from within ``torch.nn.functional``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(260, 32)
+        self.layers = nn.ModuleList(
+            nn.TransformerEncoderLayer(32, 4, 48, dropout=0.2, batch_first=True) for _ in range(2)
+        )
+        self.head = nn.Linear(32, 260)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.embedding(input_ids)
+        for layer in self.layers:
+            x = layer(x)
+        scores: Tensor = self.head(x)
+        return scores
+
+
+def encoder() -> nn.Module:
+    return Encoder()
 
 
 def job_of(

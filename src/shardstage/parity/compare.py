@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from shardstage.data import Microbatch
@@ -95,15 +95,7 @@ def _explained(
         or _first_backward(job, parameters, tolerances.parameters, "update")
         or FirstFailure(module="the loss", direction="forward", ranks=tuple(r.rank for r in reports))
     )
-    return Verdict(
-        subject=verdict.subject,
-        rows=verdict.rows,
-        derivation=verdict.derivation,
-        logged=verdict.logged,
-        is_log_equal=verdict.is_log_equal,
-        failure=failure,
-        cause=diagnose(symptoms),
-    )
+    return replace(verdict, failure=failure, cause=diagnose(symptoms))
 
 
 def _subject(job: TrainJob, num_steps: int) -> str:

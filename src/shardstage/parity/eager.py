@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from shardstage.operators import RandomState
 __all__ = ["Promotion", "ReplayedDropout", "in_float64"]
 
 _NO_SAMPLE = -1
+_DROPOUT, _ATTENTION = F.dropout, F.scaled_dot_product_attention
 _NARROW = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -55,13 +56,29 @@ def _widened(argument: Any) -> Any:
 class ReplayedDropout(TorchFunctionMode):
     """Draws every dropout mask as the ranks do: by seed, step, sample and the ordinal of the call in the model's forward.
 
-    Only the random numbers are shared with the operators of the ranks; what is done with them is written here anew.
+    Only the random numbers are shared with the operators of the ranks; what is done with them is written here anew. A mode does not see
+    what a function of ``torch.nn.functional`` calls by itself (attention with all its projections), so their names are replaced too.
     """
 
     def __init__(self, random: RandomState) -> None:
         super().__init__()
         self.random = random
         self._ordinal = 0
+        self._replaced = ExitStack()
+
+    def __enter__(self) -> Self:
+        for name, ours in (
+            ("dropout", self._functional_dropout),
+            ("scaled_dot_product_attention", self._attention),
+        ):
+            self._replaced.callback(setattr, F, name, getattr(F, name))
+            setattr(F, name, ours)
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        self._replaced.close()
 
     def begin_forward(self, positions: tuple[int, ...]) -> None:
         """Says which samples of the global batch the next forward is given."""
@@ -72,23 +89,22 @@ class ReplayedDropout(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in (F.dropout, torch.dropout):
-            return self._dropout(func, *args, **kwargs)
-        if func is F.scaled_dot_product_attention:
+        if func is _DROPOUT:
+            return self._functional_dropout(*args, **kwargs)
+        if func is torch.dropout:
+            return self._dropout(*args, **kwargs)
+        if func is _ATTENTION:
             return self._attention(*args, **kwargs)
         return func(*args, **kwargs)
 
-    def _dropout(
-        self,
-        func: Callable[..., Tensor],
-        input: Tensor,
-        p: float = 0.5,
-        training: bool = True,
-        inplace: bool = False,
-        train: bool | None = None,
+    def _functional_dropout(
+        self, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
     ) -> Tensor:
-        if not (training if train is None else train) or not p:
-            return func(input, p, False)
+        return self._dropout(input, p, training)
+
+    def _dropout(self, input: Tensor, p: float, train: bool) -> Tensor:
+        if not train or not p:
+            return input
         ordinal, positions = self._next_ordinal(), self.random.positions
         if input.dim() and input.shape[0] % len(positions) == 0:
             shape = (input.shape[0] // len(positions), *input.shape[1:])
@@ -110,7 +126,7 @@ class ReplayedDropout(TorchFunctionMode):
     ) -> Tensor:
         """softmax(q kᵀ · scale + mask), dropped, times v.  q: [B, H, S, D]"""
         if not dropout_p:
-            return F.scaled_dot_product_attention(
+            return _ATTENTION(
                 query, key, value, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa
             )
         if enable_gqa:

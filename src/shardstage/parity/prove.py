@@ -16,7 +16,7 @@ from shardstage.parity.compare import Reference, compare
 from shardstage.parity.faults import Fault, broken_job, check_fault
 from shardstage.parity.measure import REFERENCE_FILE, Request, measure_rank, read_reports
 from shardstage.parity.probe import exact_replica, probing_replica
-from shardstage.parity.reference import GlobalBatches, first_values, follow_reference
+from shardstage.parity.reference import GlobalBatches, first_values, follow_reference, stored_tensors
 from shardstage.parity.tolerance import derive_tolerances, num_probes
 from shardstage.parity.verdict import Verdict
 from shardstage.runtime.launch import launch
@@ -57,11 +57,7 @@ def run_reference(job: TrainJob) -> Reference:
         raise ConfigError("a run of no steps has nothing to compare", hint="--steps 4")
     batches = GlobalBatches(job)
     model = first_values(job)
-    first = {
-        name: tensor.detach().clone()
-        for named in (model.named_parameters, model.named_buffers)
-        for name, tensor in named(remove_duplicate=False)
-    }
+    first = stored_tensors(model)
     trajectory = follow_reference(job, model, batches, num_steps=num_steps)
     if not all(map(math.isfinite, trajectory.losses)):
         raise ConfigError(

@@ -14,9 +14,17 @@ from shardstage.operators import RandomState
 from shardstage.parity.eager import ReplayedDropout, in_float64
 from shardstage.parity.trajectory import StepGradients, Trajectory, follow
 from shardstage.runtime.weights import initialised_model
+from shardstage.sharding.rules.random import draws_otherwise
 from shardstage.training.job import TrainJob, source_of
 
-__all__ = ["GlobalBatches", "first_values", "follow_reference", "master_dtype", "run_random"]
+__all__ = [
+    "GlobalBatches",
+    "first_values",
+    "follow_reference",
+    "master_dtype",
+    "run_random",
+    "stored_tensors",
+]
 
 
 class GlobalBatches:
@@ -85,6 +93,12 @@ def first_values(job: TrainJob) -> nn.Module:
     return model.train()
 
 
+def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of the model's parameters and buffers, under all their names."""
+    named = (model.named_parameters, model.named_buffers)
+    return {name: t.detach().clone() for each in named for name, t in each(remove_duplicate=False)}
+
+
 def run_random(job: TrainJob) -> RandomState:
     """The random numbers of the run's ranks, which depend on the kind of their device."""
     chosen = job.config.device
@@ -119,8 +133,6 @@ def _widened(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _forbid_other_randomness(job: TrainJob) -> None:
     """Dropout can be replayed in the unmodified model; what else draws random numbers cannot."""
-    from shardstage.sharding.rules.random import draws_otherwise
-
     drawing: Sequence[str] = [op.source or op.target for op in job.graph.ops if draws_otherwise(op)]
     if drawing:
         raise ConfigError(

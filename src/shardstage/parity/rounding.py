@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -44,8 +44,6 @@ _EXACT = frozenset(
     "index_select lift_fresh_copy masked_fill max_pool2d_with_indices neg new_empty new_full new_zeros ones ones_like relu roll "
     "select_backward scatter slice_backward stack threshold_backward tril triu where zero_ zeros zeros_like constant_pad_nd".split()
 )
-
-Scales = Callable[[tuple[Any, ...], Sequence[Tensor]], Sequence[Tensor | float]]
 
 
 class Rounding(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves its modes untyped
@@ -155,6 +153,6 @@ def _sum_scales(
         return [norm if t.shape == norm.shape else None for t in results]
     if name == "embedding_dense_backward":
         return [func(args[0].square(), *args[1:]).sqrt()]
-    if name in ("convolution_backward",):
+    if name == "convolution_backward":
         return [torch.full_like(t, float(t.square().mean().sqrt())) for t in results]
     return none
