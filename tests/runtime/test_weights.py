@@ -240,8 +240,10 @@ def shards(size, folder=None):
 
 shards(300)  # torch imports what it needs
 peak = PeakMemory(torch.device("cpu"))
+peak.begin(kept_bytes=0)
 held = shards(2048, sys.argv[1] or None)
-print(peak.peak_bytes())
+peak.observe()
+print(peak.peak_bytes)
 """
 
 
