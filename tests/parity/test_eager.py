@@ -44,6 +44,17 @@ def test_every_narrower_float_becomes_float64() -> None:
     assert torch.get_default_dtype() == torch.float32
 
 
+def test_rows_by_expert_are_multiplied_in_float64_too() -> None:
+    rows = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
+    weights = torch.randn(3, 3, 2, dtype=torch.float64, requires_grad=True)
+    with in_float64(nn.Identity()):
+        found = F.grouped_mm(rows, weights, offs=torch.tensor([2, 2, 5], dtype=torch.int32))
+    expected = torch.cat([rows[:2] @ weights[0], rows[2:5] @ weights[2], torch.zeros(1, 2)])
+    torch.testing.assert_close(found, expected)
+    found.sum().backward()  # type: ignore[no-untyped-call]
+    assert weights.grad is not None and not weights.grad[1].any()
+
+
 def test_a_cast_loses_no_bit() -> None:
     x = torch.rand(100, dtype=torch.float64)
     with Promotion():

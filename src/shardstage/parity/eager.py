@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from shardstage.compat import TorchDispatchMode
 from shardstage.operators import RandomState
 
-__all__ = ["Promotion", "ReplayedDropout", "in_float64"]
+__all__ = ["Promotion", "ReplayedDropout", "WideGroupedProducts", "in_float64"]
 
 _NO_SAMPLE = -1
 _DROPOUT, _ATTENTION = F.dropout, F.scaled_dot_product_attention
@@ -28,7 +28,7 @@ def in_float64(model: nn.Module) -> Iterator[None]:
     previous = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
-        with Promotion():  # type: ignore[no-untyped-call]
+        with Promotion(), WideGroupedProducts():  # type: ignore[no-untyped-call]
             yield
     finally:
         torch.set_default_dtype(previous)
@@ -51,6 +51,23 @@ class Promotion(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch le
 
 def _widened(argument: Any) -> Any:
     return torch.float64 if isinstance(argument, torch.dtype) and argument in _NARROW else argument
+
+
+class WideGroupedProducts(TorchFunctionMode):
+    """Gives ``torch.nn.functional.grouped_mm`` of rows by expert a float64 form, for torch (2.13) has none."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        is_grouped = getattr(func, "__name__", "") == "_grouped_mm" and args[0].dtype == torch.float64
+        return _grouped_product(*args, **(kwargs or {})) if is_grouped else func(*args, **(kwargs or {}))
+
+
+def _grouped_product(rows: Tensor, weights: Tensor, *, offs: Tensor, **options: Any) -> Tensor:
+    """Rows up to each of ``offs`` times the weights of that group.  rows: [N, K], weights: [G, K, M] → [N, M]"""
+    groups = torch.tensor_split(rows, offs.tolist())[: len(weights)]
+    products = torch.cat([group @ weight for group, weight in zip(groups, weights, strict=True)])
+    return F.pad(products, (0, 0, 0, len(rows) - len(products)))  # rows of no group, as padding has
 
 
 class ReplayedDropout(TorchFunctionMode):

@@ -5,7 +5,7 @@ The result y of an operator is replaced by y + u·|y|·ξ + v·s·ξ', where ξ,
     u   unit roundoff of the dtype that y has in the run: a rounding to nearest has this bound and this spread
     v   unit roundoff of accumulation: float32 at least, also for products of bfloat16
     s   √n·|y| + ‖a‖·‖b‖ for a sum of n products a·b: the probabilistic error bound of a sum grows with √n, not n (Higham & Mary, SIAM J.
-        Sci. Comput. 41, 2019), and for terms of mean zero with their norm (the same, 42, 2020)
+        Sci. Comput. 41, 2019); for terms of mean zero it is the sum of their sizes, Σ|a·b| ≤ ‖a‖·‖b‖, without √n (the same, 42, 2020)
 
 Monte Carlo arithmetic (Parker, UCLA CSD-970002, 1997) propagates these errors through the rest of the computation with its true
 derivatives, whatever the depth and the condition of the model.
@@ -38,12 +38,18 @@ ACCUMULATION_ROUNDOFF = 2.0**-24
 _POOL_SIZE = (
     1 << 20
 )  # random numbers drawn once and read from a random place on: they cost more than what they disturb
-# What only moves or selects elements rounds nothing.
+# What only moves, selects or counts elements rounds nothing.
 _EXACT = frozenset(
-    "alias arange bool cat clone contiguous copy_ detach embedding empty empty_like expand fill_ full full_like gather index "
-    "index_select lift_fresh_copy masked_fill max_pool2d_with_indices neg new_empty new_full new_zeros ones ones_like relu roll "
-    "select_backward scatter slice_backward stack threshold_backward tril triu where zero_ zeros zeros_like constant_pad_nd".split()
+    (
+        "alias amax amin arange argsort bincount bool cat ceil clone constant_pad_nd contiguous copy_ detach "
+        "embedding empty empty_like expand fill_ floor full full_like gather histc index index_select lift_fresh_copy "
+        "masked_fill max max_pool2d_with_indices min neg new_empty new_full new_zeros ones ones_like relu roll round "
+        "scatter select_backward sign slice_backward sort stack threshold_backward topk tril triu where zero_ zeros "
+        "zeros_like"
+    ).split()
 )
+# These add up one row after the other, rounding each time to the dtype of the result (torch 2.13, CPU).
+_SUMS_IN_ITS_DTYPE = frozenset({"embedding_dense_backward", "native_layer_norm_backward"})
 
 
 class Rounding(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves its modes untyped
@@ -69,7 +75,7 @@ class Rounding(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch lea
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         name = str(func).split(".")[1]
-        if name in _EXACT:
+        if name in _EXACT or (name == "_to_copy" and not _narrows(args[0], result)):
             return result
         fresh = _fresh_results(func, args, kwargs, result)
         if any(tensor.dtype in self._roundoff for tensor in fresh):
@@ -85,7 +91,7 @@ class Rounding(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch lea
             unit = self._roundoff.get(tensor.dtype)
             if unit is None or not tensor.numel():
                 continue
-            accumulation = min(unit, ACCUMULATION_ROUNDOFF)
+            accumulation = unit if name in _SUMS_IN_ITS_DTYPE else min(unit, ACCUMULATION_ROUNDOFF)
             relative = unit + accumulation * math.sqrt(num_terms)
             tensor.mul_((self._noise(tensor) * relative).add_(1))  # a product: -inf of a mask stays -inf
             if scale is not None:
@@ -97,6 +103,12 @@ class Rounding(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch lea
             pool = pool.repeat(-(-numel // _POOL_SIZE) + 1)
         start = self._random.randrange(pool.numel() - numel + 1)
         return pool[start : start + numel].view(like.shape)
+
+
+def _narrows(source: Tensor, result: Tensor) -> bool:
+    """Whether a conversion rounds: to a float of fewer bits."""
+    both_float = source.is_floating_point() and result.is_floating_point()
+    return both_float and torch.finfo(result.dtype).bits < torch.finfo(source.dtype).bits
 
 
 def _fresh_results(func: Any, args: Any, kwargs: Any, result: Any) -> list[Tensor]:
@@ -137,7 +149,10 @@ _PRODUCTS: Mapping[str, int] = {"mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1}
 def _sum_scales(
     func: Any, name: str, args: tuple[Any, ...], results: Sequence[Tensor]
 ) -> list[Tensor | None]:
-    """What a sum of cancelling terms errs by, in units of its roundoff: the L2 norm of the terms, for each result."""
+    """What a sum of cancelling terms errs by, in units of its roundoff, for each result.
+
+    The L2 norm of the terms where they are added in a tree; the sum of their sizes and √n·|y| where one is added after the other.
+    """
     none: list[Tensor | None] = [None] * len(results)
     if name in _PRODUCTS:
         first, second = args[_PRODUCTS[name] : _PRODUCTS[name] + 2]
@@ -149,10 +164,12 @@ def _sum_scales(
         return [norm.view(results[0].shape)]
     if name == "native_layer_norm_backward":
         dims = tuple(range(args[0].dim() - len(args[2])))
-        norm = torch.linalg.vector_norm(args[0], dim=dims)
-        return [norm if t.shape == norm.shape else None for t in results]
+        size = args[0].abs().sum(dims)
+        grown = math.sqrt(args[0].numel() // max(1, size.numel()))
+        return [size + grown * t.abs() if t.shape == size.shape else None for t in results]
     if name == "embedding_dense_backward":
-        return [func(args[0].square(), *args[1:]).sqrt()]
+        counts = func(torch.ones_like(args[0]), *args[1:])
+        return [func(args[0].abs(), *args[1:]) + counts.sqrt() * results[0].abs()]
     if name == "convolution_backward":
         return [torch.full_like(t, float(t.square().mean().sqrt())) for t in results]
     return none
