@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -107,8 +108,10 @@ def test_exit_codes_tell_bad_input_from_a_failure(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     def fail(*_: object, **__: object) -> None:
+        assert os.environ["GOMP_SPINCOUNT"] == "7"
         raise error
 
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")  # the user's own stays, and the test leaves none behind
     monkeypatch.setattr("shardstage.training.prepare.prepare", fail)
     with pytest.raises(SystemExit) as ended:
         main(["train", "--plan", "dp=1", "--out", "new"])
