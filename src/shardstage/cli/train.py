@@ -138,6 +138,10 @@ def _launch(config: RunConfig, *, is_proved: bool) -> int:
             f"all {job.config.steps} steps are done already: --steps says how many there are in all"
         )
         return _finish(console, job, cluster, is_proved=is_proved)
+    console.print(
+        f"[bold]ranks[/]  starting {job.config.ranks}; what they write goes to {folder.rank_logs}",
+        soft_wrap=True,
+    )
     try:
         launch(train_rank, (job,), num_ranks=job.config.ranks, log_dir=folder.rank_logs)
     except BaseException:

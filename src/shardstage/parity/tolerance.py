@@ -107,7 +107,8 @@ def derive_tolerances(
 ) -> Tolerances:
     """Tolerances from probes, of which one is held at a time.
 
-    A tensor is never taken to be steadier than the median tensor of its kind: its few elements may have been lucky in the probes.
+    A tensor is never taken to be steadier than the median tensor of its kind: its few elements may have been lucky in the probes. The norm
+    of all gradients errs by at most the norm of their errors, and does where these are biased, as sums are that lose small terms.
     ``first`` holds the parameters before the first step.
     """
     sums = _Squares()
@@ -119,6 +120,7 @@ def derive_tolerances(
     sizes = {name: float(gradient.norm()) for name, gradient in reference.gradients.items()}
     moves = {name: float((value - first[name]).norm()) for name, value in reference.parameters.items()}
     gradients, typical_gradient = _steadied(_means(sums.gradients, count), sizes)
+    whole_gradient = math.sqrt(sum(error**2 for error in gradients.values()))
     parameters, typical_move = _steadied(_means(sums.parameters, count), moves)
     derivation = Derivation(
         precision=precision,
@@ -136,7 +138,7 @@ def derive_tolerances(
     )
     return Tolerances(
         loss=CONFIDENCE * loss,
-        gradient_norm=CONFIDENCE * gradient_norm,
+        gradient_norm=CONFIDENCE * max(gradient_norm, whole_gradient),
         gradients=_scaled(gradients),
         parameters=_scaled(parameters),
         activations=_scaled(_means(sums.activations, count)),
