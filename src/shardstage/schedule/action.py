@@ -1,25 +1,30 @@
-"""``Action`` and ``Schedule``: what each stage does, one thing after the other."""
+"""``Action`` and ``Schedule``: what each pipeline rank computes, one thing after the other."""
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 from shardstage.errors import ProgramError
 
-__all__ = ["Action", "Schedule"]
+__all__ = ["Action", "ActionKind", "Schedule"]
 
-Kind = Literal["F", "B"]
-_ACTION = re.compile(r"(?P<stage>\d+)(?P<kind>[FB])(?P<microbatch>\d+)")
+ActionKind = Literal["F", "B", "I", "W"]
+_ACTION = re.compile(r"(?P<stage>\d+)(?P<kind>[FBIW])(?P<microbatch>\d+)")
 
 
 @dataclass(frozen=True, slots=True)
 class Action:
-    """One computation of one stage on one microbatch; as text ``{stage}{kind}{microbatch}``: ``1F0``."""
+    """One computation of one stage on one microbatch; as text ``{stage}{kind}{microbatch}``: ``1F0``.
+
+    F is the forward, B the whole backward. Or the backward in two: I computes the gradient of the stage's input, which the stage
+    before waits for, and W later that of its weights (Qi et al., "Zero Bubble Pipeline Parallelism", 2023; torch writes them so too).
+    """
 
     stage: int
-    kind: Kind
+    kind: ActionKind
     microbatch: int
 
     def __str__(self) -> str:
@@ -32,26 +37,46 @@ class Action:
             raise ProgramError(
                 f"{text!r} is not an action", hint="0F0 (stage 0 runs the forward of microbatch 0)"
             )
-        kind: Kind = "F" if match["kind"] == "F" else "B"
-        return Action(int(match["stage"]), kind, int(match["microbatch"]))
+        return Action(int(match["stage"]), cast("ActionKind", match["kind"]), int(match["microbatch"]))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Schedule:
-    """``actions[s]`` is the order in which the rank of stage s acts."""
+    """``actions[r]`` is the order in which pipeline rank r acts; ``stage_ranks[s]`` is the rank that runs stage s.
+
+    A rank runs one stage, or several (interleaved, looped and V-shaped schedules).
+    """
 
     name: str
-    num_stages: int
     num_microbatches: int
+    stage_ranks: tuple[int, ...]
     actions: tuple[tuple[Action, ...], ...]
 
     def __str__(self) -> str:
         return "\n".join(" ".join(map(str, row)) for row in self.actions)
 
-    def max_in_flight(self, stage: int) -> int:
-        """Most microbatches whose forward is done and whose backward is not, on ``stage``: how many times its activations are held."""
+    @property
+    def num_stages(self) -> int:
+        return len(self.stage_ranks)
+
+    @property
+    def num_ranks(self) -> int:
+        return len(self.actions)
+
+    def stages_of(self, rank: int) -> tuple[int, ...]:
+        """The stages that a rank runs, in order."""
+        return tuple(stage for stage, holder in enumerate(self.stage_ranks) if holder == rank)
+
+    def max_in_flight(self, rank: int) -> int:
+        """Most pairs (stage, microbatch) on ``rank`` whose forward is done and whose backward, both halves of it, is not.
+
+        So many times are activations of one of its stages held.
+        """
+        halves: Counter[tuple[int, int]] = Counter()
         held = most = 0
-        for action in self.actions[stage]:
-            held += 1 if action.kind == "F" else -1
+        for action in self.actions[rank]:
+            key = (action.stage, action.microbatch)
+            halves[key] += {"F": 0, "B": 2, "I": 1, "W": 1}[action.kind]
+            held += (action.kind == "F") - (action.kind != "F" and halves[key] == 2)
             most = max(most, held)
         return most

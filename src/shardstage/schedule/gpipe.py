@@ -20,8 +20,8 @@ def gpipe(num_stages: int, num_microbatches: int) -> Schedule:
     microbatches = range(num_microbatches)
     return Schedule(
         name="gpipe",
-        num_stages=num_stages,
         num_microbatches=num_microbatches,
+        stage_ranks=tuple(range(num_stages)),
         actions=tuple(
             (
                 *(Action(stage, "F", m) for m in microbatches),

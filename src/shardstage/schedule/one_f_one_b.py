@@ -18,8 +18,8 @@ def one_f_one_b(num_stages: int, num_microbatches: int) -> Schedule:
     """
     return Schedule(
         name="1f1b",
-        num_stages=num_stages,
         num_microbatches=num_microbatches,
+        stage_ranks=tuple(range(num_stages)),
         actions=tuple(_row(stage, num_stages, num_microbatches) for stage in range(num_stages)),
     )
 
