@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -45,6 +46,7 @@ def run_rank(rank: int, port: int, folder: Path) -> None:
     finally:
         (folder / f"rank{rank}.json").write_text(json.dumps(outcomes))
     dist.destroy_process_group()
+    os._exit(0)  # what autograd still holds of the group would abort an interpreter that shuts down with it
 
 
 def uneven_shards_are_saved_once(rank: int, folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -33,6 +34,7 @@ def run_rank(rank: int, port: int, folder: Path) -> None:
         torch.save(answer(rank, *question), folder / f"{path.stem}.{rank}.answer")
     torch.save(wrong_moves(rank), folder / f"moves.{rank}.answer")
     dist.destroy_process_group()
+    os._exit(0)  # what autograd still holds of the group would abort an interpreter that shuts down with it
 
 
 def answer(

@@ -61,6 +61,7 @@ def run_rank(rank: int, size: int, port: int, folder: Path) -> None:
     finally:
         (folder / f"rank{rank}.json").write_text(json.dumps(outcomes))
     dist.destroy_process_group()
+    os._exit(0)  # what autograd still holds of the group would abort an interpreter that shuts down with it
 
 
 def cases_for(size: int) -> list[Case]:
