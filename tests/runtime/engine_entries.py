@@ -76,7 +76,7 @@ def global_batch(step: int) -> dict[str, torch.Tensor]:
 
 
 def batches_of(engine: Engine, step: int) -> list[Microbatch]:
-    whole, plan, dp = global_batch(step), engine.program.plan, engine.groups.dp
+    whole, plan, dp = global_batch(step), engine.plan, engine.groups.dp
     start, found = sum(plan.shares[:dp]), []
     for size in plan.microbatches(dp):
         tensors: dict[str, Any] = {name: tensor[start : start + size] for name, tensor in whole.items()}

@@ -1,14 +1,15 @@
-"""What an operator knows besides its arguments: the group it talks in and the state of the random numbers."""
+"""What an operator knows besides its arguments: the group it talks in, the state of the random numbers, where weight gradients go."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 
-__all__ = ["OperatorContext", "RandomState"]
+__all__ = ["OperatorContext", "RandomState", "WeightGradients"]
 
 
 @dataclass(kw_only=True)
@@ -37,9 +38,38 @@ class RandomState:
         return _stable_hash(self.seed, self.step, *key)
 
 
+Accumulate = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
+"""``accumulate(weight, left, right)`` adds ``left @ right``, ``[weight.shape[0], k] @ [k, weight.shape[1]]``, to the gradient."""
+
+
+@dataclass(kw_only=True)
+class WeightGradients:
+    """Where the gradients of weights go. Who owns the parameters sets ``accumulate``; ``None`` leaves them to autograd.
+
+    While ``deferred`` is a list, products are put there for ``run`` instead of being computed.
+    """
+
+    accumulate: Accumulate | None = None
+    deferred: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] | None = field(default=None, repr=False)
+
+    def add(self, weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+        """Takes a product that is a summand of the weight's gradient."""
+        assert self.accumulate is not None
+        if self.deferred is None:
+            self.accumulate(weight, left, right)
+        else:
+            self.deferred.append((weight, left, right))
+
+    def run(self, products: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]) -> None:
+        """Computes deferred products, each freed when it is done."""
+        assert self.accumulate is not None
+        while products:
+            self.accumulate(*products.pop())
+
+
 @dataclass(frozen=True, kw_only=True)
 class OperatorContext:
-    """The tensor-parallel group of this rank (None where it is alone) and the random numbers of its engine.
+    """The tensor-parallel group of this rank (None where it is alone), the random numbers of its engine, where weight gradients go.
 
     ``may_overwrite`` lets reductions work in place on what the op before made for them. It must be False where some results are kept
     for a recomputation (selective recompute), as those must not change.
@@ -50,6 +80,7 @@ class OperatorContext:
     tp_size: int
     random: RandomState
     may_overwrite: bool = True
+    weights: WeightGradients = field(default_factory=WeightGradients)
 
 
 def _stable_hash(*words: int) -> int:

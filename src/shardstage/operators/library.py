@@ -7,7 +7,7 @@ from functools import partial
 from types import MappingProxyType
 from typing import Any
 
-from shardstage.operators import conversions, dropout, moves, vocabulary
+from shardstage.operators import conversions, dropout, moves, vocabulary, weight_gradients
 from shardstage.operators.context import OperatorContext
 from shardstage.operators.seeded import seeded
 
@@ -22,12 +22,15 @@ def library(context: OperatorContext) -> Mapping[str, Callable[..., Any]]:
         "select_heads": conversions.select_heads,
     }
     together: dict[str, Callable[..., Any]] = {
+        "addmm_weight": weight_gradients.addmm,
         "all_gather": conversions.all_gather,
         "all_reduce": conversions.all_reduce,
         "attention": dropout.attention,
         "cross_entropy": vocabulary.cross_entropy,
         "dropout": dropout.dropout,
         "gather_whole": conversions.gather_whole,
+        "linear_weight": weight_gradients.linear,
+        "matmul_weight": weight_gradients.matmul,
         "reduce_scatter": conversions.reduce_scatter,
         "seeded": seeded,
         "slice": conversions.slice_whole,

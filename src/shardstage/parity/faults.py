@@ -8,7 +8,6 @@ from typing import Literal
 
 from shardstage.data import Microbatch, RankBatches
 from shardstage.errors import ConfigError
-from shardstage.graph.cuts import shared_parameters
 from shardstage.graph.fallback import capture_or_blocks
 from shardstage.program import lower
 from shardstage.runtime.broken_group import drop_sums
@@ -91,5 +90,6 @@ def broken_batches(fault: Fault, batches: RankBatches, step: int, groups: RankGr
 
 
 def _has_tie(job: TrainJob) -> bool:
-    segments = lower(job.graph, job.plan).segments(tp=0, microbatch=job.plan.microbatches(0)[0])
-    return any(len(stages) > 1 for stages in shared_parameters(segments).values())
+    return any(
+        axis.startswith("tie") for p in lower(job.graph, job.plan).parameters for axis in p.summed_over
+    )

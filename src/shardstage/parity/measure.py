@@ -150,13 +150,13 @@ def _watched(engine: Engine, report: RankReport) -> Iterator[None]:
 
     def see(block: Any, args: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
         size, positions = args[0], args[1]
-        sharding = engine.program.sharding_at(size)
+        sharding = engine.graphs.sharding_at(size)
         for name, tensor in zip(block.outputs(size), outputs, strict=True):
             value = sharding.graph.values.get(name)
             if value is not None and value.requires_grad and value.shape[:1] == (size,):
                 _note(report, name, tensor, positions, sharding.placements[name])
 
-    handles = [block.register_forward_hook(see) for block in engine.stage.blocks]
+    handles = [block.register_forward_hook(see) for block in engine.blocks]
     try:
         yield
     finally:

@@ -13,6 +13,7 @@ from shardstage.graph import ModelGraph
 from shardstage.graph.file import fingerprint
 from shardstage.layout import Shard, balanced_sizes
 from shardstage.plan.plan import Plan
+from shardstage.plan.schedule import schedule_of
 from shardstage.sharding import shard
 from shardstage.units import format_bytes
 
@@ -74,13 +75,14 @@ def _check_ranks(plan: Plan, num_ranks: int | None, cluster: Cluster | None) -> 
 
 
 def _check_stages(plan: Plan, graph: ModelGraph) -> None:
-    """Stages are as many as pp and cover the ops in order: no gap, no overlap."""
+    """Stages suit the schedule and cover the ops in order: no gap, no overlap."""
     anew = f'--plan "pp={plan.mesh.pp}" cuts this model anew'
-    if len(plan.stages) != plan.mesh.pp:
+    if not plan.stages or len(plan.stages) % plan.mesh.pp:
         raise PlanError(
-            f"the plan lists {len(plan.stages)} stages, and pp is {plan.mesh.pp}",
+            f"the plan lists {len(plan.stages)} stages, and pp is {plan.mesh.pp}: every rank runs equally many",
             hint=f'--plan "pp={max(1, len(plan.stages))}", or one [[pipeline.stage]] for each stage',
         )
+    schedule_of(plan)
     index = {op.name: i for i, op in enumerate(graph.ops)}
     expected = 0
     for number, stage in enumerate(plan.stages):

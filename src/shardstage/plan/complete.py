@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Final, NamedTuple
 
 from shardstage.cost.balance import balanced, slowest
@@ -12,7 +13,7 @@ from shardstage.errors import PlanError
 from shardstage.graph import ModelGraph
 from shardstage.graph.cuts import all_crossing_bytes, good_positions
 from shardstage.layout import Mesh
-from shardstage.plan.plan import Plan, Precision, StageRange
+from shardstage.plan.plan import Plan, Precision, ScheduleName, StageRange
 from shardstage.plan.shorthand import Request
 
 __all__ = [
@@ -30,6 +31,11 @@ MAX_MICROBATCH_TOKENS: Final = 16_384
 
 MICROBATCHES_PER_STAGE: Final = 2
 """With m microbatches on p stages the bubble is (p - 1) / (m + p - 1): a third at m = 2p."""
+
+STAGES_PER_RANK: Final[Mapping[ScheduleName, int]] = MappingProxyType(
+    {"interleaved-1f1b": 2, "looped-bfs": 2, "zb-v": 2, "dualpipe-v": 2}
+)
+"""Where nothing is said: V-shaped schedules have two, others at least two."""
 
 WORTH_CUTTING_A_LAYER: Final = 0.97
 """Stages begin between layers unless cutting through one makes the slowest stage at least 3 % faster."""
@@ -60,10 +66,11 @@ def complete(
             f"a batch of {global_batch} samples leaves one of {mesh.dp} data-parallel ranks without any",
             hint=f"--batch {max(mesh.dp, sum(request.shares or ()))}",
         )
+    per_rank = request.stages_per_rank or STAGES_PER_RANK.get(request.schedule, 1)
     microbatch = request.microbatch or _sized(graph, default_microbatch(shares, mesh.pp, sequence))
     return Plan(
         mesh=mesh,
-        stages=cut_stages(graph, mesh.pp, microbatch=microbatch, sequence=sequence),
+        stages=cut_stages(graph, mesh.pp * per_rank, microbatch=microbatch, sequence=sequence),
         global_batch=global_batch,
         sequence=sequence,
         microbatch=microbatch,

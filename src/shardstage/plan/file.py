@@ -38,6 +38,7 @@ def plan_to_toml(plan: Plan) -> str:
             "compute": {"compile": plan.is_compiled},
             "pipeline": {
                 "schedule": plan.schedule,
+                **({"actions": plan.actions} if plan.actions else {}),
                 "stage": [{"first": stage.first, "last": stage.last} for stage in plan.stages],
             },
         }
@@ -77,6 +78,7 @@ def plan_from_toml(text: str, *, where: str = "plan.toml") -> Plan:
         precision=memory.choice("precision", get_args(Precision), default="float32"),
         bucket_bytes=memory.whole("bucket_bytes", least=1, default=Plan.bucket_bytes),
         schedule=pipeline.choice("schedule", get_args(ScheduleName), default="1f1b"),
+        actions=pipeline.texts("actions"),
         is_sequence_parallel=tensor.flag("sequence_parallel"),
         replicate=tensor.texts("replicate"),
         is_compiled=compute.flag("compile"),
@@ -113,7 +115,7 @@ _SECTIONS: Final[dict[str, tuple[str, ...]]] = {
     "memory": ("zero", "recompute", "precision", "bucket_bytes"),
     "tensor": ("sequence_parallel", "replicate"),
     "compute": ("compile",),
-    "pipeline": ("schedule", "stage"),
+    "pipeline": ("schedule", "actions", "stage"),
 }
 
 

@@ -10,7 +10,9 @@ from shardstage.layout import Mesh, balanced_sizes
 __all__ = ["Plan", "Precision", "Recompute", "ScheduleName", "StageRange"]
 
 Recompute = Literal["none", "selective", "full"]
-ScheduleName = Literal["gpipe", "1f1b"]
+ScheduleName = Literal[
+    "gpipe", "1f1b", "interleaved-1f1b", "looped-bfs", "zb-h1", "zb-v", "dualpipe-v", "custom"
+]
 Precision = Literal["float32", "bfloat16", "float64"]
 
 PLAN_VERSION = 1
@@ -32,6 +34,8 @@ class Plan:
     microbatches of ``microbatch`` samples (its last one smaller where that does not divide).
     ``zero``: 0 everything replicated over dp; 1 optimizer state sharded; 2 gradients too; 3 parameters too.
     ``precision`` is the dtype of computation; master weights and optimizer state are always float32 or wider.
+    There are ``pp`` stages, or a multiple of it where a schedule gives each rank several. ``actions`` are the rows of a schedule that is
+    written by hand or found by search (``schedule = "custom"``): one text of actions (``0F0 0F1 0B0``) for each pipeline rank.
     ``replicate`` names parameters (globs over their fqn) that tensor parallelism must leave whole.
     """
 
@@ -44,6 +48,7 @@ class Plan:
     zero: Literal[0, 1, 2, 3] = 0
     recompute: Recompute = "none"
     schedule: ScheduleName = "1f1b"
+    actions: tuple[str, ...] = ()
     precision: Precision = "float32"
     is_sequence_parallel: bool = False
     is_compiled: bool = False
@@ -58,6 +63,10 @@ class Plan:
         The number is that of the rank with the largest share, so that all ranks meet in the same collectives.
         """
         return balanced_sizes(self.shares[dp], self.num_microbatches)
+
+    @property
+    def stages_per_rank(self) -> int:
+        return len(self.stages) // self.mesh.pp
 
     @property
     def num_microbatches(self) -> int:

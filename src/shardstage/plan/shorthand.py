@@ -31,6 +31,7 @@ class Request:
     microbatch: int | None = None
     recompute: Recompute = "none"
     schedule: ScheduleName = "1f1b"
+    stages_per_rank: int | None = None
     precision: Precision | None = None
     shares: tuple[int, ...] | None = None
     replicate: tuple[str, ...] = ()
@@ -145,6 +146,7 @@ _KEYS: Final[Mapping[str, tuple[str, Callable[[str, str | None], Any]]]] = Mappi
         "microbatch": ("microbatch", _count),
         "recompute": ("recompute", _choice(get_args(Recompute), {"1": "full", "0": "none"})),
         "schedule": ("schedule", _choice(get_args(ScheduleName), {"one_f_one_b": "1f1b"})),
+        "v": ("stages_per_rank", _count),
         "dtype": ("precision", _PRECISIONS),
         "precision": ("precision", _PRECISIONS),
         "shares": ("shares", _counts),

@@ -18,7 +18,7 @@ InstructionKind = Literal[
 COMPUTATIONS: frozenset[InstructionKind] = frozenset({"F", "B", "I", "W"})
 """What a schedule orders: forward, backward, and its halves by input and by weight."""
 
-_WHOLE_RANK: frozenset[InstructionKind] = frozenset({"COUNT", "STEP"})
+_WHOLE_RANK: frozenset[InstructionKind] = frozenset({"COUNT", "REDUCE_GRAD", "STEP"})
 _TEXT = re.compile(
     rf"(\d+)?({'|'.join(sorted(get_args(InstructionKind), key=len, reverse=True))})(\d+)?(?:([<>])(\d+))?"
     r"(?:\((\w+)\))?(?:\[(\w+)\])?"
@@ -31,12 +31,12 @@ class Instruction:
 
     F, B, I and W compute on ``microbatch``. SEND and RECV move the tensors of ``message`` between ``stage`` and ``peer``, another stage:
     activations (F) or their gradients (B). UNSHARD gathers a stage's parameters over dp and RESHARD frees what was gathered.
-    REDUCE_GRAD finishes the gradient reductions that began under the stage's last backward. COUNT sums the target tokens of the global
-    batch and STEP updates the parameters; both are for all stages of the rank.
+    COUNT sums the target tokens of the global batch, REDUCE_GRAD finishes the gradient reductions that began under the stages' last
+    backwards, STEP updates the parameters: these are for all stages of the rank.
 
     ``message`` and ``calls`` are names of the Program's tables: what travels, and the collectives that the act runs in order.
 
-    As text: ``0F3[c0]``, ``0SEND_F3>1(m0)``, ``1RECV_F3<0(m0)``, ``0REDUCE_GRAD[c4]``, ``STEP[c5]``.
+    As text: ``0F3[c0]``, ``0SEND_F3>1(m0)``, ``1RECV_F3<0(m0)``, ``REDUCE_GRAD[c4]``, ``STEP[c5]``.
     """
 
     stage: int | None
@@ -78,7 +78,7 @@ class Instruction:
         if match is None:
             raise ProgramError(
                 f"{text!r} is not an instruction",
-                hint="0F3, 0SEND_F3>1(m0), 1RECV_F3<0(m0), 0REDUCE_GRAD or STEP",
+                hint="0F3, 0SEND_F3>1(m0), 1RECV_F3<0(m0), REDUCE_GRAD or STEP",
             )
         stage, kind, microbatch, arrow, peer, message, calls = match.groups()
         instruction = Instruction(
@@ -110,5 +110,5 @@ def _require_whole(instruction: Instruction, text: str, arrow: str | None) -> No
     if problem:
         raise ProgramError(
             f"{text!r} is not an instruction: {problem}",
-            hint="0F3, 0SEND_F3>1(m0), 1RECV_F3<0(m0), 0REDUCE_GRAD or STEP",
+            hint="0F3, 0SEND_F3>1(m0), 1RECV_F3<0(m0), REDUCE_GRAD or STEP",
         )

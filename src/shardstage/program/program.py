@@ -35,7 +35,7 @@ class TensorType:
 class Collective:
     """One collective of one rank. As text ``tp.all_reduce:float32[4096]`` or ``dp.reduce_scatter:float32[512]{b0}``.
 
-    ``axis``: ``tp``, ``dp``, ``world``, or ``tie0+3``: the ranks of stages 0 and 3 at the same dp and tp coordinates.
+    ``axis``: ``tp``, ``dp``, ``world``, or ``tie0+3``: the ranks at pp 0 and 3 and the same dp and tp coordinates.
     ``numel`` elements are those of the whole tensor: what is reduced, what all_gather returns, what reduce_scatter is given.
     ``bucket`` names the parameters whose gradients (or values) it carries, in the Program's table.
     """
@@ -55,7 +55,7 @@ class Collective:
 class ParameterUse:
     """A parameter, the stages that use it, and the axes over which its gradient must be summed (none: it is frozen, or alone).
 
-    ``dp``; ``tp`` where it lies whole on tensor-parallel ranks that see different parts of its gradient; ``tie…`` where stages share it.
+    ``dp``; ``tp`` where it lies whole on tensor-parallel ranks that see different parts of its gradient; ``tie…`` where pipeline ranks share it.
     """
 
     fqn: str

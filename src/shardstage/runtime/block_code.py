@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +42,7 @@ class BlockWriter:
 
     def code(self, graph: ModelGraph, ops: Sequence[Op], outputs: tuple[str, ...]) -> BlockCode:
         """The ops as a function that drops every tensor after its last use."""
+        ops = [_with_own_gradient(graph, op) for op in ops] if not self._is_compiled else ops
         produced = {name for op in ops for name in op.outputs}
         read = [name for name in dict.fromkeys(n for op in ops for n in op.inputs) if name not in produced]
         kinds = {name: graph.values[name].kind for name in read}
@@ -69,6 +71,27 @@ class BlockWriter:
         for op in ops:
             builder.call(op)
         return builder.finish(outputs)
+
+
+_WEIGHTED: Final[Mapping[str, tuple[str, int]]] = MappingProxyType(
+    {  # target: the operator that computes it with the weight's gradient apart, and which argument is the weight
+        "aten.linear.default": ("shardstage.linear_weight", 1),
+        "aten.addmm.default": ("shardstage.addmm_weight", 2),
+        "aten.mm.default": ("shardstage.matmul_weight", 1),
+        "aten.matmul.default": ("shardstage.matmul_weight", 1),
+    }
+)
+
+
+def _with_own_gradient(graph: ModelGraph, op: Op) -> Op:
+    """The op, as a product with a weight if it is one: of two dims, a parameter, and trained."""
+    target, at = _WEIGHTED.get(op.target, ("", 0))
+    weight = op.args[at] if target and len(op.args) > at and not op.kwargs else None
+    if not isinstance(weight, Ref):
+        return op
+    value = graph.values[weight.name]
+    is_trained = value.kind == "parameter" and value.requires_grad and len(value.shape) == 2
+    return replace(op, target=target) if is_trained else op
 
 
 def _without_names(

@@ -7,16 +7,15 @@ dp ranks (ZeRO-1)        |  rank 0  |  rank 1   |      each updates its part, th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from shardstage.compat import all_gather_single, reduce_scatter_single
-from shardstage.layout import Replicate, Shard
+from shardstage.layout import Shard
 from shardstage.runtime.groups import RankGroups
 from shardstage.runtime.leaves import Leaf, ParameterInfo, Piece
 from shardstage.runtime.stage import Stage
@@ -24,20 +23,12 @@ from shardstage.runtime.stage import Stage
 __all__ = ["BucketedParameters"]
 
 Allocate = Callable[[int, torch.dtype], Tensor]
-
-
-class _Kind(NamedTuple):
-    """Parameters share a bucket only if their gradients take the same way: decayed?, sharded over tp?, partial over tp?, tied with?"""
-
-    is_decayed: bool
-    is_tp_sharded: bool
-    is_tp_partial: bool
-    tied_stages: tuple[int, ...]
+Place = tuple[nn.Module, nn.Parameter]
 
 
 @dataclass(kw_only=True, eq=False)
 class _Bucket:
-    kind: _Kind
+    stage: int | None  # whose last backward fills it; None where several stages of the rank do
     infos: tuple[ParameterInfo, ...]
     parameters: tuple[nn.Parameter, ...]
     offsets: tuple[int, ...]
@@ -53,48 +44,62 @@ class _Bucket:
 
 
 class BucketedParameters:
-    """Owns the parameters of one stage, their gradients, and how both meet over dp (ZeRO 0 and 1), tp and ties.
+    """Owns the parameters of a rank's stages, their gradients, and how both meet over dp (ZeRO 0 and 1), tp and ties.
 
-    A step: ``begin``, then backwards (the last one after ``expect_last_backward``), ``finish`` waits for the reductions, the optimizer
+    A step: ``begin``, then backwards (a stage's last one after ``expect_last_backward``), ``finish`` waits for the reductions, the optimizer
     steps ``leaves``, ``publish`` makes the new parameters visible to the blocks on all ranks. Gradients are *summed* over dp.
     """
 
     def __init__(
         self,
-        stage: Stage,
+        stages: Sequence[Stage],
+        buckets: Sequence[Sequence[str]],
         groups: RankGroups,
         *,
         zero: int,
-        bucket_bytes: int,
         device: torch.device,
         master_dtype: torch.dtype,
         allocate: Allocate,
     ) -> None:
+        """``stages`` are all of the rank, ``buckets`` names of parameters; a parameter in none of them concerns no other rank."""
         self._groups = groups
         self._is_sharded = zero >= 1 and groups.mesh.dp > 1
-        self._is_last = False
-        held = stage.parameters_by_name()
+        self._ended: set[int] = set()
+        self._places: dict[str, list[Place]] = {}
+        infos: dict[str, ParameterInfo] = {}
+        for stage in stages:
+            infos |= stage.infos
+            for name, place in stage.parameters_by_name().items():
+                self._places.setdefault(name, []).append(place)
+        in_buckets = {name for bucket in buckets for name in bucket}
         self._alone = {
-            name: _materialise(held[name], device)
-            for name, info in stage.infos.items()
-            if self._is_alone(_kind(info), held[name][1], master_dtype)
+            name: _replace(places, torch.empty(places[0][1].shape, dtype=places[0][1].dtype, device=device))
+            for name, places in self._places.items()
+            if name not in in_buckets
+        }
+        self._stage_of = {
+            name: stage.index if len(self._places[name]) == 1 else None
+            for stage in stages
+            for name in stage.infos
         }
         self._buckets = [
-            self._make_bucket(stage, kind, infos, device=device, master_dtype=master_dtype, allocate=allocate)
-            for kind, infos in _assign(stage, bucket_bytes, without=self._alone)
+            self._make_bucket([infos[n] for n in names], device=device, master_dtype=master_dtype, allocate=allocate)
+            for names in buckets
         ]
         self._next_to_start = 0
+        self._homes: dict[int, tuple[_Bucket, int]] = {}
         for bucket in self._buckets:
             for index, parameter in enumerate(bucket.parameters):
+                self._homes[id(parameter)] = (bucket, index)
                 parameter.register_post_accumulate_grad_hook(self._hook(bucket, index))  # type: ignore[no-untyped-call]  # torch's is untyped
         self.leaves: tuple[Leaf, ...] = (
-            *(self._leaf_alone(stage.infos[name], p) for name, p in self._alone.items() if p.requires_grad),
+            *(self._leaf_alone(infos[name], p) for name, p in self._alone.items() if p.requires_grad),
             *(self._leaf(bucket) for bucket in self._buckets),
         )
 
     def begin(self) -> None:
         """Forgets the gradients of the step before."""
-        self._is_last = False
+        self._ended.clear()
         self._next_to_start = 0
         for parameter in self._alone.values():
             parameter.grad = None
@@ -103,9 +108,37 @@ class BucketedParameters:
             bucket.pending = len(bucket.parameters)
             bucket.is_started = False
 
-    def expect_last_backward(self) -> None:
-        """Reduces each bucket as soon as the backward that now begins has filled it."""
-        self._is_last = True
+    def unshard(self, stage: int) -> None:
+        """Nothing: parameters are whole."""
+
+    def reshard(self, stage: int) -> None:
+        """Nothing: parameters stay whole."""
+
+    def expect_last_backward(self, stage: int) -> None:
+        """Reduces each bucket of a stage as soon as its backward that now begins has filled it."""
+        self._ended.add(stage)
+
+    def accumulate(self, weight: Tensor, left: Tensor, right: Tensor) -> None:
+        """Adds ``left @ right`` to a parameter's gradient where that lies."""
+        home = self._homes.get(id(weight))
+        if home is None:
+            if weight.grad is None:
+                weight.grad = left @ right
+            else:
+                weight.grad.addmm_(left, right)
+            return
+        bucket, index = home
+        view = bucket.views[index]
+        is_first = index not in bucket.touched
+        if view.dtype != left.dtype:
+            product = left @ right
+            view.copy_(product) if is_first else view.add_(product)
+        elif is_first:
+            torch.mm(left, right, out=view)
+        else:
+            view.addmm_(left, right)
+        bucket.touched.add(index)
+        self._note_summand(bucket)
 
     def finish(self) -> None:
         """Returns when every gradient is reduced: summed over dp, and over tp and tied stages where it was partial."""
@@ -145,13 +178,6 @@ class BucketedParameters:
                                 local.reshape(-1)[start - offset : stop - offset]
                             )
 
-    def _is_alone(self, kind: _Kind, parameter: nn.Parameter, master_dtype: torch.dtype) -> bool:
-        """Whether no other rank needs its gradient: autograd then accumulates in place, and nothing is copied to a bucket."""
-        if not parameter.requires_grad:
-            return True
-        is_shared = self._groups.mesh.dp > 1 or kind.is_tp_partial or bool(kind.tied_stages)
-        return not is_shared and parameter.dtype == master_dtype
-
     def _leaf_alone(self, info: ParameterInfo, parameter: nn.Parameter) -> Leaf:
         return Leaf(
             master=parameter,
@@ -164,31 +190,28 @@ class BucketedParameters:
 
     def _make_bucket(
         self,
-        stage: Stage,
-        kind: _Kind,
-        infos: tuple[ParameterInfo, ...],
+        infos: Sequence[ParameterInfo],
         *,
         device: torch.device,
         master_dtype: torch.dtype,
         allocate: Allocate,
     ) -> _Bucket:
-        held = stage.parameters_by_name()
         ranks = self._groups.mesh.dp if self._is_sharded else 1
         offsets, used = _pack(infos)
         numel = -(-used // ranks) * ranks
-        dtype = held[infos[0].name][1].dtype
+        dtype = self._places[infos[0].name][0][1].dtype
         flat_parameters = allocate(numel, dtype).zero_()
         flat_gradients = allocate(numel, master_dtype).zero_()
         parameters = tuple(
-            _become_view(held[info.name], flat_parameters, offset)
+            _become_view(self._places[info.name], flat_parameters, offset)
             for info, offset in zip(infos, offsets, strict=True)
         )
         part = self._part(numel)
         is_same = dtype == master_dtype
         own = flat_parameters[part.start : part.stop]
         return _Bucket(
-            kind=kind,
-            infos=infos,
+            stage=self._stage_of[infos[0].name],
+            infos=tuple(infos),
             parameters=parameters,
             offsets=offsets,
             flat_parameters=flat_parameters,
@@ -216,11 +239,15 @@ class BucketedParameters:
                 view.copy_(gradient)
                 bucket.touched.add(index)
             parameter.grad = None
-            if self._is_last:
-                bucket.pending -= 1
-                self._start_complete()
+            self._note_summand(bucket)
 
         return take
+
+    def _note_summand(self, bucket: _Bucket) -> None:
+        """Counts a gradient's last summand; what several stages use is not waited for but started at the end."""
+        if bucket.stage in self._ended:
+            bucket.pending -= 1
+            self._start_complete()
 
     def _start_complete(self) -> None:
         """Starts buckets strictly in order: every dp rank then runs the same sequence of collectives."""
@@ -244,24 +271,25 @@ class BucketedParameters:
             bucket.work = dist.all_reduce(bucket.flat_gradients, group=group, async_op=True)
 
     def _reduce_over_model(self, bucket: _Bucket) -> None:
-        if bucket.kind.is_tp_partial and self._groups.tp_group is not None:
+        first = bucket.infos[0]
+        if first.is_tp_partial and self._groups.tp_group is not None:
             dist.all_reduce(bucket.shard_gradients, group=self._groups.tp_group)
-        if bucket.kind.tied_stages:
-            dist.all_reduce(bucket.shard_gradients, group=self._groups.tie_groups[bucket.kind.tied_stages])
+        if first.ties:
+            dist.all_reduce(bucket.shard_gradients, group=self._groups.tie_groups[first.ties])
 
     def _leaf(self, bucket: _Bucket) -> Leaf:
         own = self._own_range(bucket)
-        groups = self._groups
+        groups, first = self._groups, bucket.infos[0]
         holds_first_copy = (
             (self._is_sharded or groups.dp == 0)
-            and (bucket.kind.is_tp_sharded or groups.tp == 0)
-            and (not bucket.kind.tied_stages or groups.pp == bucket.kind.tied_stages[0])
+            and (isinstance(first.placement, Shard) or groups.tp == 0)
+            and (not first.ties or groups.pp == first.ties[0])
         )
         return Leaf(
             master=bucket.master,
             gradient=lambda: bucket.shard_gradients,
             pieces=tuple(_pieces(bucket.infos, bucket.offsets, own)),
-            is_decayed=bucket.kind.is_decayed,
+            is_decayed=first.is_decayed,
             is_counted=holds_first_copy,
         )
 
@@ -273,39 +301,6 @@ class BucketedParameters:
             return range(numel)
         size = numel // self._groups.mesh.dp
         return range(self._groups.dp * size, (self._groups.dp + 1) * size)
-
-
-def _assign(
-    stage: Stage, bucket_bytes: int, *, without: Container[str]
-) -> Iterator[tuple[_Kind, tuple[ParameterInfo, ...]]]:
-    """Parameters in the order in which backward finishes them, cut into buckets of one kind and at most ``bucket_bytes``.
-
-    What several blocks of the stage use is finished last. A parameter that is tied across stages has a bucket of its
-    own, so that its flat shards lie alike on all of them.
-    """
-    held = stage.parameters_by_name()
-    order = [name for name in reversed(held) if name not in without]
-    filling: dict[_Kind, list[ParameterInfo]] = {}
-    filled_bytes: dict[_Kind, int] = {}
-    for name in order:
-        info, parameter = stage.infos[name], held[name][1]
-        kind = _kind(info)
-        num_bytes = parameter.numel() * parameter.element_size()
-        if kind in filling and (kind.tied_stages or filled_bytes[kind] + num_bytes > bucket_bytes):
-            yield kind, tuple(filling.pop(kind))
-        filling.setdefault(kind, []).append(info)
-        filled_bytes[kind] = num_bytes + (filled_bytes[kind] if len(filling[kind]) > 1 else 0)
-    for kind, infos in filling.items():
-        yield kind, tuple(infos)
-
-
-def _kind(info: ParameterInfo) -> _Kind:
-    return _Kind(
-        is_decayed=info.is_decayed,
-        is_tp_sharded=isinstance(info.placement, Shard),
-        is_tp_partial=isinstance(info.placement, Replicate) and info.placement.has_partial_grad,
-        tied_stages=info.stages if len(info.stages) > 1 else (),
-    )
 
 
 def _pack(infos: Sequence[ParameterInfo]) -> tuple[tuple[int, ...], int]:
@@ -320,22 +315,18 @@ def _numel(info: ParameterInfo) -> int:
     return int(torch.Size(info.local_shape).numel())
 
 
-def _materialise(held: tuple[nn.Module, nn.Parameter], device: torch.device) -> nn.Parameter:
-    module, old = held
-    return _replace(module, old, torch.empty(old.shape, dtype=old.dtype, device=device))
+def _become_view(places: Sequence[Place], flat: Tensor, offset: int) -> nn.Parameter:
+    """Puts a parameter into the flat buffer; it stays the same parameter by name."""
+    old = places[0][1]
+    return _replace(places, flat[offset : offset + old.numel()].view(old.shape))
 
 
-def _become_view(held: tuple[nn.Module, nn.Parameter], flat: Tensor, offset: int) -> nn.Parameter:
-    """Puts the module's parameter into the flat buffer; it stays the same parameter by name."""
-    module, old = held
-    return _replace(module, old, flat[offset : offset + old.numel()].view(old.shape))
-
-
-def _replace(module: nn.Module, old: nn.Parameter, tensor: Tensor) -> nn.Parameter:
-    """Puts ``tensor`` in the place of a parameter of the module, under its name."""
-    parameter = nn.Parameter(tensor, requires_grad=old.requires_grad)
-    name = next(name for name, p in module._parameters.items() if p is old)
-    module._parameters[name] = parameter
+def _replace(places: Sequence[Place], tensor: Tensor) -> nn.Parameter:
+    """Puts ``tensor`` in the place of a parameter, under its name, in all modules that hold it."""
+    parameter = nn.Parameter(tensor, requires_grad=places[0][1].requires_grad)
+    for module, old in places:
+        name = next(name for name, p in module._parameters.items() if p is old)
+        module._parameters[name] = parameter
     return parameter
 
 

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from shardstage.graph import ModelGraph
-from shardstage.graph.cuts import Segment, shared_parameters
+from shardstage.graph.cuts import Segment
 from shardstage.graph.fallback import module_library
 from shardstage.graph.source import ModelSource
 from shardstage.operators import OperatorContext, RandomState, library
 from shardstage.plan.plan import Plan
-from shardstage.program import Program, lower, verify
+from shardstage.program import Program, StageGraphs, lower, verify
+from shardstage.program.stage_parameters import (
+    HeldParameter,
+    assign_buckets,
+    held_parameters,
+    master_dtype,
+)
 from shardstage.runtime.block_code import BlockWriter
 from shardstage.runtime.bucketed import BucketedParameters
 from shardstage.runtime.engine import Engine, Parameters
@@ -44,73 +50,87 @@ def build_engine(
 
     Parameters are drawn from ``seed``, or streamed from ``weights_folder``, straight into this rank's shard.
     """
-    program = lower(graph, plan)
+    graphs = StageGraphs(graph, plan)
+    program = lower(graph, plan, graphs)
     verify(program)
     mesh = plan.mesh
-    coordinates = {
-        "pp": mesh.coordinate(rank, "pp"),
-        "dp": mesh.coordinate(rank, "dp"),
-        "tp": mesh.coordinate(rank, "tp"),
-    }
-    by_size = {
-        size: program.segments(tp=coordinates["tp"], microbatch=size)
-        for size in dict.fromkeys(plan.microbatches(coordinates["dp"]))
-    }
-    ties = {
-        fqn: stages
-        for fqn, stages in shared_parameters(next(iter(by_size.values()))).items()
-        if len(stages) > 1
-    }
-    groups = build_groups(mesh, rank, ties.values())
-    segments = {size: parts[groups.pp] for size, parts in by_size.items()}
-    random = RandomState(seed=seed)
+    dp, tp = mesh.coordinate(rank, "dp"), mesh.coordinate(rank, "tp")
+    sizes = dict.fromkeys(plan.microbatches(dp))
+    own = program.stages_of(mesh.coordinate(rank, "pp"))
+    cuts = {size: graphs.segments(tp=tp, microbatch=size) for size in sizes}
+    segments = {stage: {size: cuts[size][stage] for size in sizes} for stage in own}
+    held = _held_parameters(program, graphs, next(iter(cuts.values())))
+    groups = build_groups(mesh, rank, {p.ties for stage in held for p in stage if p.ties})
+    is_fully_sharded = plan.zero >= 2 and mesh.dp > 1
     context = OperatorContext(
         tp_group=groups.tp_group,
         tp_rank=groups.tp,
         tp_size=mesh.tp,
-        random=random,
+        random=RandomState(seed=seed),
         may_overwrite=plan.recompute != "selective",
     )
-    infos = _parameter_infos(program, next(iter(segments.values())), ties)
     precision: torch.dtype = getattr(torch, plan.precision)
-    master_dtype = torch.float64 if precision == torch.float64 else torch.float32
-    is_fully_sharded = plan.zero >= 2 and mesh.dp > 1
-    stage = build_stage(
-        segments,
-        infos,
-        context=context,
-        writer=BlockWriter(_library(graph, source, context), device, is_compiled=plan.is_compiled),
-        recompute=plan.recompute,
-        parameter_dtype=master_dtype if is_fully_sharded else None,
-    )
-    parameters = (
-        FullyShardedParameters(
-            stage, groups, zero=plan.zero, compute_dtype=precision, master_dtype=master_dtype, device=device
+    master: torch.dtype = getattr(torch, master_dtype(plan))
+    writer = BlockWriter(_library(graph, source, context), device, is_compiled=plan.is_compiled)
+    stages = {
+        stage: build_stage(
+            segments[stage],
+            {p.name: _info(p, graphs) for p in held[stage]},
+            context=context,
+            writer=writer,
+            recompute=plan.recompute,
+            parameter_dtype=master if is_fully_sharded else None,
         )
-        if is_fully_sharded
-        else BucketedParameters(
-            stage,
+        for stage in own
+    }
+    parameters: Parameters
+    if is_fully_sharded:
+        parameters = FullyShardedParameters(
+            list(stages.values()),
             groups,
             zero=plan.zero,
-            bucket_bytes=plan.bucket_bytes,
+            compute_dtype=precision,
+            master_dtype=master,
             device=device,
-            master_dtype=master_dtype,
+        )
+    else:
+        last = {i.stage: at for at, i in enumerate(program.row_of(rank).instructions) if i.is_computation}
+        order = sorted(own, key=lambda stage: last[stage])
+        buckets = assign_buckets([held[stage] for stage in order], plan)
+        bucketed = BucketedParameters(
+            list(stages.values()),
+            [[p.name for p in bucket] for bucket in buckets],
+            groups,
+            zero=plan.zero,
+            device=device,
+            master_dtype=master,
             allocate=_allocator(groups, device),
         )
-    )
+        context.weights.accumulate = bucketed.accumulate
+        parameters = bucketed
     _load(
-        stage, parameters, source, groups, seed=seed, dtype=master_dtype, device=device, folder=weights_folder
+        stages.values(), parameters, source, groups, seed=seed, dtype=master, device=device, folder=weights_folder
     )
     return Engine(
         program=program,
+        graphs=graphs,
         groups=groups,
-        stage=stage,
+        stages=stages,
         segments=segments,
         parameters=parameters,
         optimizer=Optimizer(optimizer, parameters.leaves),
-        random=random,
+        context=context,
         device=device,
     )
+
+
+def _held_parameters(
+    program: Program, graphs: StageGraphs, segments: Sequence[Segment]
+) -> list[tuple[HeldParameter, ...]]:
+    """By stage, also those of other ranks: groups of ties are made by all."""
+    placements = graphs.sharding_at(graphs.plan.microbatches(0)[0]).parameters
+    users = {parameter.fqn: parameter.stages for parameter in program.parameters}
+    return [held_parameters(segment, placements, users, program.stage_ranks) for segment in segments]
 
 
 def _library(
@@ -122,21 +142,17 @@ def _library(
     return operators if known else {**operators, **module_library(source)}
 
 
-def _parameter_infos(
-    program: Program, segment: Segment, ties: Mapping[str, tuple[int, ...]]
-) -> dict[str, ParameterInfo]:
-    sharding = program.sharding_at(program.plan.microbatches(0)[0])
-    return {
-        parameter.name: ParameterInfo(
-            name=parameter.name,
-            fqn=parameter.fqn,
-            shape=sharding.graph.values[parameter.name].shape,
-            local_shape=segment.graph.values[parameter.name].shape,
-            placement=sharding.parameters[parameter.fqn],
-            stages=ties.get(parameter.fqn, (segment.index,)),
-        )
-        for parameter in segment.graph.parameters
-    }
+def _info(parameter: HeldParameter, graphs: StageGraphs) -> ParameterInfo:
+    whole = graphs.sharding_at(graphs.plan.microbatches(0)[0]).graph
+    return ParameterInfo(
+        name=parameter.name,
+        fqn=parameter.fqn,
+        shape=whole.values[parameter.name].shape,
+        local_shape=parameter.shape,
+        placement=parameter.placement,
+        ties=parameter.ties,
+        block=parameter.block,
+    )
 
 
 def _allocator(groups: RankGroups, device: torch.device) -> Callable[[int, torch.dtype], Tensor]:
@@ -151,7 +167,7 @@ def _allocator(groups: RankGroups, device: torch.device) -> Callable[[int, torch
 
 
 def _load(
-    stage: Stage,
+    stages: Iterable[Stage],
     parameters: Parameters,
     source: ModelSource,
     groups: RankGroups,
@@ -162,13 +178,15 @@ def _load(
     folder: str | None,
 ) -> None:
     """Fills parameters and buffers, one tensor at a time."""
-    by_fqn = {info.fqn: info for info in stage.infos.values()}
+    stages = list(stages)
+    by_fqn = {info.fqn: info for stage in stages for info in stage.infos.values()}
     wanted = {fqn: info.placement for fqn, info in by_fqn.items()}
     with torch.no_grad():
         for fqn, local in initial_weights(
             source, wanted, tp_rank=groups.tp, seed=seed, dtype=dtype, folder=folder
         ):
             parameters.assign(by_fqn[fqn].name, local.to(device))
-        names = {stage.buffer_fqns[name]: name for name in stage.buffer_fqns}
-        for fqn, tensor in initial_buffers(source, tuple(names)):
-            stage.set_buffer(names[fqn], tensor.to(device))
+        for stage in stages:
+            names = {fqn: name for name, fqn in stage.buffer_fqns.items()}
+            for fqn, tensor in initial_buffers(source, tuple(names)):
+                stage.set_buffer(names[fqn], tensor.to(device))

@@ -12,13 +12,16 @@ from torch import Tensor
 
 from shardstage.graph import Value
 from shardstage.graph.cuts import Segment
-from shardstage.operators import RandomState
-from shardstage.program import Instruction, Program
+from shardstage.operators import OperatorContext, RandomState
+from shardstage.plan.plan import Plan
+from shardstage.program import Instruction, Program, StageGraphs
+from shardstage.runtime.block import Block
 from shardstage.runtime.groups import RankGroups
 from shardstage.runtime.leaves import Leaf
 from shardstage.runtime.optimizer import Optimizer
+from shardstage.runtime.recorder import Recorder
 from shardstage.runtime.stage import Stage
-from shardstage.runtime.transfers import Shape, Transfers
+from shardstage.runtime.transfers import Transfers
 
 __all__ = ["Engine", "Microbatch", "Parameters", "StepResult"]
 
@@ -39,12 +42,14 @@ class Microbatch(Protocol):
 
 
 class Parameters(Protocol):
-    """Who owns a stage's parameters and gradients: ``BucketedParameters`` or ``FullyShardedParameters``."""
+    """Who owns the parameters and gradients of a rank's stages: ``BucketedParameters`` or ``FullyShardedParameters``."""
 
     leaves: tuple[Leaf, ...]
 
     def begin(self) -> None: ...
-    def expect_last_backward(self) -> None: ...
+    def unshard(self, stage: int) -> None: ...
+    def reshard(self, stage: int) -> None: ...
+    def expect_last_backward(self, stage: int) -> None: ...
     def finish(self) -> None: ...
     def publish(self) -> None: ...
     def assign(self, name: str, local: Tensor) -> None: ...
@@ -65,16 +70,17 @@ class StepResult:
 
 @dataclass(kw_only=True, eq=False)
 class _InFlight:
-    """A microbatch between its forward and its backward on this stage."""
+    """A microbatch between its forward and its backward on one stage."""
 
     batch: Microbatch
     received: dict[str, Tensor] = field(default_factory=dict)
     outputs: dict[str, Tensor] = field(default_factory=dict)
     gradients: dict[str, Tensor] = field(default_factory=dict)
+    products: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
 
 
 class Engine:
-    """Runs steps of one rank.
+    """Runs steps of one rank: it walks the rank's row of the Program and does nothing else.
 
     The loss of a step, whatever the mesh, shares and padding, and the only place where it is written:
 
@@ -82,37 +88,56 @@ class Engine:
 
     Each microbatch's graph yields its sum; backward is seeded with 1 / (number of targets of the global batch), and gradients are
     summed over microbatches and dp. So no average of averages is ever taken.
+
+    ``stages`` are those of the rank, by number, ``graphs`` what the Program's instructions stand for.
     """
 
     def __init__(
         self,
         *,
         program: Program,
+        graphs: StageGraphs,
         groups: RankGroups,
-        stage: Stage,
-        segments: Mapping[int, Segment],
+        stages: Mapping[int, Stage],
+        segments: Mapping[int, Mapping[int, Segment]],
         parameters: Parameters,
         optimizer: Optimizer,
-        random: RandomState,
+        context: OperatorContext,
         device: torch.device,
     ) -> None:
         self.program = program
+        self.graphs = graphs
         self.groups = groups
-        self.stage = stage
+        self.stages = dict(stages)
         self.parameters = parameters
         self.optimizer = optimizer
-        self.random = random
+        self.random: RandomState = context.random
         self.device = device
         self.loss_scale = 1.0
-        self._segments = dict(segments)
+        self.recorder: Recorder | None = None
+        self._weights = context.weights
+        self._segments = segments
         self._transfers = Transfers(program, groups, device)
-        self._row = program.instructions[groups.pp]
-        self._loss_name = next(iter(segments.values())).graph.output
-        self._last_backward = max(i for i, instruction in enumerate(self._row) if instruction.kind == "B")
-        self._flights: dict[int, _InFlight] = {}
+        self._row = program.row_of(groups.rank).instructions
+        self._loss_name = graphs.graph.output
+        self._last_backwards = {
+            at for at in {i.stage: at for at, i in enumerate(self._row) if i.kind in ("B", "W")}.values()
+        }
+        self._needs_gradient = {e.value for e in program.edges if e.requires_grad}
+        self._neighbours = _neighbours(program)
+        self._flights: dict[tuple[int, int], _InFlight] = {}
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=device)
         self._num_targets = 0
         self._result: StepResult | None = None
+
+    @property
+    def plan(self) -> Plan:
+        return self.graphs.plan
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """The blocks of all stages of the rank."""
+        return tuple(block for stage in self.stages.values() for block in stage.blocks)
 
     def step(
         self,
@@ -127,64 +152,92 @@ class Engine:
         """
         self.random.step = step
         self._loss_sum.zero_()
-        self._num_targets = self._count_targets(batches)
-        self._flights = {m: _InFlight(batch=batch) for m, batch in enumerate(batches)}
+        self._flights = {
+            (stage, m): _InFlight(batch=batch) for stage in self.stages for m, batch in enumerate(batches)
+        }
         self.parameters.begin()
+        if self.recorder is not None:
+            self.recorder.begin()
         for position, instruction in enumerate(self._row):
-            if position == self._last_backward:
-                self.parameters.expect_last_backward()
+            if position in self._last_backwards and instruction.stage is not None:
+                self.parameters.expect_last_backward(instruction.stage)
             self._post_receives(position)
-            if instruction.kind == "STEP":
-                if on_gradients is not None:
-                    on_gradients(self)
-                self._result = self._update(step)
+            if instruction.kind == "STEP" and on_gradients is not None:
+                on_gradients(self)
+            if self.recorder is None:
+                self._run(instruction, step, batches)
             else:
-                self._run(instruction)
+                with self.recorder.span(instruction):
+                    self._run(instruction, step, batches)
         self._transfers.flush()
         assert self._result is not None
         return self._result
 
-    def _run(self, instruction: Instruction) -> None:
-        flight = None if instruction.microbatch is None else self._flights[instruction.microbatch]
-        match instruction.kind, flight:
-            case "F", _InFlight():
-                self._forward(flight)
-            case "B", _InFlight():
-                self._backward(flight)
-            case "RECV_F", _InFlight():
+    def _run(self, instruction: Instruction, step: int, batches: Sequence[Microbatch]) -> None:
+        stage, microbatch = instruction.stage, instruction.microbatch
+        if stage is None or microbatch is None:
+            self._run_for_all(instruction, step, batches)
+            return
+        flight = self._flights[stage, microbatch]
+        match instruction.kind:
+            case "F":
+                self._forward(stage, microbatch, flight)
+            case "B":
+                self._backward(stage, microbatch, flight)
+            case "I":
+                self._backward_of_input(stage, microbatch, flight)
+            case "W":
+                self._weights.run(flight.products)
+            case "RECV_F":
                 flight.received.update(self._as_leaves(self._transfers.receive(instruction)))
-            case "RECV_B", _InFlight():
+            case "RECV_B":
                 for name, gradient in self._transfers.receive(instruction).items():
-                    held = flight.gradients.get(name)
-                    flight.gradients[name] = gradient if held is None else held.add_(gradient)
-            case "SEND_F", _InFlight():
+                    _add_gradient(flight, name, gradient)
+            case "SEND_F":
                 names = self._transfers.values(instruction)
                 self._transfers.send(instruction, [flight.outputs[name].detach() for name in names])
-            case "SEND_B", _InFlight():
+            case "SEND_B":
                 names = self._transfers.values(instruction)
                 self._transfers.send(instruction, [_gradient_of(flight.received[name]) for name in names])
                 for name in names:
                     flight.received.pop(name)
-            case "REDUCE_GRAD", _:
-                self.parameters.finish()
             case _:
                 raise AssertionError(f"no way to run {instruction}")
 
-    def _forward(self, flight: _InFlight) -> None:
+    def _run_for_all(self, instruction: Instruction, step: int, batches: Sequence[Microbatch]) -> None:
+        """What is not for one microbatch."""
+        match instruction.kind, instruction.stage:
+            case "COUNT", None:
+                self._num_targets = self._count_targets(batches)
+            case "UNSHARD", int(stage):
+                self.parameters.unshard(stage)
+            case "RESHARD", int(stage):
+                self.parameters.reshard(stage)
+            case "REDUCE_GRAD", None:
+                self.parameters.finish()
+            case "STEP", None:
+                self._result = self._update(step)
+            case _:
+                raise AssertionError(f"no way to run {instruction}")
+
+    def _forward(self, stage: int, microbatch: int, flight: _InFlight) -> None:
         batch = flight.batch
         size = len(batch.positions)
-        graph = self._segments[size].graph
+        graph = self._segments[stage][size].graph
         inputs = {
             name: _as_input(batch.tensors[name], graph.values[name], self.device)
             for name in graph.inputs
             if name in batch.tensors
         }
-        flight.outputs = self.stage(size, batch.positions, {**inputs, **flight.received})
+        flight.outputs = self.stages[stage](size, batch.positions, {**inputs, **flight.received})
         loss = flight.outputs.get(self._loss_name)
         if loss is not None:
             self._loss_sum += loss.detach()
+        for target, names in self._neighbours[stage].targets.items():
+            handed = {name: flight.outputs[name].detach() for name in names}
+            self._flights[target, microbatch].received.update(self._as_leaves(handed))
 
-    def _backward(self, flight: _InFlight) -> None:
+    def _backward(self, stage: int, microbatch: int, flight: _InFlight) -> None:
         """From the loss, or from the gradients that arrived, to those of the parameters and of what was received."""
         roots, seeds = [], []
         for name, output in flight.outputs.items():
@@ -197,6 +250,17 @@ class Engine:
         torch.autograd.backward(roots, seeds)
         flight.outputs.clear()
         flight.received = {name: tensor for name, tensor in flight.received.items() if tensor.requires_grad}
+        for source, names in self._neighbours[stage].sources.items():
+            for name in names:
+                _add_gradient(self._flights[source, microbatch], name, _gradient_of(flight.received.pop(name)))
+
+    def _backward_of_input(self, stage: int, microbatch: int, flight: _InFlight) -> None:
+        """The backward without the products that yield weights' gradients, which are kept for W."""
+        self._weights.deferred = flight.products
+        try:
+            self._backward(stage, microbatch, flight)
+        finally:
+            self._weights.deferred = None
 
     def _update(self, step: int) -> StepResult:
         """Clips by the global norm, steps the optimizer, publishes the parameters."""
@@ -233,21 +297,40 @@ class Engine:
         """Begins the receives up to the second computation from here, so that they arrive under the first."""
         computations = 0
         for instruction in self._row[position:]:
-            if instruction.kind.startswith("RECV"):
-                self._transfers.post(instruction, self._shapes(instruction))
-            computations += instruction.kind in ("F", "B")
+            if instruction.is_receive:
+                self._transfers.post(instruction)
+            computations += instruction.is_computation
             if computations == 2:
                 return
 
-    def _shapes(self, instruction: Instruction) -> list[Shape]:
-        assert instruction.microbatch is not None
-        graph = self._segments[len(self._flights[instruction.microbatch].batch.positions)].graph
-        values = (graph.values[name] for name in self._transfers.values(instruction))
-        return [(value.shape, getattr(torch, value.dtype)) for value in values]
-
     def _as_leaves(self, received: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        needs_gradient = {e.value for e in self.program.edges if e.requires_grad}
-        return {name: tensor.requires_grad_(name in needs_gradient) for name, tensor in received.items()}
+        return {
+            name: tensor.requires_grad_(name in self._needs_gradient) for name, tensor in received.items()
+        }
+
+
+@dataclass(kw_only=True)
+class _Neighbours:
+    """Stages of the same rank to which values are handed, and from which gradients go back: names by stage."""
+
+    targets: dict[int, list[str]] = field(default_factory=dict)
+    sources: dict[int, list[str]] = field(default_factory=dict)
+
+
+def _neighbours(program: Program) -> dict[int, _Neighbours]:
+    found = {stage: _Neighbours() for stage in range(program.num_stages)}
+    for edge in program.edges:
+        if program.stage_ranks[edge.source] == program.stage_ranks[edge.target]:
+            found[edge.source].targets.setdefault(edge.target, []).append(edge.value)
+            if edge.requires_grad:
+                found[edge.target].sources.setdefault(edge.source, []).append(edge.value)
+    return found
+
+
+def _add_gradient(flight: _InFlight, name: str, gradient: Tensor) -> None:
+    """Several stages may read a value: their gradients add up."""
+    held = flight.gradients.get(name)
+    flight.gradients[name] = gradient if held is None else held + gradient
 
 
 def _as_input(tensor: Tensor, value: Value, device: torch.device) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -12,7 +13,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from shardstage.layout import Replicate, Shard
+from shardstage.layout import Shard
+from shardstage.program.stage_parameters import row_range
 from shardstage.runtime.groups import RankGroups
 from shardstage.runtime.leaves import Leaf, ParameterInfo, Piece
 from shardstage.runtime.stage import Stage
@@ -21,7 +23,7 @@ __all__ = ["FullyShardedParameters"]
 
 
 class FullyShardedParameters:
-    """Owns the parameters of one stage as row shards over dp; the same verbs as ``BucketedParameters``.
+    """Owns the parameters of a rank's stages as row shards over dp; the same verbs as ``BucketedParameters``.
 
     FSDP2 unshards a block before it runs and reduce-scatters its gradients after each backward; ZeRO-3 also reshards after forward.
     The optimizer steps the local rows as plain tensors: DTensor's dispatch would cost more than the update of a small one.
@@ -29,7 +31,7 @@ class FullyShardedParameters:
 
     def __init__(
         self,
-        stage: Stage,
+        stages: Sequence[Stage],
         groups: RankGroups,
         *,
         zero: int,
@@ -49,35 +51,42 @@ class FullyShardedParameters:
         )
         # FSDP2 warns of outputs that are views, lest somebody change them in place: blocks do not.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-        keeps_whole = zero < 3
-        for block in stage.blocks:
-            if any(True for _ in block.parameters()):
-                fully_shard(block, mesh=mesh, reshard_after_forward=not keeps_whole, mp_policy=policy)
-        fully_shard(stage, mesh=mesh, reshard_after_forward=False, mp_policy=policy)
-        for module in stage.modules():
-            if isinstance(module, FSDPModule):
-                # Gradients are summed: the loss is already divided by all targets. Without the second line FSDP2 would ask for a
-                # sum that multiplies by 1 first, which gloo does not have.
-                module.set_gradient_divide_factor(1.0)
-                module.set_force_sum_reduction_for_comms(True)
-        for module in (stage, *stage.blocks):
-            _materialise(module, device)
+        self._kept_whole: dict[int, list[FSDPModule]] = {}
+        for stage in stages:
+            self._kept_whole[stage.index] = _shard_stage(stage, mesh, policy, keeps_blocks=zero < 3)
+            for module in (stage, *stage.blocks):
+                _materialise(module, device)
+        self._infos = {name: info for stage in stages for name, info in stage.infos.items()}
         self._parameters = {
-            name: cast("DTensor", held[1]) for name, held in stage.parameters_by_name().items()
+            name: cast("DTensor", held[1])
+            for stage in stages
+            for name, held in stage.parameters_by_name().items()
         }
-        self._infos = stage.infos
         self.leaves: tuple[Leaf, ...] = tuple(
             self._leaf(self._infos[name], parameter)
             for name, parameter in self._parameters.items()
             if parameter.requires_grad
         )
 
+    accumulate = None
+    """FSDP2 takes gradients from autograd."""
+
+    def unshard(self, stage: int) -> None:
+        """Gathers what stays whole through the step: all blocks under ZeRO-2, under ZeRO-3 what several blocks use."""
+        for module in self._kept_whole[stage]:
+            module.unshard()
+
+    def reshard(self, stage: int) -> None:
+        """Frees what ``unshard`` gathered."""
+        for module in self._kept_whole[stage]:
+            module.reshard()
+
     def begin(self) -> None:
         """Forgets the gradients of the step before."""
         for parameter in self._parameters.values():
             parameter.grad = None
 
-    def expect_last_backward(self) -> None:
+    def expect_last_backward(self, stage: int) -> None:
         """Nothing: FSDP2 reduces after every backward."""
 
     def finish(self) -> None:
@@ -106,12 +115,12 @@ class FullyShardedParameters:
         found: list[tuple[dist.ProcessGroup, list[Leaf]]] = []
         tp_group = self._groups.tp_group
         partial = (
-            [leaf for leaf in self.leaves if _is_tp_partial(leaf.pieces[0].parameter)] if tp_group else []
+            [leaf for leaf in self.leaves if leaf.pieces[0].parameter.is_tp_partial] if tp_group else []
         )
         if tp_group is not None and partial:
             found.append((tp_group, partial))
-        for stages, group in self._groups.tie_groups.items():
-            found.append((group, [leaf for leaf in self.leaves if leaf.pieces[0].parameter.stages == stages]))
+        for ties, group in sorted(self._groups.tie_groups.items()):
+            found.append((group, [leaf for leaf in self.leaves if leaf.pieces[0].parameter.ties == ties]))
         return found
 
     def _leaf(self, info: ParameterInfo, parameter: DTensor) -> Leaf:
@@ -125,7 +134,7 @@ class FullyShardedParameters:
             pieces=(Piece(parameter=info, flat_start=start * row, flat_stop=stop * row, offset=0),),
             is_decayed=info.is_decayed,
             is_counted=(is_tp_sharded or groups.tp == 0)
-            and (len(info.stages) < 2 or groups.pp == info.stages[0]),
+            and (not info.ties or groups.pp == info.ties[0]),
         )
 
 
@@ -134,15 +143,34 @@ def _local_gradient(parameter: DTensor) -> Tensor | None:
     return None if gradient is None else cast("DTensor", gradient).to_local()
 
 
-def _is_tp_partial(info: ParameterInfo) -> bool:
-    return isinstance(info.placement, Replicate) and info.placement.has_partial_grad
-
-
 def _rows(info: ParameterInfo, groups: RankGroups) -> tuple[int, int]:
-    """The rows of the local tensor that this dp rank keeps: ``torch.chunk`` along dim 0, as FSDP2 cuts."""
-    num_rows = info.local_shape[0] if info.local_shape else 1
-    size = -(-num_rows // groups.mesh.dp) if num_rows else 0
-    return min(groups.dp * size, num_rows), min((groups.dp + 1) * size, num_rows)
+    """The rows of the local tensor that this dp rank keeps."""
+    return row_range(info.local_shape, groups.mesh, groups.dp)
+
+
+def _shard_stage(
+    stage: Stage, mesh: DeviceMesh, policy: MixedPrecisionPolicy, *, keeps_blocks: bool
+) -> list[FSDPModule]:
+    """Shards a stage block by block; returns the modules whose parameters stay whole from ``unshard`` to ``reshard``."""
+    kept: list[FSDPModule] = []
+    for block in stage.blocks:
+        if any(True for _ in block.parameters()):
+            fully_shard(block, mesh=mesh, reshard_after_forward=not keeps_blocks, mp_policy=policy)
+            if keeps_blocks:
+                kept.append(cast("FSDPModule", block))
+    has_shared = any(True for _ in stage.parameters(recurse=False))
+    fully_shard(stage, mesh=mesh, reshard_after_forward=False, mp_policy=policy)
+    if has_shared:
+        kept.insert(0, cast("FSDPModule", stage))
+    for module in kept:
+        module.set_reshard_after_backward(False, recurse=False)
+    for module in stage.modules():
+        if isinstance(module, FSDPModule):
+            # Gradients are summed: the loss is already divided by all targets. Without the second line FSDP2 would ask for a
+            # sum that multiplies by 1 first, which gloo does not have.
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+    return kept
 
 
 def _materialise(module: nn.Module, device: torch.device) -> None:

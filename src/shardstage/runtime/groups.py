@@ -12,7 +12,7 @@ from shardstage.layout import Mesh
 
 __all__ = ["RankGroups", "broadcast_from_first", "build_groups"]
 
-Stages = tuple[int, ...]
+Ranks = tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -29,7 +29,7 @@ class RankGroups:
     tp_group: dist.ProcessGroup | None
     forward_group: dist.ProcessGroup | None
     backward_group: dist.ProcessGroup | None
-    tie_groups: Mapping[Stages, dist.ProcessGroup]
+    tie_groups: Mapping[Ranks, dist.ProcessGroup]
 
     @property
     def pp(self) -> int:
@@ -43,9 +43,9 @@ class RankGroups:
     def tp(self) -> int:
         return self.mesh.coordinate(self.rank, "tp")
 
-    def peer(self, stage: int) -> int:
-        """The rank of another stage at the same dp and tp coordinates."""
-        return self.mesh.rank(pp=stage, dp=self.dp, tp=self.tp)
+    def peer(self, pp: int) -> int:
+        """The rank of another pipeline rank at the same dp and tp coordinates."""
+        return self.mesh.rank(pp=pp, dp=self.dp, tp=self.tp)
 
     def gather(self, mine: Any) -> list[Any]:
         """What every rank of the world gave, by rank; collective over the world."""
@@ -55,10 +55,10 @@ class RankGroups:
         return everyone
 
 
-def build_groups(mesh: Mesh, rank: int, ties: Iterable[Stages] = ()) -> RankGroups:
+def build_groups(mesh: Mesh, rank: int, ties: Iterable[Ranks] = ()) -> RankGroups:
     """Makes all groups of the mesh; collective over the world: every rank calls it with the same mesh and ties.
 
-    ``ties`` are the sets of stages that hold one and the same parameter.
+    ``ties`` are the sets of pipeline ranks that hold one and the same parameter.
     """
     mine: dict[str, dist.ProcessGroup | None] = {"dp": None, "tp": None}
     for axis in ("dp", "tp"):
@@ -68,14 +68,14 @@ def build_groups(mesh: Mesh, rank: int, ties: Iterable[Stages] = ()) -> RankGrou
                 mine[axis] = group
     everyone = tuple(range(mesh.world_size))
     has_stages = mesh.pp > 1
-    tie_groups: dict[Stages, dist.ProcessGroup] = {}
-    for stages in sorted(set(ties)):
+    tie_groups: dict[Ranks, dist.ProcessGroup] = {}
+    for pps in sorted(set(ties)):
         for dp in range(mesh.dp):
             for tp in range(mesh.tp):
-                ranks = tuple(mesh.rank(pp=stage, dp=dp, tp=tp) for stage in stages)
+                ranks = tuple(mesh.rank(pp=pp, dp=dp, tp=tp) for pp in pps)
                 group = _new_group(ranks)
                 if rank in ranks and group is not None:
-                    tie_groups[stages] = group
+                    tie_groups[pps] = group
     return RankGroups(
         rank=rank,
         mesh=mesh,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from shardstage.layout import Placement
+from shardstage.layout import Placement, Replicate
 
 __all__ = ["Leaf", "ParameterInfo", "Piece"]
 
@@ -17,7 +17,8 @@ class ParameterInfo:
     """A parameter as one rank sees it.
 
     ``name`` is its value in the graph, ``fqn`` the model's name. ``shape`` is the whole parameter's, ``local_shape`` that of this rank's
-    tensor-parallel shard. ``stages`` are the stages that hold it: more than one where it is tied across them.
+    tensor-parallel shard. ``ties`` are the pipeline ranks that hold it, where there are several. ``block`` is the one block of its
+    stage that uses it, ``None`` where several do.
     """
 
     name: str
@@ -25,11 +26,18 @@ class ParameterInfo:
     shape: tuple[int, ...]
     local_shape: tuple[int, ...]
     placement: Placement
-    stages: tuple[int, ...]
+    ties: tuple[int, ...] = ()
+    block: int | None = None
 
     @property
     def is_decayed(self) -> bool:
+        """Weight decay is for matrices, not for biases and norms."""
         return len(self.shape) >= 2
+
+    @property
+    def is_tp_partial(self) -> bool:
+        """Whether tensor-parallel ranks hold it whole and each sees a summand of its gradient."""
+        return isinstance(self.placement, Replicate) and self.placement.has_partial_grad
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -13,11 +13,9 @@ from shardstage.runtime.groups import RankGroups
 
 __all__ = ["Transfers"]
 
-Shape = tuple[tuple[int, ...], torch.dtype]
-
 
 class Transfers:
-    """Sends and receives the values of edges, each under a tag of its own, so that no order of arrival can mix them up.
+    """Sends and receives the messages of a Program, each value under a tag of its own, so that no order of arrival can mix them up.
 
     Receives are posted early (``post``) and waited for when needed; a sent tensor is kept alive until it has left.
     """
@@ -31,29 +29,24 @@ class Transfers:
         self._outgoing: list[tuple[dist.Work, Tensor]] = []
 
     def values(self, instruction: Instruction) -> tuple[str, ...]:
-        """Names of the values that a SEND or RECV moves, in edge order."""
-        stage, peer, kind = instruction.stage, instruction.peer, instruction.kind
-        assert peer is not None
-        source, target = (stage, peer) if kind in ("SEND_F", "RECV_B") else (peer, stage)
-        edges = self._program.edges_between(source, target)
-        return tuple(e.value for e in edges if kind.endswith("F") or e.requires_grad)
+        """Names of the values that a SEND or RECV moves, in order."""
+        return tuple(tensor.value for tensor in self._program.tensors(instruction))
 
-    def post(self, instruction: Instruction, shapes: Sequence[Shape]) -> None:
-        """Begins a RECV; ``shapes`` of its values in order. Posting again does nothing."""
+    def post(self, instruction: Instruction) -> None:
+        """Begins a RECV into buffers of the shapes that its message has. Posting again does nothing."""
         if instruction in self._incoming:
             return
-        assert instruction.peer is not None
         arriving = []
-        for name, (shape, dtype) in zip(self.values(instruction), shapes, strict=True):
-            buffer = torch.empty(shape, dtype=dtype, device=self._device)
+        for tensor in self._program.tensors(instruction):
+            buffer = torch.empty(tensor.shape, dtype=getattr(torch, tensor.dtype), device=self._device)
             work = dist.irecv(
                 buffer,
-                src=self._groups.peer(instruction.peer),
+                src=self._peer(instruction),
                 group=self._group(instruction),
-                tag=self._tag(instruction, name),
+                tag=self._tag(instruction, tensor.value),
             )
             assert work is not None
-            arriving.append((name, buffer, work))
+            arriving.append((tensor.value, buffer, work))
         self._incoming[instruction] = arriving
 
     def receive(self, instruction: Instruction) -> dict[str, Tensor]:
@@ -66,13 +59,12 @@ class Transfers:
 
     def send(self, instruction: Instruction, tensors: Sequence[Tensor]) -> None:
         """Begins a SEND of the values in order."""
-        assert instruction.peer is not None
         self._outgoing = [(work, tensor) for work, tensor in self._outgoing if not work.is_completed()]
         for name, tensor in zip(self.values(instruction), tensors, strict=True):
             sent = tensor.contiguous()
             work = dist.isend(
                 sent,
-                dst=self._groups.peer(instruction.peer),
+                dst=self._peer(instruction),
                 group=self._group(instruction),
                 tag=self._tag(instruction, name),
             )
@@ -85,12 +77,16 @@ class Transfers:
             work.wait()
         self._outgoing.clear()
 
+    def _peer(self, instruction: Instruction) -> int:
+        assert instruction.peer is not None
+        return self._groups.peer(self._program.stage_ranks[instruction.peer])
+
     def _group(self, instruction: Instruction) -> dist.ProcessGroup | None:
         return self._groups.forward_group if instruction.kind.endswith("F") else self._groups.backward_group
 
     def _tag(self, instruction: Instruction, value: str) -> int:
         stage, peer = instruction.stage, instruction.peer
-        assert instruction.microbatch is not None and peer is not None
+        assert instruction.microbatch is not None and stage is not None and peer is not None
         source, target = (stage, peer) if instruction.kind in ("SEND_F", "RECV_B") else (peer, stage)
         number = self._edge_number[value, source, target]
-        return number * self._program.plan.num_microbatches + instruction.microbatch
+        return number * self._program.num_microbatches + instruction.microbatch

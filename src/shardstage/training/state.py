@@ -37,8 +37,12 @@ def state_entries(engine: Engine) -> list[StateEntry]:
                         flat_range=(piece.flat_start, piece.flat_stop),
                     )
                 )
-    for name, fqn in engine.stage.buffer_fqns.items():
-        buffer = engine.stage.get_buffer(name)
+    buffers = {
+        fqn: stage.get_buffer(name)
+        for stage in engine.stages.values()
+        for name, fqn in stage.buffer_fqns.items()
+    }
+    for fqn, buffer in buffers.items():
         entries.append(
             StateEntry(
                 key=f"buffer.{fqn}",
@@ -61,7 +65,7 @@ def accept_loaded(engine: Engine, *, num_steps: int) -> None:
 
 def kept_bytes(engine: Engine) -> int:
     """Bytes of the tensors that an engine keeps between steps: weights, masters, gradients, optimizer state, buffers; none twice."""
-    tensors = [*engine.stage.parameters(), *engine.stage.buffers()]
+    tensors = [t for stage in engine.stages.values() for t in (*stage.parameters(), *stage.buffers())]
     for leaf in engine.parameters.leaves:
         gradient = leaf.gradient()
         tensors += [leaf.master, *engine.optimizer.state(leaf).values()]

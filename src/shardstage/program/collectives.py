@@ -1,0 +1,100 @@
+"""The collectives inside forward and backward, in the order in which a rank runs them.
+
+    block      op1   op2 (saves)   op3            forward   1 2 3
+    backward                                      whole     3' 2' 1'
+    with recompute: what needs nothing kept first, then the forward again up to the last op that keeps something, then the rest
+                                                            3' │ 1 2 │ 2' 1'
+
+Autograd runs the nodes that are ready in the reverse order of their making, so the order of a backward is that of the graph reversed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from shardstage.cost.collective import calls_of
+from shardstage.graph.blocks import Block
+from shardstage.graph.cuts import Segment
+from shardstage.plan.plan import Plan, Recompute
+from shardstage.program.program import Collective
+from shardstage.program.stage_parameters import Unit
+
+__all__ = ["StageCalls", "stage_calls"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageCalls:
+    """Collectives of one microbatch on one stage; those of B are those of I, and W has none."""
+
+    forward: tuple[Collective, ...]
+    backward: tuple[Collective, ...]
+
+
+def stage_calls(segment: Segment, plan: Plan, units: Sequence[Unit]) -> StageCalls:
+    """Those along tp, and under ZeRO-3 those along dp that gather and reduce a block's parameters around it.
+
+    ``units`` are the stage's own parameters by block where blocks shard them over dp, and empty where not.
+    """
+    by_block = {unit.block: unit for unit in units if unit.block is not None}
+    gathering = {number: unit for number, unit in by_block.items() if plan.zero == 3}
+    forward: list[Collective] = []
+    for number, block in enumerate(segment.blocks):
+        if number in gathering:
+            forward.append(gathering[number].gather())
+        forward += _forward(segment, block.start, block.stop)
+    backward: list[Collective] = []
+    waiting = sorted(gathering, reverse=True)
+    for number in reversed(range(len(segment.blocks))):
+        block = segment.blocks[number]
+        if number in gathering:
+            # FSDP2 gathers what comes next while this block computes.
+            while waiting and waiting[0] >= max((n for n in gathering if n < number), default=0):
+                backward.append(gathering[waiting.pop(0)].gather())
+        again = _again(segment, block, plan.recompute)
+        backward += _backward(segment, block, plan.recompute, again)
+        if number in by_block and by_block[number].is_trained:
+            backward.append(by_block[number].reduce())
+    backward += [unit.reduce() for unit in units if unit.block is None and unit.is_trained]
+    return StageCalls(forward=tuple(forward), backward=tuple(backward))
+
+
+def _forward(segment: Segment, start: int, stop: int) -> list[Collective]:
+    graph = segment.graph
+    return [
+        Collective("tp", call.kind, call.dtype, call.numel)
+        for op in graph.ops[start:stop]
+        for call in calls_of(graph, op)
+        if not call.is_backward
+    ]
+
+
+def _backward(
+    segment: Segment, block: Block, recompute: Recompute, again: Sequence[Collective]
+) -> list[Collective]:
+    if recompute == "none" or not block.is_layer:
+        return _reversed(segment, block.start, block.stop)
+    kept = _stop_of_kept(segment, block)
+    return [*_reversed(segment, kept, block.stop), *again, *_reversed(segment, block.start, kept)]
+
+
+def _again(segment: Segment, block: Block, recompute: Recompute) -> list[Collective]:
+    """What a block that is recomputed says again: up to the last op that keeps something for backward."""
+    if recompute == "none" or not block.is_layer:
+        return []
+    return _forward(segment, block.start, _stop_of_kept(segment, block))
+
+
+def _stop_of_kept(segment: Segment, block: Block) -> int:
+    keeping = [i for i in range(block.start, block.stop) if segment.graph.ops[i].saved]
+    return keeping[-1] + 1 if keeping else block.start
+
+
+def _reversed(segment: Segment, start: int, stop: int) -> list[Collective]:
+    graph = segment.graph
+    return [
+        Collective("tp", call.kind, call.dtype, call.numel)
+        for op in reversed(graph.ops[start:stop])
+        for call in calls_of(graph, op)
+        if call.is_backward
+    ]

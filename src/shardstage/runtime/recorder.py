@@ -1,0 +1,98 @@
+"""``Recorder``: a measured Timeline of one rank's step."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+
+from shardstage.program import Instruction
+from shardstage.timeline import MemorySample, Span, Stream
+
+__all__ = ["Recorder"]
+
+
+class _Moment(NamedTuple):
+    """An instruction between two readings of the clock; on CUDA the readings are events on the stream."""
+
+    instruction: Instruction
+    start: float | torch.cuda.Event
+    end: float | torch.cuda.Event
+    allocated_bytes: int
+
+
+class Recorder:
+    """Takes the time before and after each instruction of a step, and the memory after it.
+
+    ``held_bytes`` says how much memory the rank holds now. Times are of this rank's clock; ``origin_s`` is the clock's reading at the
+    beginning of the step, so that ranks of a host can be put on one axis. Two readings of a clock cost about 0.2 µs an instruction.
+    """
+
+    def __init__(self, rank: int, device: torch.device, held_bytes: Callable[[], int] | None = None) -> None:
+        self._rank = rank
+        self._is_cuda = device.type == "cuda"
+        self._held_bytes = held_bytes
+        self._moments: list[_Moment] = []
+        self._begun: torch.cuda.Event | None = None
+        self.origin_s = 0.0
+
+    def begin(self) -> None:
+        """Forgets the step before."""
+        self._moments.clear()
+        self.origin_s = time.perf_counter()
+        if self._is_cuda:
+            self._begun = self._event()
+
+    @contextmanager
+    def span(self, instruction: Instruction) -> Iterator[None]:
+        """Records what runs inside as ``instruction``."""
+        start = self._now()
+        yield
+        end = self._now()
+        held = self._held_bytes() if self._held_bytes is not None else 0
+        self._moments.append(_Moment(instruction, start, end, held))
+
+    def spans(self, origin_s: float | None = None) -> tuple[Span, ...]:
+        """The spans of the last step, in seconds since ``origin_s`` (this rank's own beginning where it is not given)."""
+        offset = 0.0 if origin_s is None else self.origin_s - origin_s
+        return tuple(
+            Span(self._rank, _stream_of(m.instruction), m.instruction.name, *self._times(m, offset))
+            for m in self._moments
+        )
+
+    def memory(self, origin_s: float | None = None) -> tuple[MemorySample, ...]:
+        """What was held after each instruction of the last step; empty where nobody said how much that is."""
+        if self._held_bytes is None:
+            return ()
+        offset = 0.0 if origin_s is None else self.origin_s - origin_s
+        return tuple(
+            MemorySample(
+                self._rank, self._times(m, offset)[1], {"allocated": m.allocated_bytes}, m.instruction.name
+            )
+            for m in self._moments
+        )
+
+    def _now(self) -> float | torch.cuda.Event:
+        return self._event() if self._is_cuda else time.perf_counter()
+
+    def _event(self) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _times(self, moment: _Moment, offset: float) -> tuple[float, float]:
+        if isinstance(moment.start, float) and isinstance(moment.end, float):
+            return moment.start - self.origin_s + offset, moment.end - self.origin_s + offset
+        assert self._begun is not None
+        torch.cuda.synchronize()
+        start = self._begun.elapsed_time(moment.start) / 1e3
+        return start + offset, self._begun.elapsed_time(moment.end) / 1e3 + offset
+
+
+def _stream_of(instruction: Instruction) -> Stream:
+    if instruction.is_send or instruction.is_receive:
+        return "pp"
+    return "dp" if instruction.kind in ("COUNT", "UNSHARD", "RESHARD", "REDUCE_GRAD") else "compute"
