@@ -69,6 +69,7 @@ def prove(
             "data.paths": None if data is None else tuple(data),
         },
     )
+    config = _with_samples(config)
     return _prove(config, _fault(inject_fault), report)
 
 
@@ -78,6 +79,16 @@ def _config(run: Path | None, options: dict[str, Any]) -> RunConfig:
     config = load_run_config(run) if run is not None else RunConfig()
     changes = {name: value for name, value in options.items() if value is not None}
     return config.with_changes(**changes, resume=False, out=f"runs/{time.strftime('%Y%m%d-%H%M%S')}-prove")
+
+
+def _with_samples(config: RunConfig) -> RunConfig:
+    """A proof of a model that reads no text needs no data set: random tensors serve as well."""
+    from shardstage.training.job import source_of
+    from shardstage.training.samples import RANDOM, reads_text
+
+    if config.data.samples or reads_text(source_of(config)):
+        return config
+    return config.with_changes(**{"data.samples": RANDOM})
 
 
 def _prove(config: RunConfig, fault: Fault | None, report: Path | None) -> int:

@@ -75,7 +75,8 @@ def _padded_bytes(op: Op, value: Value) -> int:
     if op.target not in _CUTTING or not isinstance(sections, tuple):
         return value.num_bytes
     held = [sum(sizes) for sizes in zip(*sections, strict=True)]
-    return value.num_bytes // max(1, sum(held)) * max(held) * len(held)
+    largest: int = max(held)
+    return value.num_bytes // max(1, sum(held)) * largest * len(held)
 
 
 _CUTTING: Final = frozenset(

@@ -13,6 +13,7 @@ Refuses to know: meshes, ranks, process groups, devices and models. A share of a
 from shardstage.data.batches import Microbatch, RankBatches
 from shardstage.data.config import DataConfig, Objective, Split
 from shardstage.data.packed_text import PackedText
+from shardstage.data.random_samples import RandomSamples, TensorSpec
 from shardstage.data.sampler import BatchSampler, shares
 from shardstage.data.source import IndexedSource, SampleSource, as_source
 from shardstage.data.tokenizer import ByteTokenizer, PretrainedTokenizer, Tokenizer, load_tokenizer
@@ -26,9 +27,11 @@ __all__ = [
     "Objective",
     "PackedText",
     "PretrainedTokenizer",
+    "RandomSamples",
     "RankBatches",
     "SampleSource",
     "Split",
+    "TensorSpec",
     "Tokenizer",
     "as_source",
     "load_tokenizer",

@@ -7,14 +7,16 @@ from typing import Literal, get_args
 
 from shardstage.errors import DataError
 
-Objective = Literal["causal", "masked"]
+Objective = Literal["causal", "masked", "seq2seq"]
 Split = Literal["train", "validation"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Which text, cut how.
+    """Which text, cut how; or, with ``samples``, which other data set.
 
+    ``samples`` names an indexable of dicts of tensors as ``module:name`` or ``file.py:name`` (the object, or a function that makes it), or
+    is ``random``: tensors drawn at random in the shapes that the model reads, enough to prove and to time a run.
     ``paths`` are files, folders or glob patterns; none means the sources of Python's standard library.
     ``sequence`` is the number of tokens in a sample; ``seed`` draws the masks of the masked objective;
     ``validation_ratio`` of the samples, evenly spaced, are kept out of training.
@@ -26,6 +28,7 @@ class DataConfig:
     sequence: int = 128
     seed: int = 0
     validation_ratio: float = 0.0
+    samples: str = ""
 
     def __post_init__(self) -> None:
         if self.objective not in get_args(Objective):

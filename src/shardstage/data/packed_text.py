@@ -28,6 +28,7 @@ class PackedText(SampleSource):
         window 1            e f g h        input_ids; labels are f g h i
 
     ``labels[t]`` is the token *after* ``input_ids[t]``: they are already shifted.
+    Of a sequence to sequence sample the labels are the S tokens after its input.
     Masked windows do not overlap; labels are -100 where there is nothing to predict.
     """
 
@@ -112,6 +113,9 @@ class PackedText(SampleSource):
         if self.config.objective == "causal":
             window = self._tokens[start : start + length + 1].astype(np.int64)
             inputs, labels = window[:-1].copy(), window[1:].copy()  # each its own storage
+        elif self.config.objective == "seq2seq":
+            window = self._tokens[start : start + 2 * length].astype(np.int64)
+            inputs, labels = window[:length].copy(), window[length:].copy()
         else:
             inputs, labels = mask_tokens(
                 self._tokens[start : start + length],
@@ -143,11 +147,12 @@ class PackedText(SampleSource):
 
     @property
     def _num_shared(self) -> int:
-        """Tokens that a window shares with the next one."""
-        return 1 if self.config.objective == "causal" else 0
+        """Tokens of a sample that are the next one's input."""
+        return {"causal": 1, "masked": 0, "seq2seq": self.config.sequence}[self.config.objective]
 
     def _too_short(self) -> DataError:
-        needed, largest = self.config.sequence + self._num_shared, self.num_tokens - self._num_shared
+        needed = self.config.sequence + self._num_shared
+        largest = self.num_tokens // 2 if self._num_shared > 1 else self.num_tokens - self._num_shared
         return DataError(
             f"the text has {self.num_tokens} tokens, but a sample of sequence {self.config.sequence} "
             f"needs {needed}",

@@ -18,7 +18,7 @@ from shardstage.errors import ConfigError
 from shardstage.graph.skeleton import build_skeleton
 from shardstage.graph.tasks import Task, causal_task, image_task, masked_task, seq2seq_task
 
-__all__ = ["BUILT_IN", "ModelSource", "load_model", "source_of_model"]
+__all__ = ["BUILT_IN", "ModelSource", "import_object", "load_model", "source_of_model"]
 
 _IMAGE_SIZE = 224  # of ImageNet, for a model that reads images of any size
 BYTE_VOCABULARY = 260  # what a tokenizer of bytes needs: 256 and four special tokens
@@ -186,7 +186,7 @@ def _build_transformers(config: Any, model_class: str) -> nn.Module:
 def _from_factory(spec: str, task: Task | None) -> ModelSource:
     """``module:factory`` where ``factory()`` makes a module, is annotated to make a ModelSource, or is one."""
     place, _, name = spec.rpartition(":")
-    made = getattr(_import(place, spec), name, None)
+    made = import_object(spec, what="model")
     if isinstance(made, ModelSource):
         return made
     if not callable(made):
@@ -206,7 +206,16 @@ def _from_factory(spec: str, task: Task | None) -> ModelSource:
     )
 
 
-def _import(place: str, spec: str) -> ModuleType:
+def import_object(spec: str, *, what: str) -> Any:
+    """What ``module:name`` or ``file.py:name`` names, None where the module has no such name; ``what`` is it in an error's words.
+
+    Raises ConfigError where the module cannot be imported.
+    """
+    place, _, name = spec.rpartition(":")
+    return getattr(_import(place, spec, what), name, None)
+
+
+def _import(place: str, spec: str, what: str) -> ModuleType:
     try:
         if not place.endswith(".py"):
             return importlib.import_module(place)
@@ -219,7 +228,7 @@ def _import(place: str, spec: str) -> ModuleType:
         return module
     except (ImportError, OSError) as error:
         raise ConfigError(
-            f"the model {spec!r} cannot be imported: {error}", hint="--model path/to/file.py:factory"
+            f"the {what} {spec!r} cannot be imported: {error}", hint="path/to/file.py:name"
         ) from error
 
 

@@ -23,6 +23,7 @@ from shardstage.operators.context import OperatorContext
 
 __all__ = ["addmm", "linear", "matmul"]
 
+
 def linear(context: OperatorContext, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x wᵀ + bias`` with ``x [.., in]``, ``weight [out, in]``, ``bias [out]``."""
     if not _is_ours(context, weight):

@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from shardstage.data import Microbatch, PackedText
+from shardstage.data import Microbatch
 from shardstage.layout import Placement, Shard
 from shardstage.layout.boxes import boxes, row_major_strides
 from shardstage.parity.faults import Fault, broken_batches, inject
@@ -25,6 +25,7 @@ from shardstage.runtime.environment import RankEnvironment
 from shardstage.runtime.leaves import Leaf, Piece
 from shardstage.training.job import TrainJob, source_of
 from shardstage.training.rank import join_job, rank_batches
+from shardstage.training.samples import samples_of
 
 __all__ = [
     "REFERENCE_FILE",
@@ -121,7 +122,7 @@ def read_reports(folder: Path) -> list[RankReport]:
 def _run(engine: Engine, job: TrainJob, request: Request) -> RankReport:
     groups = engine.groups
     report = RankReport(rank=groups.rank, pp=groups.pp, dp=groups.dp, tp=groups.tp)
-    batches = rank_batches(job, engine, PackedText.from_config(job.config.data))
+    batches = rank_batches(job, engine, samples_of(job.config.data, source_of(job.config)))
     reference = Path(request.folder) / REFERENCE_FILE
 
     def see_gradients(engine: Engine) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from shardstage.data import BatchSampler, Microbatch, PackedText, RankBatches
+from shardstage.data import BatchSampler, Microbatch, RankBatches
 from shardstage.errors import ConfigError
 from shardstage.operators import RandomState
 from shardstage.parity.eager import ReplayedDropout, in_float64
@@ -16,6 +16,7 @@ from shardstage.parity.trajectory import StepGradients, Trajectory, follow
 from shardstage.runtime.weights import initialised_model
 from shardstage.sharding.rules.random import draws_otherwise
 from shardstage.training.job import TrainJob, source_of
+from shardstage.training.samples import samples_of
 
 __all__ = [
     "GlobalBatches",
@@ -31,7 +32,7 @@ class GlobalBatches:
     """The global batch of any step as the microbatches of all data-parallel ranks, first rank first."""
 
     def __init__(self, job: TrainJob) -> None:
-        plan, data = job.plan, PackedText.from_config(job.config.data)
+        plan, data = job.plan, samples_of(job.config.data, source_of(job.config))
         sampler = BatchSampler(
             num_samples=data.num_samples, global_batch=plan.global_batch, seed=job.config.seed
         )

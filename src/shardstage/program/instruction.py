@@ -100,7 +100,9 @@ def _require_whole(instruction: Instruction, text: str, arrow: str | None) -> No
     if (instruction.stage is None) != (kind in _WHOLE_RANK):
         problem = f"{kind} is for {'the whole rank' if kind in _WHOLE_RANK else 'one stage'}"
     elif (instruction.microbatch is None) == (instruction.is_computation or moves):
-        problem = f"{kind} is for {'one microbatch' if instruction.microbatch is None else 'all microbatches'}"
+        problem = (
+            f"{kind} is for {'one microbatch' if instruction.microbatch is None else 'all microbatches'}"
+        )
     elif (instruction.peer is None) == moves or (moves and not instruction.message):
         problem = f"{kind} names {'a peer and a message' if moves else 'no peer'}"
     elif arrow is not None and arrow != (">" if instruction.is_send else "<"):

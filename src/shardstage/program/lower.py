@@ -193,7 +193,9 @@ class _Lowering:
         mesh = self.plan.mesh
         trained = {p.fqn: p for p in held if p.is_trained}.values()
         partial = [p for p in trained if p.is_tp_partial and mesh.tp > 1]
-        tied = [[p for p in trained if p.ties == ties] for ties in sorted({p.ties for p in trained if p.ties})]
+        tied = [
+            [p for p in trained if p.ties == ties] for ties in sorted({p.ties for p in trained if p.ties})
+        ]
         for axis, group in [("tp", partial), *((tie_axis(group[0].ties), group) for group in tied)]:
             rows = [row_range(p.shape, mesh, dp) for p in group]
             numel = sum(

@@ -6,16 +6,14 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
 
+from shardstage.cluster import CollectiveKind
 from shardstage.graph.cuts import Edge
 from shardstage.layout import Mesh
 from shardstage.program.instruction import Instruction
 from shardstage.units import dtype_bytes
 
-__all__ = ["Collective", "CollectiveKind", "ParameterUse", "Program", "Row", "TensorType"]
-
-CollectiveKind = Literal["all_reduce", "all_gather", "reduce_scatter", "broadcast"]
+__all__ = ["Collective", "ParameterUse", "Program", "Row", "TensorType"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +53,8 @@ class Collective:
 class ParameterUse:
     """A parameter, the stages that use it, and the axes over which its gradient must be summed (none: it is frozen, or alone).
 
-    ``dp``; ``tp`` where it lies whole on tensor-parallel ranks that see different parts of its gradient; ``tie…`` where pipeline ranks share it.
+    ``dp``; ``tp`` where it lies whole on tensor-parallel ranks that see different parts of its gradient; ``tie…`` where pipeline
+    ranks share it.
     """
 
     fqn: str
@@ -126,5 +125,8 @@ class Program:
     @cached_property
     def _rows_by_rank(self) -> dict[int, Row]:
         return {
-            self.mesh.rank(pp=row.pp, dp=dp, tp=tp): row for row in self.rows for dp in row.dp for tp in row.tp
+            self.mesh.rank(pp=row.pp, dp=dp, tp=tp): row
+            for row in self.rows
+            for dp in row.dp
+            for tp in row.tp
         }

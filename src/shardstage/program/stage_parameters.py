@@ -165,7 +165,9 @@ def needs_bucket(parameter: HeldParameter, plan: Plan) -> bool:
     return is_shared or parameter.dtype != master_dtype(plan)
 
 
-def units_of(held: Sequence[HeldParameter], plan: Plan) -> tuple[tuple[int | None, tuple[HeldParameter, ...]], ...]:
+def units_of(
+    held: Sequence[HeldParameter], plan: Plan
+) -> tuple[tuple[int | None, tuple[HeldParameter, ...]], ...]:
     """Parameters by the block that owns them (``None``: the stage), in order of the blocks, as ZeRO-2/3 shards them."""
     blocks = sorted({p.block for p in held if p.block is not None})
     found: list[tuple[int | None, tuple[HeldParameter, ...]]] = [

@@ -46,8 +46,8 @@ class _Bucket:
 class BucketedParameters:
     """Owns the parameters of a rank's stages, their gradients, and how both meet over dp (ZeRO 0 and 1), tp and ties.
 
-    A step: ``begin``, then backwards (a stage's last one after ``expect_last_backward``), ``finish`` waits for the reductions, the optimizer
-    steps ``leaves``, ``publish`` makes the new parameters visible to the blocks on all ranks. Gradients are *summed* over dp.
+    A step: ``begin``, then backwards (a stage's last one after ``expect_last_backward``), ``finish`` waits for the reductions, the
+    optimizer steps ``leaves``, ``publish`` makes the new parameters visible to the blocks on all ranks. Gradients are *summed* over dp.
     """
 
     def __init__(
@@ -83,7 +83,9 @@ class BucketedParameters:
             for name in stage.infos
         }
         self._buckets = [
-            self._make_bucket([infos[n] for n in names], device=device, master_dtype=master_dtype, allocate=allocate)
+            self._make_bucket(
+                [infos[n] for n in names], device=device, master_dtype=master_dtype, allocate=allocate
+            )
             for names in buckets
         ]
         self._next_to_start = 0

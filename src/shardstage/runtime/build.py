@@ -109,7 +109,14 @@ def build_engine(
         context.weights.accumulate = bucketed.accumulate
         parameters = bucketed
     _load(
-        stages.values(), parameters, source, groups, seed=seed, dtype=master, device=device, folder=weights_folder
+        stages.values(),
+        parameters,
+        source,
+        groups,
+        seed=seed,
+        dtype=master,
+        device=device,
+        folder=weights_folder,
     )
     return Engine(
         program=program,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 import torch.distributed as dist
@@ -120,9 +120,8 @@ class Engine:
         self._transfers = Transfers(program, groups, device)
         self._row = program.row_of(groups.rank).instructions
         self._loss_name = graphs.graph.output
-        self._last_backwards = {
-            at for at in {i.stage: at for at, i in enumerate(self._row) if i.kind in ("B", "W")}.values()
-        }
+        last_at = {i.stage: at for at, i in enumerate(self._row) if i.kind in ("B", "W")}
+        self._last_backwards = frozenset(last_at.values())
         self._needs_gradient = {e.value for e in program.edges if e.requires_grad}
         self._neighbours = _neighbours(program)
         self._flights: dict[tuple[int, int], _InFlight] = {}
@@ -137,7 +136,7 @@ class Engine:
     @property
     def blocks(self) -> tuple[Block, ...]:
         """The blocks of all stages of the rank."""
-        return tuple(block for stage in self.stages.values() for block in stage.blocks)
+        return tuple(cast("Block", block) for stage in self.stages.values() for block in stage.blocks)
 
     def step(
         self,
@@ -252,7 +251,9 @@ class Engine:
         flight.received = {name: tensor for name, tensor in flight.received.items() if tensor.requires_grad}
         for source, names in self._neighbours[stage].sources.items():
             for name in names:
-                _add_gradient(self._flights[source, microbatch], name, _gradient_of(flight.received.pop(name)))
+                _add_gradient(
+                    self._flights[source, microbatch], name, _gradient_of(flight.received.pop(name))
+                )
 
     def _backward_of_input(self, stage: int, microbatch: int, flight: _InFlight) -> None:
         """The backward without the products that yield weights' gradients, which are kept for W."""

@@ -114,9 +114,7 @@ class FullyShardedParameters:
     def _model_reductions(self) -> list[tuple[dist.ProcessGroup, list[Leaf]]]:
         found: list[tuple[dist.ProcessGroup, list[Leaf]]] = []
         tp_group = self._groups.tp_group
-        partial = (
-            [leaf for leaf in self.leaves if leaf.pieces[0].parameter.is_tp_partial] if tp_group else []
-        )
+        partial = [leaf for leaf in self.leaves if leaf.pieces[0].parameter.is_tp_partial] if tp_group else []
         if tp_group is not None and partial:
             found.append((tp_group, partial))
         for ties, group in sorted(self._groups.tie_groups.items()):
@@ -133,8 +131,7 @@ class FullyShardedParameters:
             gradient=lambda: _local_gradient(parameter),
             pieces=(Piece(parameter=info, flat_start=start * row, flat_stop=stop * row, offset=0),),
             is_decayed=info.is_decayed,
-            is_counted=(is_tp_sharded or groups.tp == 0)
-            and (not info.ties or groups.pp == info.ties[0]),
+            is_counted=(is_tp_sharded or groups.tp == 0) and (not info.ties or groups.pp == info.ties[0]),
         )
 
 
@@ -164,12 +161,12 @@ def _shard_stage(
         kept.insert(0, cast("FSDPModule", stage))
     for module in kept:
         module.set_reshard_after_backward(False, recurse=False)
-    for module in stage.modules():
-        if isinstance(module, FSDPModule):
+    for part in stage.modules():
+        if isinstance(part, FSDPModule):
             # Gradients are summed: the loss is already divided by all targets. Without the second line FSDP2 would ask for a
             # sum that multiplies by 1 first, which gloo does not have.
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)
+            part.set_gradient_divide_factor(1.0)
+            part.set_force_sum_reduction_for_comms(True)
     return kept
 
 

@@ -15,13 +15,17 @@ from shardstage.timeline import MemorySample, Span, Stream
 __all__ = ["Recorder"]
 
 
+Reading = float | torch.cuda.Event
+"""Of a clock, in seconds; or an event on a CUDA stream."""
+
+
 class _Moment(NamedTuple):
-    """An instruction between two readings of the clock; on CUDA the readings are events on the stream."""
+    """An instruction between two readings."""
 
     instruction: Instruction
-    start: float | torch.cuda.Event
-    end: float | torch.cuda.Event
-    allocated_bytes: int
+    start: Reading
+    end: Reading
+    held_bytes: int
 
 
 class Recorder:
@@ -70,26 +74,28 @@ class Recorder:
         offset = 0.0 if origin_s is None else self.origin_s - origin_s
         return tuple(
             MemorySample(
-                self._rank, self._times(m, offset)[1], {"allocated": m.allocated_bytes}, m.instruction.name
+                self._rank, self._times(m, offset)[1], {"allocated": m.held_bytes}, m.instruction.name
             )
             for m in self._moments
         )
 
-    def _now(self) -> float | torch.cuda.Event:
+    def _now(self) -> Reading:
         return self._event() if self._is_cuda else time.perf_counter()
 
     def _event(self) -> torch.cuda.Event:
-        event = torch.cuda.Event(enable_timing=True)
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]  # torch's is untyped
         event.record()
         return event
 
     def _times(self, moment: _Moment, offset: float) -> tuple[float, float]:
-        if isinstance(moment.start, float) and isinstance(moment.end, float):
-            return moment.start - self.origin_s + offset, moment.end - self.origin_s + offset
+        return self._since_begin_s(moment.start) + offset, self._since_begin_s(moment.end) + offset
+
+    def _since_begin_s(self, reading: Reading) -> float:
+        if isinstance(reading, float):
+            return reading - self.origin_s
         assert self._begun is not None
-        torch.cuda.synchronize()
-        start = self._begun.elapsed_time(moment.start) / 1e3
-        return start + offset, self._begun.elapsed_time(moment.end) / 1e3 + offset
+        reading.synchronize()
+        return float(self._begun.elapsed_time(reading)) / 1e3
 
 
 def _stream_of(instruction: Instruction) -> Stream:

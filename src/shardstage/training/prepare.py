@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
 
 import torch
 
 from shardstage.checkpoint.export import check_export_folder
 from shardstage.cluster import Cluster
-from shardstage.data import Objective, PackedText
+from shardstage.data import PackedText, SampleSource
 from shardstage.errors import ConfigError, DataError
 from shardstage.graph import ModelGraph
 from shardstage.graph.fallback import capture_or_blocks
@@ -22,6 +21,7 @@ from shardstage.planner import search
 from shardstage.training.folder import EarlierRun, RunFolder
 from shardstage.training.job import TrainJob, source_of
 from shardstage.training.run_config import RunConfig, load_run_config
+from shardstage.training.samples import reads_text, samples_of
 
 __all__ = ["choose_plan", "prepare", "read_job"]
 
@@ -113,14 +113,20 @@ def _precision(config: RunConfig, earlier: EarlierRun | None) -> Precision:
 
 
 def _with_objective(config: RunConfig, source: ModelSource) -> RunConfig:
-    """The run with the labels that the model's task needs."""
-    objective = source.task.objective
-    if objective not in get_args(Objective):
-        raise ConfigError(
-            f"{config.model} is trained on {objective} data, and a run file reads text for {' and '.join(get_args(Objective))} models",
-            hint="--model llama-tiny",
+    """The run with the labels that the model's task needs, where these are made from text."""
+    if config.data.samples or not reads_text(source):
+        return config
+    return config.with_changes(**{"data.objective": source.task.objective})
+
+
+def _check_tensors(data: SampleSource, source: ModelSource) -> None:
+    """A sample has the tensors that the model's task reads."""
+    found, wanted = set(data.sample(0)), set(source.task.inputs)
+    if found != wanted:
+        raise DataError(
+            f"a sample holds {', '.join(sorted(found))}, and {source.name} reads {', '.join(sorted(wanted))}",
+            hint=f"return {{{', '.join(f'{name!r}: ...' for name in sorted(wanted))}}}",
         )
-    return config.with_changes(**{"data.objective": objective})
 
 
 def _check_device(config: RunConfig) -> None:
@@ -157,13 +163,15 @@ def _check_length(config: RunConfig, source: ModelSource) -> None:
 
 
 def _check_data(config: RunConfig, source: ModelSource) -> None:
-    data = PackedText.from_config(config.data)
+    data = samples_of(config.data, source)
     if data.num_samples < config.global_batch:
         raise DataError(
-            f"the data holds {data.num_samples} samples of {config.data.sequence} tokens, and a step takes {config.global_batch}",
+            f"the data holds {data.num_samples} samples, and a step takes {config.global_batch}",
             hint=f"--batch {max(1, data.num_samples)}",
         )
-    if source.vocab_size is not None and data.vocab_size > source.vocab_size:
+    if not isinstance(data, PackedText):
+        _check_tensors(data, source)
+    elif source.vocab_size is not None and data.vocab_size > source.vocab_size:
         raise DataError(
             f"the tokenizer has {data.vocab_size} tokens, and the model an embedding for {source.vocab_size}",
             hint="use the model's own tokenizer: [data] tokenizer = ...",

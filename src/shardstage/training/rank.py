@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from shardstage import checkpoint
-from shardstage.data import BatchSampler, PackedText, RankBatches
+from shardstage.data import BatchSampler, RankBatches, SampleSource
 from shardstage.errors import CheckpointError
 from shardstage.runtime.build import build_engine
 from shardstage.runtime.engine import Engine, StepResult
@@ -23,6 +23,7 @@ from shardstage.training.folder import RunFolder, replace_text
 from shardstage.training.job import TrainJob, source_of
 from shardstage.training.progress import Progress
 from shardstage.training.run_config import RunConfig
+from shardstage.training.samples import samples_of
 from shardstage.training.state import accept_loaded, kept_bytes, state_entries
 
 __all__ = ["join_job", "rank_batches", "train_joined", "train_rank"]
@@ -39,7 +40,7 @@ def train_rank(environment: RankEnvironment, job: TrainJob) -> None:
 def train_joined(environment: RankEnvironment, job: TrainJob, device: torch.device) -> None:
     """``train_rank`` of a rank that is in the world already."""
     source = source_of(job.config)
-    data = PackedText.from_config(job.config.data)
+    data = samples_of(job.config.data, source)
     engine = build_engine(
         job.graph,
         job.plan,
@@ -68,7 +69,7 @@ def join_job(environment: RankEnvironment, config: RunConfig) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if is_cuda else torch.device("cpu")
 
 
-def rank_batches(job: TrainJob, engine: Engine, data: PackedText) -> RankBatches:
+def rank_batches(job: TrainJob, engine: Engine, data: SampleSource) -> RankBatches:
     """This rank's share of every global batch; ranks that differ only in pp and tp read the same samples."""
     plan, dp = job.plan, engine.groups.dp
     sampler = BatchSampler(num_samples=data.num_samples, global_batch=plan.global_batch, seed=job.config.seed)
