@@ -261,3 +261,13 @@ class TestCache:
         with pytest.raises(DataError, match="cannot be written: Not a directory") as caught:
             PackedText.from_config(config, cache_dir=tmp_path / "text.txt" / "cache")
         assert caught.value.hint == f"df -h {tmp_path / 'text.txt' / 'cache'}"
+
+
+def test_a_sequence_to_sequence_sample_goes_on_where_its_input_ends() -> None:
+    source = packed(objective="seq2seq", sequence=16)
+    first, second = source.sample(0), source.sample(1)
+    assert torch.equal(first["labels"], second["input_ids"])
+    assert source.num_samples == source.num_tokens // 16 - 1
+    with pytest.raises(DataError, match="needs 1000") as error:
+        packed(objective="seq2seq", sequence=500)
+    assert error.value.hint == f"--seq {source.num_tokens // 2}"
