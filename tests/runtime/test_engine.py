@@ -27,7 +27,7 @@ from shardstage.graph.capture import capture
 from shardstage.graph.source import load_model
 from shardstage.layout import Replicate
 from shardstage.plan import check, complete, parse_request
-from shardstage.program import lower
+from shardstage.program import StageGraphs
 from shardstage.runtime.launch import launch
 from shardstage.runtime.optimizer import learning_rate
 from shardstage.runtime.weights import initialised_model
@@ -117,7 +117,7 @@ def test_every_plan_trains_as_one_rank_does(
 def _holds_its_share_only(case: Case, held: list[int]) -> None:
     """No rank holds more than its part of the masters: of 4 heads on 3 ranks one gets two, so half of what is cut by heads."""
     whole, plan = case.graph.num_parameters, case.plan
-    placements = lower(case.graph, plan).sharding_at(plan.microbatches(0)[0]).parameters
+    placements = StageGraphs(case.graph, plan).sharding_at(plan.microbatches(0)[0]).parameters
     kept_whole = sum(
         case.graph.values[p.name].numel
         for p in case.graph.parameters

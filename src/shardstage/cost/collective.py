@@ -74,9 +74,8 @@ def _padded_bytes(op: Op, value: Value) -> int:
     sections = op.args[2] if len(op.args) > 2 else None
     if op.target not in _CUTTING or not isinstance(sections, tuple):
         return value.num_bytes
-    held = [sum(sizes) for sizes in zip(*sections, strict=True)]
-    largest: int = max(held)
-    return value.num_bytes // max(1, sum(held)) * largest * len(held)
+    held: list[int] = [sum(sizes) for sizes in zip(*sections, strict=True)]
+    return value.num_bytes // max(1, sum(held)) * max(held) * len(held)
 
 
 _CUTTING: Final = frozenset(

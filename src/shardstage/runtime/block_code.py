@@ -21,12 +21,18 @@ Function = Callable[..., tuple[Tensor, ...]]
 
 @dataclass(frozen=True, kw_only=True)
 class BlockCode:
-    """What a block computes for one size of microbatch: ``function(*parameters, *inputs) -> outputs``, all by value name."""
+    """What a block computes for one size of microbatch: ``function(*parameters, *inputs) -> outputs``, all by value name.
+
+    Of its parameters those in ``products`` get a gradient from operators, once for each time that they stand there; those in
+    ``others`` from autograd.
+    """
 
     function: Function
     parameters: tuple[str, ...]
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    products: tuple[str, ...] = ()
+    others: frozenset[str] = frozenset()
 
 
 class BlockWriter:
@@ -53,7 +59,16 @@ class BlockWriter:
         if key not in self._written:
             function = self._write(graph, (*stored, *inputs), constants, ops, outputs)
             self._written[key] = torch.compile(function) if self._is_compiled else function
-        return BlockCode(function=self._written[key], parameters=stored, inputs=inputs, outputs=outputs)
+        return BlockCode(
+            function=self._written[key],
+            parameters=stored,
+            inputs=inputs,
+            outputs=outputs,
+            products=tuple(name for op in ops if (name := _weight_of(op))),
+            others=frozenset(
+                name for op in ops for name in op.inputs if name in stored and name != _weight_of(op)
+            ),
+        )
 
     def _write(
         self,
@@ -92,6 +107,13 @@ def _with_own_gradient(graph: ModelGraph, op: Op) -> Op:
     value = graph.values[weight.name]
     is_trained = value.kind == "parameter" and value.requires_grad and len(value.shape) == 2
     return replace(op, target=target) if is_trained else op
+
+
+def _weight_of(op: Op) -> str:
+    """Name of the weight whose gradient an operator hands over itself; empty for any other op."""
+    at = dict(_WEIGHTED.values()).get(op.target)
+    weight = None if at is None else op.args[at]
+    return weight.name if isinstance(weight, Ref) else ""
 
 
 def _without_names(

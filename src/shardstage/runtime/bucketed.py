@@ -37,6 +37,7 @@ class _Bucket:
     master: Tensor
     shard_gradients: Tensor
     views: tuple[Tensor, ...]
+    num_summands: int
     pending: int = 0
     touched: set[int] = field(default_factory=set)
     work: dist.Work | None = None
@@ -82,6 +83,7 @@ class BucketedParameters:
             for stage in stages
             for name in stage.infos
         }
+        self._num_summands = {name: stage.num_summands(name) for stage in stages for name in stage.infos}
         self._buckets = [
             self._make_bucket(
                 [infos[n] for n in names], device=device, master_dtype=master_dtype, allocate=allocate
@@ -107,7 +109,7 @@ class BucketedParameters:
             parameter.grad = None
         for bucket in self._buckets:
             bucket.touched.clear()
-            bucket.pending = len(bucket.parameters)
+            bucket.pending = bucket.num_summands
             bucket.is_started = False
 
     def unshard(self, stage: int) -> None:
@@ -119,6 +121,13 @@ class BucketedParameters:
     def expect_last_backward(self, stage: int) -> None:
         """Reduces each bucket of a stage as soon as its backward that now begins has filled it."""
         self._ended.add(stage)
+
+    def complete(self, stage: int) -> None:
+        """Reduces what of a stage is left: its last backward has run."""
+        for bucket in self._buckets:
+            if bucket.stage == stage:
+                bucket.pending = 0
+        self._start_complete()
 
     def accumulate(self, weight: Tensor, left: Tensor, right: Tensor) -> None:
         """Adds ``left @ right`` to a parameter's gradient where that lies."""
@@ -226,7 +235,7 @@ class BucketedParameters:
                 flat_gradients[offset : offset + p.numel()].view(p.shape)
                 for p, offset in zip(parameters, offsets, strict=True)
             ),
-            pending=len(infos),
+            num_summands=sum(self._num_summands[info.name] for info in infos),
         )
 
     def _hook(self, bucket: _Bucket, index: int) -> Callable[[Tensor], None]:
@@ -234,7 +243,10 @@ class BucketedParameters:
 
         def take(parameter: Tensor) -> None:
             gradient = parameter.grad
-            assert gradient is not None
+            if (
+                gradient is None
+            ):  # also called where an operator gave autograd nothing, because it went to ``accumulate``
+                return
             if index in bucket.touched:
                 view.add_(gradient)
             else:
@@ -246,7 +258,7 @@ class BucketedParameters:
         return take
 
     def _note_summand(self, bucket: _Bucket) -> None:
-        """Counts a gradient's last summand; what several stages use is not waited for but started at the end."""
+        """Counts what a stage's last backward adds; what several stages use is not waited for but started at the end."""
         if bucket.stage in self._ended:
             bucket.pending -= 1
             self._start_complete()

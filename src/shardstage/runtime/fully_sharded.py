@@ -89,6 +89,9 @@ class FullyShardedParameters:
     def expect_last_backward(self, stage: int) -> None:
         """Nothing: FSDP2 reduces after every backward."""
 
+    def complete(self, stage: int) -> None:
+        """Nothing: it is done."""
+
     def finish(self) -> None:
         """Sums over tp and tied stages what is partial there; over dp it is done."""
         for kind_group, leaves in self._model_reductions():

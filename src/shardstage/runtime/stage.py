@@ -59,6 +59,12 @@ class Stage(nn.Module):
                 known.pop(name, None)
         return {name: known[name] for name in self.outputs}
 
+    def num_summands(self, name: str) -> int:
+        """How often one backward adds to a parameter's gradient: once for each product with it, and once for all that autograd sums."""
+        codes = [by_size[next(iter(by_size))] for by_size in self._codes]
+        by_autograd = any(name in code.others for code in codes)
+        return sum(code.products.count(name) for code in codes) + by_autograd
+
     def parameters_by_name(self) -> dict[str, tuple[nn.Module, nn.Parameter]]:
         """Every parameter once: graph value name → (the module that holds it, the parameter)."""
         return {
