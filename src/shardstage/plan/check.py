@@ -36,6 +36,7 @@ def check(
     _check_ranks(plan, num_ranks, cluster)
     _check_stages(plan, graph)
     _check_batch(plan, graph)
+    schedule_of(plan)
     _check_sequence(plan, graph, max_sequence)
     return tuple(note for noted in _NOTES if (note := noted(plan, graph, cluster)))
 
@@ -82,7 +83,6 @@ def _check_stages(plan: Plan, graph: ModelGraph) -> None:
             f"the plan lists {len(plan.stages)} stages, and pp is {plan.mesh.pp}: every rank runs equally many",
             hint=f'--plan "pp={max(1, len(plan.stages))}", or one [[pipeline.stage]] for each stage',
         )
-    schedule_of(plan)
     index = {op.name: i for i, op in enumerate(graph.ops)}
     expected = 0
     for number, stage in enumerate(plan.stages):
