@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from shardstage.cost.profile import Profile, Recompute
 from shardstage.layout import Mesh
+from shardstage.schedule import Schedule, make_schedule
 from shardstage.units import dtype_bytes
 
 __all__ = ["StepSetup"]
@@ -16,7 +16,8 @@ __all__ = ["StepSetup"]
 class StepSetup:
     """``starts`` are the first units of the stages; the other fields are those of a plan.
 
-    ``microbatch`` is the size that the profile was made at, and ``num_microbatches`` run on each data-parallel rank.
+    ``microbatch`` is the size that the profile was made at, and ``num_microbatches`` run on each data-parallel rank. ``custom`` is a
+    schedule that has no name.
     """
 
     mesh: Mesh
@@ -27,9 +28,10 @@ class StepSetup:
     sequence: int | None
     zero: int
     recompute: Recompute
-    schedule: Literal["gpipe", "1f1b"]
+    schedule: str
     precision: str
     bucket_bytes: int
+    custom: Schedule | None = None
 
     @property
     def sharding_level(self) -> int:
@@ -52,7 +54,21 @@ class StepSetup:
         return range(self.starts[stage], stops[stage])
 
     def in_flight(self, stage: int) -> int:
-        """Microbatches whose activations a stage holds at most: all under GPipe, one for each stage from here to the end under 1F1B."""
+        """Microbatches whose activations a stage holds at most: all under GPipe, one for each stage from here to the end under 1F1B.
+
+        These two are asked for by every candidate of a search; another schedule is made and counted.
+        """
         if self.schedule == "gpipe":
             return self.num_microbatches
-        return min(self.mesh.pp - stage, self.num_microbatches)
+        if self.schedule == "1f1b":
+            return min(len(self.starts) - stage, self.num_microbatches)
+        return self.order().max_held(stage)
+
+    def order(self) -> Schedule:
+        """The schedule; ``ProgramError`` if the named one does not take so many stages on so many ranks."""
+        return self.custom or make_schedule(
+            self.schedule,
+            num_stages=len(self.starts),
+            num_ranks=self.mesh.pp,
+            num_microbatches=self.num_microbatches,
+        )

@@ -1,14 +1,48 @@
-"""In which order a pipeline's stages run their microbatches.
+"""In which order a pipeline's ranks act on stages and microbatches.
 
-Owns the schedules as pure functions ``(num_stages, num_microbatches) -> Schedule`` and the field's text notation of actions. In go two
-numbers, out comes a list of actions per stage. It refuses to know what a stage computes or what it costs.
+Owns the schedules as pure functions of sizes, the field's text notation of actions, what a schedule must hold, when its actions run on
+stages of given times, and the search for the best one. In go numbers and text, out come a row of actions per rank and seconds. It refuses
+to know what a stage computes, and where its seconds and bytes come from.
 """
 
-from shardstage.schedule.action import Action, Schedule
+from shardstage.schedule.action import Action, ActionKind, Schedule
+from shardstage.schedule.check import check_schedule
+from shardstage.schedule.draw import draw
+from shardstage.schedule.dualpipe_v import dualpipe_v
+from shardstage.schedule.forward_only import forward_only
 from shardstage.schedule.gpipe import gpipe
+from shardstage.schedule.interleaved_1f1b import interleaved_1f1b
+from shardstage.schedule.looped_bfs import looped_bfs
 from shardstage.schedule.one_f_one_b import one_f_one_b
+from shardstage.schedule.places import Places, place_stages
+from shardstage.schedule.registry import SCHEDULES, ScheduleKind, make_schedule
+from shardstage.schedule.text import parse_schedule
+from shardstage.schedule.timing import ScheduleRun, StageBytes, StageTimes, run_schedule
+from shardstage.schedule.zb_h1 import zb_h1
+from shardstage.schedule.zb_v import zb_v
 
-SCHEDULES = {"gpipe": gpipe, "1f1b": one_f_one_b}
-"""Schedule functions by the name that a plan uses."""
-
-__all__ = ["SCHEDULES", "Action", "Schedule", "gpipe", "one_f_one_b"]
+__all__ = [
+    "SCHEDULES",
+    "Action",
+    "ActionKind",
+    "Places",
+    "Schedule",
+    "ScheduleKind",
+    "ScheduleRun",
+    "StageBytes",
+    "StageTimes",
+    "check_schedule",
+    "draw",
+    "dualpipe_v",
+    "forward_only",
+    "gpipe",
+    "interleaved_1f1b",
+    "looped_bfs",
+    "make_schedule",
+    "one_f_one_b",
+    "parse_schedule",
+    "place_stages",
+    "run_schedule",
+    "zb_h1",
+    "zb_v",
+]

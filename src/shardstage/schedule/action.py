@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, cast
 
@@ -70,13 +71,22 @@ class Schedule:
     def max_in_flight(self, rank: int) -> int:
         """Most pairs (stage, microbatch) on ``rank`` whose forward is done and whose backward, both halves of it, is not.
 
-        So many times are activations of one of its stages held.
+        So many times are activations of one of its stages held; without any backward, those of one at a time.
         """
+        return self._most_held(self.actions[rank])
+
+    def max_held(self, stage: int) -> int:
+        """Most microbatches whose activations ``stage`` holds at a time."""
+        row = self.actions[self.stage_ranks[stage]]
+        return self._most_held([action for action in row if action.stage == stage])
+
+    @staticmethod
+    def _most_held(row: Sequence[Action]) -> int:
         halves: Counter[tuple[int, int]] = Counter()
         held = most = 0
-        for action in self.actions[rank]:
+        for action in row:
             key = (action.stage, action.microbatch)
             halves[key] += {"F": 0, "B": 2, "I": 1, "W": 1}[action.kind]
             held += (action.kind == "F") - (action.kind != "F" and halves[key] == 2)
             most = max(most, held)
-        return most
+        return most if halves.total() > most else min(most, 1)

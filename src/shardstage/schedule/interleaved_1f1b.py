@@ -1,0 +1,65 @@
+"""Interleaved 1F1B: several stages a rank, so that a microbatch passes the ranks in smaller steps."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+from shardstage.schedule.action import Action, Schedule
+from shardstage.schedule.places import place_stages
+
+__all__ = ["interleaved_1f1b"]
+
+
+def interleaved_1f1b(num_ranks: int, num_microbatches: int, stages_per_rank: int) -> Schedule:
+    """The schedule of Narayanan et al., 2021, figure 4 bottom: stage s on rank s mod p; v stages a rank divide the bubble by v.
+
+    p = 2, v = 2, m = 4; microbatches of the rank's second stage in brackets:
+
+        rank 0 | 0  1 [0][1] 2     b[0] 3 b[1][2] b0 [3] b1 ...
+        rank 1 |    0  1 [0] b[0] [1] b[1] 2 b0 3 b1 ...
+
+    Microbatches go in rounds of p: a rank runs a round through one of its stages, then through its next one. Where p does not divide
+    m, the rounds are fewer and larger, as even as they can be, so that none is shorter than the pipeline.
+    """
+    forwards = _order(num_ranks, num_microbatches, stages_per_rank)
+    largest = -(-num_microbatches // max(1, num_microbatches // num_ranks))
+    return Schedule(
+        name="interleaved-1f1b",
+        num_microbatches=num_microbatches,
+        stage_ranks=place_stages("loop", num_ranks, stages_per_rank),
+        actions=tuple(
+            _row(rank, num_ranks, stages_per_rank, forwards, 2 * (num_ranks - rank - 1), largest)
+            for rank in range(num_ranks)
+        ),
+    )
+
+
+def _order(num_ranks: int, num_microbatches: int, stages_per_rank: int) -> list[tuple[int, int]]:
+    """(which of a rank's stages, microbatch) in the order of the forwards."""
+    num_rounds = max(1, num_microbatches // num_ranks)
+    starts = [num_microbatches * number // num_rounds for number in range(num_rounds + 1)]
+    return [
+        (place, microbatch)
+        for start, stop in pairwise(starts)
+        for place in range(stages_per_rank)
+        for microbatch in range(start, stop)
+    ]
+
+
+def _row(
+    rank: int,
+    num_ranks: int,
+    stages_per_rank: int,
+    order: list[tuple[int, int]],
+    ahead: int,
+    largest_round: int,
+) -> tuple[Action, ...]:
+    """Forwards until the first backward can have come back, then one of each; backwards take a rank's stages from the last."""
+    forwards = [Action(rank + place * num_ranks, "F", m) for place, m in order]
+    last = stages_per_rank - 1
+    backwards = [Action(rank + (last - place) * num_ranks, "B", m) for place, m in order]
+    warm_up = min(len(order), ahead + last * largest_round)
+    row = forwards[:warm_up]
+    for forward, backward in zip(forwards[warm_up:], backwards, strict=False):
+        row += [forward, backward]
+    return tuple(row + backwards[len(order) - warm_up :])
