@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -46,16 +47,34 @@ PLANS: Mapping[str, tuple[str, int, str]] = {
     "dp2pp2": ("dp=2,pp=2", 4, ""),
     "tp2pp2": ("tp=2,pp=2", 4, ""),
     "pp4": ("pp=4", 4, "Schedule1F1B x4"),
+    "pp interleaved": ("pp=2,schedule=interleaved-1f1b", 2, "ScheduleInterleaved1F1B"),
+    "pp looped-bfs": ("pp=2,schedule=looped-bfs", 2, "ScheduleLoopedBFS"),
+    "pp zb-v": ("pp=2,schedule=zb-v", 2, "ScheduleZBVZeroBubble"),
+    "pp dualpipe-v": ("pp=2,schedule=dualpipe-v", 2, "ScheduleDualPipeV"),
+    "pp zb-h1": ("pp=2,schedule=zb-h1", 2, "Schedule1F1B, even"),
+    "pp4 zb-h1": ("pp=4,schedule=zb-h1", 4, "Schedule1F1B x4, even"),
+    "pp4 gpipe": ("pp=4,schedule=gpipe", 4, "ScheduleGPipe x4"),
+    "pp4 interleaved": ("pp=4,schedule=interleaved-1f1b", 4, "ScheduleInterleaved1F1B x4"),
+    "pp4 zb-v": ("pp=4,schedule=zb-v", 4, "ScheduleZBVZeroBubble x4"),
 }
 PEERS: Mapping[str, tuple[Build, int]] = {
     "DDP": (ddp.build, 2),
     "FSDP2": (fsdp2.build, 2),
     "parallelize_module": (tensor_parallel.build, 2),
     "parallelize_module+SP": (tensor_parallel.build_sequence_parallel, 2),
-    "Schedule1F1B": (pipeline.build, 2),
-    "ScheduleGPipe": (pipeline.build_gpipe, 2),
+    "Schedule1F1B": (partial(pipeline.build, "1f1b"), 2),
+    "Schedule1F1B, even": (partial(pipeline.build, "1f1b", is_even=True), 2),
+    "ScheduleGPipe": (partial(pipeline.build, "gpipe"), 2),
+    "ScheduleInterleaved1F1B": (partial(pipeline.build, "interleaved-1f1b"), 2),
+    "ScheduleLoopedBFS": (partial(pipeline.build, "looped-bfs"), 2),
+    "ScheduleZBVZeroBubble": (partial(pipeline.build, "zb-v"), 2),
+    "ScheduleDualPipeV": (partial(pipeline.build, "dualpipe-v"), 2),
     "DDP x4": (ddp.build, 4),
-    "Schedule1F1B x4": (pipeline.build, 4),
+    "Schedule1F1B x4": (partial(pipeline.build, "1f1b"), 4),
+    "Schedule1F1B x4, even": (partial(pipeline.build, "1f1b", is_even=True), 4),
+    "ScheduleGPipe x4": (partial(pipeline.build, "gpipe"), 4),
+    "ScheduleInterleaved1F1B x4": (partial(pipeline.build, "interleaved-1f1b"), 4),
+    "ScheduleZBVZeroBubble x4": (partial(pipeline.build, "zb-v"), 4),
 }
 GROUPS: Mapping[str, tuple[str, ...]] = {
     "dp": ("dp", "zero1"),
@@ -64,6 +83,11 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
     "pp": ("pp", "pp gpipe"),
     "four": ("dp4", "dp2tp2", "dp2pp2"),
     "four stages": ("tp2pp2", "pp4"),
+    "looped": ("pp interleaved", "pp looped-bfs"),
+    "v": ("pp zb-v", "pp dualpipe-v"),
+    "even": ("pp zb-h1",),
+    "looped four": ("pp4 gpipe", "pp4 interleaved"),
+    "v four": ("pp4 zb-v", "pp4 zb-h1"),
 }
 
 

@@ -37,8 +37,16 @@ from shardstage.runtime.weights import initialised_model
 TOLERANCE = 64 * 2**-24
 
 THREE_RANKS = {
-    "llama-tiny": ("pp=3", "dp=3,zero=3", "tp=3,sp", "dp=3,mb=1,zero=1"),
-    "gpt2-tiny": ("pp=3,schedule=gpipe", "tp=3"),
+    "llama-tiny": (
+        "pp=3",
+        "dp=3,zero=3",
+        "tp=3,sp",
+        "dp=3,mb=1,zero=1",
+        "pp=3,schedule=zb-h1,mb=1",
+        "pp=3,schedule=interleaved-1f1b,mb=1,recompute=selective",
+        "pp=3,schedule=dualpipe-v,mb=1",
+    ),
+    "gpt2-tiny": ("pp=3,schedule=gpipe", "tp=3", "pp=3,schedule=zb-v,mb=1", "pp=3,schedule=looped-bfs,mb=2"),
 }
 FOUR_RANKS = {
     "llama-tiny": (
@@ -50,9 +58,13 @@ FOUR_RANKS = {
         "dp=2,tp=2,sp,zero=2,recompute=selective",
         "dp=2,pp=2,mb=1,zero=3,schedule=gpipe",
         "tp=2,pp=2,sp,mb=2",
+        "dp=2,pp=2,schedule=zb-v,mb=1,zero=1",
+        "tp=2,pp=2,schedule=zb-h1,mb=1,recompute=full",
+        "dp=2,pp=2,schedule=interleaved-1f1b,mb=1,zero=2,v=3",
+        "dp=2,pp=2,schedule=zb-h1,mb=2,shares=4/2,zero=3",
     ),
     "gpt2-tiny": ("dp=2,pp=2,mb=1", "tp=2,pp=2,mb=3", "dp=2,tp=2,zero=3", "pp=4,mb=1,recompute=full"),
-    "bert-tiny": ("dp=2,tp=2", "pp=4,mb=2", "tp=4,sp"),
+    "bert-tiny": ("dp=2,tp=2", "pp=4,mb=2", "tp=4,sp", "dp=2,pp=2,schedule=dualpipe-v,mb=1"),
     "mixtral-tiny": ("tp=2,pp=2,mb=2",),
 }
 

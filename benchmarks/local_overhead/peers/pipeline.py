@@ -1,17 +1,38 @@
-"""``torch.distributed.pipelining`` with manual stages: each rank keeps its layers, 1F1B or GPipe moves the rest.
+"""``torch.distributed.pipelining`` with manual stages: each rank keeps its layers, torch's schedules move the rest.
 
 Stages are cut between layers so that they cost alike, the head counted as two layers.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
+from torch.distributed.pipelining import (
+    PipelineStage,
+    Schedule1F1B,
+    ScheduleDualPipeV,
+    ScheduleGPipe,
+    ScheduleInterleaved1F1B,
+    ScheduleLoopedBFS,
+    ScheduleZBVZeroBubble,
+)
 from transformers import LlamaForCausalLM
 from workload import Step, Workload, load_weights, make_optimizer, mean_loss
 
-__all__ = ["build", "build_gpipe"]
+__all__ = ["build"]
+
+# By our name: torch's class, stages of a rank, and whether the second half of the stages goes up the ranks again.
+SCHEDULES: Mapping[str, tuple[type[Any], int, bool]] = {
+    "gpipe": (ScheduleGPipe, 1, False),
+    "1f1b": (Schedule1F1B, 1, False),
+    "interleaved-1f1b": (ScheduleInterleaved1F1B, 2, False),
+    "looped-bfs": (ScheduleLoopedBFS, 2, False),
+    "zb-v": (ScheduleZBVZeroBubble, 2, True),
+    "dualpipe-v": (ScheduleDualPipeV, 2, True),
+}
 
 
 class StageModule(nn.Module):
@@ -38,32 +59,38 @@ class StageModule(nn.Module):
         return hidden
 
 
-def build(workload: Workload, rank: int, size: int) -> Step:
-    return _build(workload, rank, size, Schedule1F1B)
-
-
-def build_gpipe(workload: Workload, rank: int, size: int) -> Step:
-    return _build(workload, rank, size, ScheduleGPipe)
-
-
-def _build(workload: Workload, rank: int, size: int, kind: type[Schedule1F1B] | type[ScheduleGPipe]) -> Step:
-    is_first, is_last = rank == 0, rank == size - 1
-    layers = stage_layers(workload.num_layers, rank, size)
-    module = StageModule(load_weights(workload), layers, is_first=is_first, is_last=is_last)
-    stage = PipelineStage(module, rank, size, torch.device("cpu"))
+def build(name: str, workload: Workload, rank: int, size: int, *, is_even: bool = False) -> Step:
+    """The step of a rank under torch's schedule; ``is_even`` gives every stage equally many layers, whatever the head costs."""
+    kind, per_rank, is_v = SCHEDULES[name]
+    num_stages = per_rank * size
+    own = [stage for stage in range(num_stages) if _rank_of(stage, size, is_v=is_v) == rank]
+    cut = _even_layers if is_even else stage_layers
+    model = load_weights(workload)
+    modules = [
+        StageModule(
+            model,
+            cut(workload.num_layers, stage, num_stages),
+            is_first=stage == 0,
+            is_last=stage == num_stages - 1,
+        )
+        for stage in own
+    ]
+    stages = [
+        PipelineStage(module, stage, num_stages, torch.device("cpu"))
+        for module, stage in zip(modules, own, strict=True)
+    ]
     num_microbatches = workload.global_batch // workload.microbatch
-    schedule = kind(stage, num_microbatches, loss_fn=mean_loss)  # divides gradients by num_microbatches
-    optimizer = make_optimizer(module.parameters())
+    held = stages[0] if per_rank == 1 else stages
+    schedule = kind(held, num_microbatches, loss_fn=mean_loss)  # divides gradients by num_microbatches
+    optimizer = make_optimizer(p for module in modules for p in module.parameters())
+    is_first, is_last = 0 in own, num_stages - 1 in own
 
     def step(number: int) -> float:
         inputs, labels = workload.batch(number)
         losses: list[Tensor] = []
-        if is_first:
-            schedule.step(inputs, return_outputs=False)
-        elif is_last:
-            schedule.step(target=labels, losses=losses, return_outputs=False)
-        else:
-            schedule.step(return_outputs=False)
+        given = (inputs,) if is_first else ()
+        wanted = {"target": labels, "losses": losses} if is_last else {}
+        schedule.step(*given, **wanted, return_outputs=False)
         optimizer.step()
         optimizer.zero_grad()
         return torch.stack(losses).mean().item() if is_last else float("nan")
@@ -76,3 +103,12 @@ def stage_layers(num_layers: int, stage: int, num_stages: int) -> range:
     cost = (num_layers + 2) / num_stages
     bounds = [min(num_layers, round(cost * number)) for number in range(num_stages + 1)]
     return range(bounds[stage], bounds[stage + 1])
+
+
+def _even_layers(num_layers: int, stage: int, num_stages: int) -> range:
+    bounds = [round(num_layers * number / num_stages) for number in range(num_stages + 1)]
+    return range(bounds[stage], bounds[stage + 1])
+
+
+def _rank_of(stage: int, size: int, *, is_v: bool) -> int:
+    return min(stage, 2 * size - 1 - stage) if is_v else stage % size

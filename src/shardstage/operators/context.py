@@ -58,13 +58,16 @@ class WeightGradients:
         if self.deferred is None:
             self.accumulate(weight, left, right)
         else:
-            self.deferred.append((weight, left, right))
+            self.deferred.append((weight, left.detach(), right.detach()))
 
     def run(self, products: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]) -> None:
         """Computes deferred products, each freed when it is done."""
+        if not products:
+            return
         assert self.accumulate is not None
-        while products:
-            self.accumulate(*products.pop())
+        with torch.no_grad():
+            while products:
+                self.accumulate(*products.pop())
 
 
 @dataclass(frozen=True, kw_only=True)
