@@ -9,6 +9,7 @@ from shardstage.program.instruction import Instruction
 from shardstage.program.lower import lower
 from shardstage.program.program import Collective, ParameterUse, Program, Row, TensorType
 from shardstage.program.stage_graphs import StageGraphs
+from shardstage.program.text import format_program, parse_program
 from shardstage.program.verify import verify
 
 __all__ = [
@@ -19,6 +20,8 @@ __all__ = [
     "Row",
     "StageGraphs",
     "TensorType",
+    "format_program",
     "lower",
+    "parse_program",
     "verify",
 ]
