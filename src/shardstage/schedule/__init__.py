@@ -16,6 +16,7 @@ from shardstage.schedule.looped_bfs import looped_bfs
 from shardstage.schedule.one_f_one_b import one_f_one_b
 from shardstage.schedule.places import Places, place_stages
 from shardstage.schedule.registry import SCHEDULES, ScheduleKind, make_schedule
+from shardstage.schedule.search import OptimalSchedule, optimal
 from shardstage.schedule.text import parse_schedule
 from shardstage.schedule.timing import ScheduleRun, StageBytes, StageTimes, run_schedule
 from shardstage.schedule.zb_h1 import zb_h1
@@ -25,6 +26,7 @@ __all__ = [
     "SCHEDULES",
     "Action",
     "ActionKind",
+    "OptimalSchedule",
     "Places",
     "Schedule",
     "ScheduleKind",
@@ -40,6 +42,7 @@ __all__ = [
     "looped_bfs",
     "make_schedule",
     "one_f_one_b",
+    "optimal",
     "parse_schedule",
     "place_stages",
     "run_schedule",
