@@ -1,0 +1,11 @@
+"""When each rank of a Program would do what, and how much memory it would hold, without a device.
+
+Owns the simulation (streams of ranks, links, collectives, shared cores), the prices that it asks for, memory by instruction, a replay of
+the caching allocator and the questions "what if". In go a Program and prices, out comes a predicted Timeline, the type that the engine
+measures. It refuses to know the runtime, and runs without torch.
+"""
+
+from shardstage.simulator.prices import PriceTable, Prices, Wire
+from shardstage.simulator.simulate import simulate, step_time
+
+__all__ = ["PriceTable", "Prices", "Wire", "simulate", "step_time"]

@@ -1,0 +1,83 @@
+"""``Prices``: what the simulator asks: seconds of a computation, of a collective, of a message, of what a rank does besides."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+from shardstage.program import Collective
+from shardstage.program.instruction import InstructionKind
+
+__all__ = ["PriceTable", "Prices", "Wire"]
+
+
+class Wire(NamedTuple):
+    """What talking takes: ``latency_s`` until the first byte is there, ``bytes_s`` during which the link is taken."""
+
+    latency_s: float
+    bytes_s: float
+
+    @property
+    def seconds(self) -> float:
+        return self.latency_s + self.bytes_s
+
+
+class Prices(Protocol):
+    """Seconds on one machine.
+
+    ``slowdown``: a second in which compute and communication of a rank overlap does the work of 1 / slowdown seconds of each: 1 if they
+    do not disturb each other, 2 if they take turns. ``num_cores``: the cores that all ranks share, ``None`` where each has its device.
+    ``special_ranks`` cost other than their like.
+    """
+
+    @property
+    def slowdown(self) -> float: ...
+    @property
+    def num_cores(self) -> int | None: ...
+    @property
+    def special_ranks(self) -> tuple[int, ...]: ...
+
+    def compute_s(self, rank: int, stage: int, kind: InstructionKind, size: int) -> float:
+        """Seconds of F, B, I or W of ``stage`` on a microbatch of ``size`` samples, its collectives left out."""
+        ...
+
+    def collective(self, collective: Collective, group: Sequence[int]) -> Wire:
+        """What one collective over the ranks of ``group`` takes from when the last of them is there."""
+        ...
+
+    def transfer(self, num_bytes: int, source: int, target: int) -> Wire:
+        """What one message takes on the link from one rank to another."""
+        ...
+
+    def own_s(self, rank: int, kind: InstructionKind, stage: int | None, num_bytes: int) -> float:
+        """Seconds of the rank's own compute stream in an instruction that does not compute: SEND and RECV of ``num_bytes``, STEP, …"""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class PriceTable:
+    """Prices written down: seconds of computations by (stage, kind), one rate for all messages and one for all collectives.
+
+    Computations take ``compute[stage, kind]`` seconds a sample. A collective over n ranks moves its bytes once at ``bytes_per_s``.
+    """
+
+    compute: Mapping[tuple[int, str], float]
+    latency_s: float = 0.0
+    bytes_per_s: float = float("inf")
+    own: Mapping[str, float] = field(default_factory=dict)
+    slowdown: float = 1.0
+    num_cores: int | None = None
+    special_ranks: tuple[int, ...] = ()
+
+    def compute_s(self, rank: int, stage: int, kind: InstructionKind, size: int) -> float:
+        return size * self.compute[stage, kind]
+
+    def collective(self, collective: Collective, group: Sequence[int]) -> Wire:
+        return Wire(self.latency_s, collective.num_bytes / self.bytes_per_s)
+
+    def transfer(self, num_bytes: int, source: int, target: int) -> Wire:
+        return Wire(self.latency_s, num_bytes / self.bytes_per_s)
+
+    def own_s(self, rank: int, kind: InstructionKind, stage: int | None, num_bytes: int) -> float:
+        return self.own.get(kind, 0.0)

@@ -1,0 +1,219 @@
+"""``run``: walks the acts of all lanes until none is left: when each begins and ends.
+
+A lane is a coroutine with a clock of its own. It goes on until it needs a message that has not been sent or lanes that have not come, and
+is taken up again by what it waits for. As nothing but messages and meetings joins lanes, their clocks need no common order. Where ranks
+share cores there is one: computations are then served in order of time, n of them at a rate of min(1, cores / n) each.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+from heapq import heappop, heappush
+from typing import cast
+
+from shardstage.errors import ProgramError
+from shardstage.simulator.acts import ALONE, COMPUTE, RECEIVE, SEND, TALK, Act, Reduction, Talk
+from shardstage.timeline import Stream
+
+__all__ = ["Run", "run"]
+
+_Wanted = tuple[float, float] | None
+"""A coroutine asks for (seconds from, seconds of) computation on shared cores, or for nothing until it is woken."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Run:
+    """``starts_s[l][i]`` and ``ends_s[l][i]`` are of act i of lane l.
+
+    ``talks[l]`` are what the lane says beside its compute stream: (position, stream, start, end), in order of start in each stream.
+    """
+
+    starts_s: list[list[float]]
+    ends_s: list[list[float]]
+    talks: list[list[tuple[int, Stream, float, float]]] = field(default_factory=list)
+
+    @property
+    def makespan_s(self) -> float:
+        return max((ends[-1] for ends in self.ends_s if ends), default=0.0)
+
+
+def run(
+    rows: Sequence[Sequence[Act]],
+    group_sizes: Mapping[int, int],
+    *,
+    slowdown: float = 1.0,
+    num_cores: int | None = None,
+    keep_talks: bool = False,
+) -> Run:
+    """Raises ``ProgramError`` if some lanes wait for each other for ever."""
+    return _Walk(rows, group_sizes, slowdown, num_cores, keep_talks).run()
+
+
+class _Walk:
+    def __init__(
+        self,
+        rows: Sequence[Sequence[Act]],
+        group_sizes: Mapping[int, int],
+        slowdown: float,
+        num_cores: int | None,
+        keep_talks: bool,
+    ) -> None:
+        self.rows = rows
+        self.group_sizes = group_sizes
+        self.slowdown = slowdown
+        self.num_cores = num_cores
+        self.keep_talks = keep_talks
+        self.result = Run(starts_s=[[] for _ in rows], ends_s=[[] for _ in rows], talks=[[] for _ in rows])
+        self.arrived_s: dict[int, float] = {}
+        self.waiting: dict[int, int] = {}
+        self.meetings: dict[tuple[int, int], tuple[tuple[float, ...], list[int]]] = {}
+        self.met: dict[tuple[int, int], tuple[float, ...]] = {}
+        self.ready: deque[int] = deque(range(len(rows)))
+        self.lanes = [self._lane(number) for number in range(len(rows))]
+
+    def run(self) -> Run:
+        if self.num_cores is None:
+            while self.ready:
+                next(self.lanes[self.ready.popleft()], None)
+        else:
+            self._run_on_cores(self.num_cores)
+        for number, (row, ends) in enumerate(zip(self.rows, self.result.ends_s, strict=True)):
+            if len(ends) < len(row):
+                raise ProgramError(
+                    f"the program cannot end: simulated rank {number} waits for ever at its instruction {len(ends)}",
+                    hint="verify(program) shows the grid and who waits for whom",
+                )
+        return self.result
+
+    def _run_on_cores(self, num_cores: int) -> None:
+        """Computations that run at a time share the cores evenly; a message is not slowed down."""
+        requests: list[tuple[float, int, float]] = []
+        left: dict[int, float] = {}
+        now = 0.0
+        answers: dict[int, float] = {}
+        while True:
+            while self.ready:
+                number = self.ready.popleft()
+                wanted = _resume(self.lanes[number], answers.pop(number, None))
+                if wanted is not None:
+                    heappush(requests, (wanted[0], number, wanted[1]))
+            if not requests and not left:
+                return
+            rate = min(1.0, num_cores / len(left)) if left else 1.0
+            done_s = now + min(left.values()) / rate if left else float("inf")
+            until = min(done_s, max(now, requests[0][0])) if requests else done_s
+            for number in left:
+                left[number] -= (until - now) * rate
+            now = until
+            if requests and requests[0][0] <= now and now < done_s:
+                _, number, seconds = heappop(requests)
+                left[number] = seconds
+                continue
+            for number in [number for number, seconds in left.items() if seconds <= 1e-15 + 1e-12 * now]:
+                del left[number]
+                answers[number] = now
+                self.ready.append(number)
+
+    def _lane(self, number: int) -> Generator[_Wanted, float | None, None]:
+        """The life of a lane."""
+        arrived_s, waiting, ready = self.arrived_s, self.waiting, self.ready
+        begin, end = self.result.starts_s[number].append, self.result.ends_s[number].append
+        is_shared, slowdown = self.num_cores is not None, self.slowdown
+        talks = self.result.talks[number] if self.keep_talks else None
+        link_free_s: dict[int, float] = {}
+        counts: dict[int, int] = {}
+        clock = busy_until = 0.0
+        for position, (kind, own_s, latency_s, bytes_s, key, more) in enumerate(self.rows[number]):
+            begin(clock)
+            if kind == COMPUTE:
+                if slowdown != 1.0 and busy_until > clock:
+                    own_s += (slowdown - 1.0) * min(busy_until - clock, own_s)
+                clock = cast("float", (yield clock, own_s)) if is_shared else clock + own_s
+                if key != ALONE:
+                    (clock,) = yield from self._meet(number, key, counts, (clock,))
+                if latency_s:
+                    if talks is not None:
+                        stream: Stream = "tp" if bytes_s else "dp"
+                        talks.append((position, stream, clock, clock + latency_s))
+                    clock += latency_s
+            elif kind == RECEIVE:
+                when = arrived_s.get(key)
+                if when is None:
+                    waiting[key] = number
+                    yield None
+                    when = arrived_s[key]
+                clock = max(clock, when) + own_s
+            elif kind == SEND:
+                clock += own_s
+                link = cast("int", more)
+                departs = max(clock, link_free_s.get(link, 0.0))
+                link_free_s[link] = departs + bytes_s
+                busy_until = max(busy_until, departs + bytes_s)
+                arrived_s[key] = departs + bytes_s + latency_s
+                if talks is not None:
+                    talks.append((position, "pp", departs, departs + bytes_s + latency_s))
+                if key in waiting:
+                    ready.append(waiting.pop(key))
+            elif kind == TALK:
+                clock = yield from self._talk(number, position, cast("tuple[Talk, ...]", more), counts, clock)
+            else:
+                reduction = cast("Reduction", more)
+                clock = yield from self._reduce(number, position, reduction, counts, clock)
+                clock = yield from self._talk(number, position, reduction.after, counts, clock + own_s)
+            end(clock)
+
+    def _talk(
+        self, number: int, position: int, talks: Sequence[Talk], counts: dict[int, int], clock: float
+    ) -> Generator[_Wanted, float | None, float]:
+        for talk in talks:
+            if talk.group != ALONE:
+                (clock,) = yield from self._meet(number, talk.group, counts, (clock,))
+            if self.keep_talks and talk.seconds and talk.stream != "compute":
+                self.result.talks[number].append((position, talk.stream, clock, clock + talk.seconds))
+            clock += talk.seconds
+        return clock
+
+    def _reduce(
+        self, number: int, position: int, reduction: Reduction, counts: dict[int, int], clock: float
+    ) -> Generator[_Wanted, float | None, float]:
+        """Each bucket begins when all have filled it and the one before is done; what ran under a backward has slowed that down."""
+        starts, ends = self.result.starts_s[number], self.result.ends_s[number]
+        whole_s: tuple[float, ...] = tuple(
+            starts[at] + share * (ends[at] - starts[at]) for at, share, _ in reduction.buckets
+        )
+        if reduction.group != ALONE:
+            whole_s = yield from self._meet(number, reduction.group, counts, whole_s)
+        done_s = overlap_s = 0.0
+        for ready_s, bucket in zip(whole_s, reduction.buckets, strict=True):
+            begins_s = max(ready_s, done_s)
+            done_s = begins_s + bucket.seconds
+            overlap_s += max(0.0, min(done_s, clock) - begins_s)
+            if self.keep_talks and bucket.seconds:
+                self.result.talks[number].append((position, "dp", begins_s, done_s))
+        return max(clock, done_s) + (self.slowdown - 1.0) * overlap_s
+
+    def _meet(
+        self, number: int, group: int, counts: dict[int, int], mine: tuple[float, ...]
+    ) -> Generator[_Wanted, float | None, tuple[float, ...]]:
+        """The latest of all members' times, elementwise, once all have come to the group's next meeting."""
+        count = counts[group] = counts.get(group, 0) + 1
+        key = (group, count)
+        latest, members = self.meetings.pop(key, (mine, []))
+        latest = tuple(map(max, latest, mine))
+        if len(members) + 1 == self.group_sizes[group]:
+            self.met[key] = latest
+            self.ready.extend(members)
+            return latest
+        self.meetings[key] = (latest, [*members, number])
+        yield None
+        return self.met[key]
+
+
+def _resume(lane: Generator[_Wanted, float | None, None], answer: float | None) -> _Wanted:
+    """What the lane wants next; ``None`` too when it has ended."""
+    try:
+        return next(lane) if answer is None else lane.send(answer)
+    except StopIteration:
+        return None
