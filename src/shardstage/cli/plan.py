@@ -184,10 +184,9 @@ def _chosen_rows(plan: Plan, prediction: Prediction) -> Iterator[tuple[str, str]
     yield "waits", f"bubble {format_ratio(prediction.bubble_ratio)}, exposed communication: {waits}"
     fullest = max(range(plan.mesh.pp), key=prediction.rank_peak_bytes)
     parts = ", ".join(
-        f"{name} {format_bytes(num_bytes)}"
-        for name, num_bytes in prediction.stages[fullest].memory.categories()
+        f"{name} {format_bytes(num_bytes)}" for name, num_bytes in prediction.ranks[fullest].categories()
     )
-    where = f" (stage {fullest})" if plan.mesh.pp > 1 else ""
+    where = f" (pp={fullest})" if plan.mesh.pp > 1 else ""
     yield "memory", f"{format_bytes(prediction.peak_bytes)} a rank{where}: {parts}"
 
 
@@ -209,6 +208,7 @@ def _shorthand(plan: Plan) -> str:
             microbatch=plan.microbatch,
             recompute=plan.recompute,
             schedule=plan.schedule,
+            stages_per_rank=None if plan.stages_per_rank == 1 else plan.stages_per_rank,
             precision=plan.precision,
             replicate=plan.replicate,
             is_compiled=plan.is_compiled,

@@ -7,7 +7,7 @@ a Cluster, out come seconds and bytes. It refuses to know plans: ``StepSetup`` h
 from shardstage.cost.balance import balanced
 from shardstage.cost.fold import Folded, Unit, fold
 from shardstage.cost.links import Links
-from shardstage.cost.memory import MemoryUse, stage_memory
+from shardstage.cost.memory import MemoryUse, rank_memory, stage_memory
 from shardstage.cost.profile import Profile, UnitCost, profile
 from shardstage.cost.setup import StepSetup
 from shardstage.cost.step import Prediction, StagePrediction, least_step_s, predict_step, stage_times
@@ -27,6 +27,7 @@ __all__ = [
     "least_step_s",
     "predict_step",
     "profile",
+    "rank_memory",
     "stage_memory",
     "stage_times",
 ]

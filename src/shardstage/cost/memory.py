@@ -13,14 +13,15 @@ Notation as in Rajbhandari et al., "ZeRO", 2020, table 1, with the two moments o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from shardstage.cost.profile import Profile
 from shardstage.cost.setup import StepSetup
+from shardstage.schedule import Action
 
-__all__ = ["MemoryUse", "stage_elements", "stage_memory"]
+__all__ = ["MemoryUse", "rank_memory", "stage_elements", "stage_memory"]
 
 MOMENTS: Final = 2
 """AdamW's: the running means of the gradient and of its square."""
@@ -98,9 +99,38 @@ def stage_memory(profile: Profile, setup: StepSetup, stage: int) -> MemoryUse:
     )
 
 
+def rank_memory(profile: Profile, setup: StepSetup, rank: int) -> MemoryUse:
+    """The peak of a pipeline rank: of its one stage, or of several, whose activations do not peak together."""
+    stages = setup.stages_of(rank)
+    uses = [stage_memory(profile, setup, stage) for stage in stages]
+    if len(stages) == 1:
+        return uses[0]
+    passing = max(uses, key=lambda use: use.recompute + use.transient)
+    together = {name: sum(getattr(use, name) for use in uses) for name in MemoryUse.__slots__}
+    together |= {"recompute": passing.recompute, "transient": passing.transient}
+    held = {
+        stage: use.activations // max(1, setup.in_flight(stage))
+        for stage, use in zip(stages, uses, strict=True)
+    }
+    together["activations"] = _peak_activation_bytes(setup.order().actions[rank], held)
+    return MemoryUse(**together)
+
+
+def _peak_activation_bytes(row: Sequence[Action], held: Mapping[int, int]) -> int:
+    """Most bytes of a rank's microbatches in flight, ``held`` by each on a stage from its F to the end of its B or W."""
+    now = most = 0
+    for action in row:
+        if action.kind == "F":
+            now += held[action.stage]
+            most = max(most, now)
+        elif action.kind != "I":
+            now -= held[action.stage]
+    return most
+
+
 def _communication_bytes(setup: StepSetup, profile: Profile, stage: int, elements: int) -> int:
     """Receives that are posted ahead, in both directions, and the copy of a bucket's part that ZeRO-1 gathers from."""
-    stages = range(stage, min(stage + 2, setup.mesh.pp))
+    stages = range(stage, min(stage + 2, setup.num_stages))
     posted = sum(POSTED_RECEIVES * profile.units[setup.starts[s]].input_bytes for s in stages if s)
     bucket = min(setup.bucket_bytes, elements * setup.compute_bytes) // setup.mesh.dp
     return posted + (bucket if setup.sharding_level == 1 else 0)

@@ -53,6 +53,16 @@ class StepSetup:
         stops = (*self.starts[1:], len(profile.units))
         return range(self.starts[stage], stops[stage])
 
+    @property
+    def num_stages(self) -> int:
+        return len(self.starts)
+
+    def stages_of(self, rank: int) -> tuple[int, ...]:
+        """The stages that a pipeline rank runs."""
+        if self.num_stages == self.mesh.pp and self.custom is None:
+            return (rank,)
+        return self.order().stages_of(rank)
+
     def in_flight(self, stage: int) -> int:
         """Microbatches whose activations a stage holds at most: all under GPipe, one for each stage from here to the end under 1F1B.
 

@@ -21,7 +21,7 @@ from typing import Final, NamedTuple
 from shardstage.cluster import CollectiveKind
 from shardstage.cost.compute import optimizer_s
 from shardstage.cost.links import Links
-from shardstage.cost.memory import MemoryUse, stage_elements, stage_memory
+from shardstage.cost.memory import MemoryUse, rank_memory, stage_elements, stage_memory
 from shardstage.cost.pipeline import StageTime, least_pipeline_s, run_pipeline
 from shardstage.cost.profile import Profile, UnitCost
 from shardstage.cost.setup import StepSetup
@@ -68,6 +68,7 @@ class Prediction:
     step_time_low_s: float
     step_time_high_s: float
     stages: tuple[StagePrediction, ...]
+    ranks: tuple[MemoryUse, ...]
     bubble_ratio: float
     exposed_dp_s: float
     exposed_tp_s: float
@@ -77,25 +78,26 @@ class Prediction:
     tokens_per_s: float
     mfu: float
 
-    def rank_peak_bytes(self, stage: int) -> int:
-        """Predicted peak of a rank of this stage."""
-        return self.stages[stage].memory.total_bytes
+    def rank_peak_bytes(self, pp: int) -> int:
+        """Predicted peak of the ranks at this pipeline coordinate."""
+        return self.ranks[pp].total_bytes
 
     @property
     def peak_bytes(self) -> int:
         """Of the rank that holds most."""
-        return max(stage.memory.total_bytes for stage in self.stages)
+        return max(memory.total_bytes for memory in self.ranks)
 
 
 def predict_step(profile: Profile, setup: StepSetup, links: Links) -> Prediction:
     """Seconds and bytes of one step on the links' cluster."""
     cluster = links.cluster
     times = stage_times(profile, setup, links)
-    m, num_stages = setup.num_microbatches, setup.mesh.pp
-    ends = run_pipeline(times, m, setup.schedule)
-    instant = run_pipeline([time._replace(receive_s=0.0) for time in times], m, setup.schedule)
+    m, num_stages, num_ranks = setup.num_microbatches, setup.num_stages, setup.mesh.pp
+    order = setup.custom or setup.schedule
+    ends = run_pipeline(times, m, order, num_ranks=num_ranks)
+    instant = run_pipeline([t._replace(receive_s=0.0) for t in times], m, order, num_ranks=num_ranks)
     exposed = [_exposed_reduction_s(profile, setup, links, s, times[s]) for s in range(num_stages)]
-    update = max(_update_s(profile, setup, links, s) for s in range(num_stages))
+    update = _of_busiest_rank(setup, [_update_s(profile, setup, links, s) for s in range(num_stages)])
     backward_done = max(end + wait for end, wait in zip(ends, exposed, strict=True))
     modelled_s = backward_done + update + links.norm_s()
     calibration = _calibration(links)
@@ -115,9 +117,10 @@ def predict_step(profile: Profile, setup: StepSetup, links: Links) -> Prediction
         step_time_low_s=calibration.low * modelled_s,
         step_time_high_s=calibration.high * modelled_s,
         stages=_stages(profile, setup, times),
-        bubble_ratio=1 - sum(busy) / (num_stages * max(ends)),
-        exposed_dp_s=backward_done - max(ends) + m * max(gathering),
-        exposed_tp_s=max(talk),
+        ranks=tuple(rank_memory(profile, setup, rank) for rank in range(num_ranks)),
+        bubble_ratio=1 - sum(busy) / (num_ranks * max(ends)),
+        exposed_dp_s=backward_done - max(ends) + m * _of_busiest_rank(setup, gathering),
+        exposed_tp_s=_of_busiest_rank(setup, talk),
         exposed_pp_s=max(ends) - max(instant),
         optimizer_s=update,
         samples_per_s=setup.global_batch / step_s,
@@ -129,14 +132,20 @@ def predict_step(profile: Profile, setup: StepSetup, links: Links) -> Prediction
 def least_step_s(profile: Profile, setup: StepSetup, links: Links) -> float:
     """A lower bound of the predicted time, without running the schedule."""
     times = stage_times(profile, setup, links)
-    update = max(_update_s(profile, setup, links, s) for s in range(setup.mesh.pp))
+    updates = [_update_s(profile, setup, links, s) for s in range(setup.num_stages)]
+    update = _of_busiest_rank(setup, updates)
     pipeline_s = least_pipeline_s(times, setup.num_microbatches)
     return _calibration(links).expected * (pipeline_s + update + links.norm_s())
 
 
 def stage_times(profile: Profile, setup: StepSetup, links: Links) -> tuple[StageTime, ...]:
     """Seconds of every stage for one microbatch."""
-    return tuple(_stage_time(profile, setup, links, stage) for stage in range(setup.mesh.pp))
+    return tuple(_stage_time(profile, setup, links, stage) for stage in range(setup.num_stages))
+
+
+def _of_busiest_rank(setup: StepSetup, by_stage: Sequence[float]) -> float:
+    """The most that the stages of one pipeline rank add up to."""
+    return max(sum(by_stage[stage] for stage in setup.stages_of(rank)) for rank in range(setup.mesh.pp))
 
 
 def _calibration(links: Links) -> Calibration:
@@ -195,7 +204,7 @@ def _exposed_reduction_s(
 
 def _tied_elements(profile: Profile, setup: StepSetup, stage: int) -> int:
     """Elements of the parameters that this stage shares with another."""
-    names = [{n for unit in _units(profile, setup, s) for n in unit.shared} for s in range(setup.mesh.pp)]
+    names = [{n for unit in _units(profile, setup, s) for n in unit.shared} for s in range(setup.num_stages)]
     others = set().union(*(found for s, found in enumerate(names) if s != stage))
     return sum(profile.shared_elements[name] for name in names[stage] & others)
 
@@ -217,7 +226,7 @@ def _update_s(profile: Profile, setup: StepSetup, links: Links, stage: int) -> f
 def _stages(profile: Profile, setup: StepSetup, times: Sequence[StageTime]) -> tuple[StagePrediction, ...]:
     compute = [
         sum(unit.forward_s + unit.backward_s for unit in _units(profile, setup, s))
-        for s in range(setup.mesh.pp)
+        for s in range(setup.num_stages)
     ]
     return tuple(
         StagePrediction(

@@ -8,12 +8,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
 
 from shardstage.cluster import Cluster, LinkLevel
-from shardstage.cost import Folded, Prediction, Profile, StepSetup, fold, profile, stage_memory
+from shardstage.cost import Folded, Prediction, Profile, StepSetup, fold, profile, rank_memory, stage_memory
 from shardstage.cost.compute import RELATIVE
 from shardstage.cost.memory import stage_elements
 from shardstage.graph import ModelGraph
 from shardstage.layout import Mesh
 from shardstage.plan.plan import Plan
+from shardstage.plan.schedule import schedule_of
 from shardstage.sharding import shard
 from shardstage.units import format_bytes, format_count, format_ratio, format_s
 
@@ -52,6 +53,7 @@ def setup_of(plan: Plan, starts: tuple[int, ...]) -> StepSetup:
         zero=plan.zero,
         recompute=plan.recompute,
         schedule=plan.schedule,
+        custom=schedule_of(plan) if plan.schedule == "custom" else None,
         precision=plan.precision,
         bucket_bytes=plan.bucket_bytes,
     )
@@ -120,11 +122,12 @@ def _stages(priced: _Priced) -> Iterator[str]:
     units = priced.profile.units
     compute = [
         sum(units[i].forward_s + units[i].backward_s for i in priced.setup.units_of(s, priced.profile))
-        for s in range(mesh.pp)
+        for s in range(priced.setup.num_stages)
     ]
+    of_ranks = [sum(compute[s] for s in priced.setup.stages_of(rank)) for rank in range(mesh.pp)]
     rows = []
-    for stage in range(mesh.pp):
-        stop = priced.starts[stage + 1] if stage + 1 < mesh.pp else len(graph.ops)
+    for stage in range(priced.setup.num_stages):
+        stop = priced.starts[stage + 1] if stage + 1 < priced.setup.num_stages else len(graph.ops)
         elements = stage_elements(priced.profile, priced.setup, stage)
         rows.append(
             [
@@ -139,7 +142,8 @@ def _stages(priced: _Priced) -> Iterator[str]:
     yield "stages"
     yield from _table(["", "modules", "ops", "compute", "parameters a rank", "peak memory a rank"], rows)
     if plan.mesh.pp > 1:
-        yield f"  balance: the slowest stage has {max(compute) * mesh.pp / sum(compute):.2f} × the mean"
+        who = "stage" if len(compute) == mesh.pp else "rank"
+        yield f"  balance: the slowest {who} has {max(of_ranks) * mesh.pp / sum(of_ranks):.2f} × the mean"
 
 
 def _modules(paths: Iterable[str]) -> str:
@@ -151,8 +155,8 @@ def _modules(paths: Iterable[str]) -> str:
 
 
 def _memory(priced: _Priced) -> Iterator[str]:
-    """What a rank of each stage holds; stages that hold the same are one line."""
-    uses = [stage_memory(priced.profile, priced.setup, s) for s in range(priced.plan.mesh.pp)]
+    """What the ranks at each pipeline coordinate hold."""
+    uses = [rank_memory(priced.profile, priced.setup, rank) for rank in range(priced.plan.mesh.pp)]
     names = list(dict.fromkeys(name for use in uses for name, _ in use.categories()))
     rows = [[str(s), *(format_bytes(getattr(use, name)) for name in names)] for s, use in enumerate(uses)]
     yield "memory a rank, at its peak"
@@ -170,7 +174,7 @@ def _talk(priced: _Priced) -> Iterator[str]:
 def _tp_rows(priced: _Priced) -> Iterator[list[str]]:
     m = priced.plan.num_microbatches
     by_stage = []
-    for stage in range(priced.plan.mesh.pp):
+    for stage in range(priced.setup.num_stages):
         calls: Counter[str] = Counter()
         volume: Counter[str] = Counter()
         for index in priced.setup.units_of(stage, priced.profile):
@@ -186,7 +190,7 @@ def _dp_rows(priced: _Priced) -> Iterator[list[str]]:
     setup = priced.setup
     if setup.mesh.dp == 1:
         return
-    elements = max(stage_elements(priced.profile, setup, s) for s in range(setup.mesh.pp))
+    elements = max(stage_elements(priced.profile, setup, s) for s in range(setup.num_stages))
     gradients, parameters = elements * setup.master_bytes, elements * setup.compute_bytes
     buckets = max(1, -(-parameters // setup.bucket_bytes))
     m = setup.num_microbatches

@@ -67,6 +67,7 @@ def read_job(folder: Path) -> TrainJob:
 
 def choose_plan(config: RunConfig, graph: ModelGraph, *, num_ranks: int, cluster: Cluster | None) -> Plan:
     """The plan that the run names: searched, completed from a shorthand, or read from a file; always checked."""
+    sequence = None if graph.sequence is None else config.data.sequence
     if config.plan == "auto":
         if cluster is None:
             raise ConfigError(
@@ -77,7 +78,7 @@ def choose_plan(config: RunConfig, graph: ModelGraph, *, num_ranks: int, cluster
             cluster,
             num_ranks=num_ranks,
             global_batch=config.global_batch,
-            sequence=config.data.sequence,
+            sequence=sequence,
             precision=config.precision,
         ).best
     elif config.plan.endswith(".toml"):
@@ -88,7 +89,7 @@ def choose_plan(config: RunConfig, graph: ModelGraph, *, num_ranks: int, cluster
             graph,
             num_ranks=num_ranks,
             global_batch=config.global_batch,
-            sequence=config.data.sequence,
+            sequence=sequence,
             precision=config.precision,
         )
     plan = replace(plan, graph_fingerprint=plan.graph_fingerprint or fingerprint(graph))
