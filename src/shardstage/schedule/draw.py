@@ -14,7 +14,7 @@ _UNITS: dict[ActionKind, int] = {"F": 1, "B": 2, "I": 1, "W": 1}
 def draw(schedule: Schedule, *, num_columns: int = 80) -> str:
     """The schedule as it runs when F, I and W take one unit each and transfers none; lines longer than ``num_columns`` end in "…".
 
-    rank 0 | F0 F1 .. B0 == B1 ==          B fills two units, .. is idle; with several stages a rank, actions name theirs: 2F0
+    rank 0 | F0 F1 .. .. B0 == .. B1 ==     B fills two units, .. is idle; with several stages a rank, actions name theirs: 2F0
     rank 1 | .. F0 B0 == F1 B1 ==
 
     A schedule that cannot run to its end is drawn as far as it goes; then ?? and the action that waits.
