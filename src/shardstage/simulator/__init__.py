@@ -5,7 +5,24 @@ the caching allocator and the questions "what if". In go a Program and prices, o
 measures. It refuses to know the runtime, and runs without torch.
 """
 
-from shardstage.simulator.prices import PriceTable, Prices, Wire
-from shardstage.simulator.simulate import simulate, step_time
+from shardstage.simulator.holdings import Holdings, RankHolding, StageHolding
+from shardstage.simulator.memory import Holder
+from shardstage.simulator.planned import PlannedPrices, planned_prices
+from shardstage.simulator.prices import Prices, PriceTable, Wire
+from shardstage.simulator.simulate import peak_bytes, peak_holders, simulate, step_time
 
-__all__ = ["PriceTable", "Prices", "Wire", "simulate", "step_time"]
+__all__ = [
+    "Holder",
+    "Holdings",
+    "PlannedPrices",
+    "PriceTable",
+    "Prices",
+    "RankHolding",
+    "StageHolding",
+    "Wire",
+    "peak_bytes",
+    "peak_holders",
+    "planned_prices",
+    "simulate",
+    "step_time",
+]

@@ -60,8 +60,10 @@ class Lanes:
         mesh = self.mesh
         if axis == "world":
             return tuple(range(mesh.world_size))
-        if axis == "tp" or axis == "dp":
-            return mesh.group(lane.rank, axis)
+        if axis == "tp":
+            return mesh.group(lane.rank, "tp")
+        if axis == "dp":
+            return mesh.group(lane.rank, "dp")
         dp, tp = mesh.coordinate(lane.rank, "dp"), mesh.coordinate(lane.rank, "tp")
         return tuple(mesh.rank(pp=pp, dp=dp, tp=tp) for pp in tied_ranks(axis))
 

@@ -27,7 +27,7 @@ _Wanted = tuple[float, float] | None
 class Run:
     """``starts_s[l][i]`` and ``ends_s[l][i]`` are of act i of lane l.
 
-    ``talks[l]`` are what the lane says beside its compute stream: (position, stream, start, end), in order of start in each stream.
+    ``talks[l]`` is what the lane says, and its update: (position, stream, start, end), in order of start in each stream.
     """
 
     starts_s: list[list[float]]
@@ -170,7 +170,7 @@ class _Walk:
         for talk in talks:
             if talk.group != ALONE:
                 (clock,) = yield from self._meet(number, talk.group, counts, (clock,))
-            if self.keep_talks and talk.seconds and talk.stream != "compute":
+            if self.keep_talks and talk.seconds:
                 self.result.talks[number].append((position, talk.stream, clock, clock + talk.seconds))
             clock += talk.seconds
         return clock

@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
-from shardstage.program import Instruction, Program
+from shardstage.program import Program
 from shardstage.simulator.acts import Pricer
+from shardstage.simulator.holdings import Holdings
 from shardstage.simulator.lanes import Lane, Lanes, lanes_of
+from shardstage.simulator.memory import Holder, RankMemory, memory_of
 from shardstage.simulator.prices import Prices
 from shardstage.simulator.run import Run, run
-from shardstage.timeline import Span, Stream, Timeline
+from shardstage.timeline import STREAMS, MemorySample, Span, Stream, Timeline
 
-__all__ = ["simulate", "step_time"]
+__all__ = ["peak_bytes", "peak_holders", "simulate", "step_time"]
 
 
-def simulate(program: Program, prices: Prices) -> Timeline:
-    """One step, predicted. One rank of each class of alike ones has spans (``Timeline.alike``).
+def simulate(program: Program, prices: Prices, holdings: Holdings | None = None) -> Timeline:
+    """One step, predicted, with memory where ``holdings`` are given. One rank of each class of alike ones is in it (``alike``).
 
     Raises ``ProgramError`` for a program that cannot end.
     """
     lanes = lanes_of(program, prices.special_ranks)
     ran = _run(program, lanes, prices, keep_talks=True)
+    memory: list[MemorySample] = []
+    if holdings is not None:
+        for lane, starts_s, ends_s in zip(lanes.lanes, ran.starts_s, ran.ends_s, strict=True):
+            memory += memory_of(program, lane, holdings, starts_s, ends_s).samples
     return Timeline(
         source="predicted",
         spans=tuple(_spans(lanes, ran)),
+        memory=tuple(memory),
         alike={lane.rank: lanes.alike(lane) for lane in lanes.lanes},
         labels={lane.rank: _label(lane, lanes) for lane in lanes.lanes},
     )
@@ -33,6 +40,22 @@ def step_time(program: Program, prices: Prices) -> float:
     """Seconds of one step: ``simulate(...).step_time_s`` without making spans."""
     lanes = lanes_of(program, prices.special_ranks)
     return _run(program, lanes, prices, keep_talks=False).makespan_s
+
+
+def peak_holders(program: Program, rank: int, holdings: Holdings) -> tuple[Holder, ...]:
+    """What ``rank`` holds at its peak, the biggest first; it depends on the order of instructions alone, not on their times."""
+    return _untimed(program, rank, holdings).holders
+
+
+def peak_bytes(program: Program, rank: int, holdings: Holdings) -> int:
+    """The most that ``rank`` holds."""
+    return _untimed(program, rank, holdings).peak_bytes
+
+
+def _untimed(program: Program, rank: int, holdings: Holdings) -> RankMemory:
+    lane = next(lane for lane in lanes_of(program, (rank,)).lanes if lane.rank == rank)
+    positions = [float(at) for at in range(len(lane.instructions))]
+    return memory_of(program, lane, holdings, positions, positions)
 
 
 def _run(program: Program, lanes: Lanes, prices: Prices, *, keep_talks: bool) -> Run:
@@ -48,40 +71,32 @@ def _run(program: Program, lanes: Lanes, prices: Prices, *, keep_talks: bool) ->
 
 
 def _spans(lanes: Lanes, ran: Run) -> Iterator[Span]:
+    """In order of (rank, stream, start); what would overlap in a stream begins later."""
     for lane in lanes.lanes:
-        number = lane.number
-        yield from _compute_spans(lane, ran.starts_s[number], ran.ends_s[number], ran.talks[number])
-        by_stream: dict[Stream, list[Span]] = {"tp": [], "dp": [], "pp": []}
-        for position, stream, start_s, end_s in ran.talks[number]:
-            spans = by_stream[stream]
-            begins_s = max(start_s, spans[-1].end_s) if spans else start_s
-            if end_s > begins_s:
-                name = lane.instructions[position].name
-                spans.append(Span(lane.rank, stream, name, begins_s, end_s))
-        for spans in by_stream.values():
-            yield from spans
+        talks = ran.talks[lane.number]
+        found: dict[Stream, list[tuple[float, float, int]]] = {"compute": _computations(lane, ran)}
+        for position, stream, start_s, end_s in talks:
+            found.setdefault(stream, []).append((start_s, end_s, position))
+        for stream in STREAMS:
+            until_s = 0.0
+            for start_s, end_s, position in found.get(stream, ()):
+                begins_s = max(start_s, until_s)
+                if end_s > begins_s:
+                    yield Span(lane.rank, stream, lane.instructions[position].name, begins_s, end_s)
+                    until_s = end_s
 
 
-def _compute_spans(
-    lane: Lane,
-    starts_s: Sequence[float],
-    ends_s: Sequence[float],
-    talks: Sequence[tuple[int, Stream, float, float]],
-) -> Iterator[Span]:
-    """Computations without the talk at their end, and the update without the talk around it."""
+def _computations(lane: Lane, ran: Run) -> list[tuple[float, float, int]]:
+    """F, B, I and W without the talk at their end."""
     talk_s: dict[int, float] = {}
-    for position, _, start_s, end_s in talks:
+    for position, _, start_s, end_s in ran.talks[lane.number]:
         talk_s[position] = talk_s.get(position, 0.0) + end_s - start_s
-    for position, instruction in enumerate(lane.instructions):
-        if instruction.is_computation or instruction.kind == "STEP":
-            start_s = starts_s[position]
-            end_s = _computed_until(instruction, start_s, ends_s[position], talk_s.get(position, 0.0))
-            if end_s > start_s:
-                yield Span(lane.rank, "compute", instruction.name, start_s, end_s)
-
-
-def _computed_until(instruction: Instruction, start_s: float, end_s: float, talk_s: float) -> float:
-    return max(start_s, end_s - talk_s)
+    rows = zip(lane.instructions, ran.starts_s[lane.number], ran.ends_s[lane.number], strict=True)
+    return [
+        (start_s, end_s - talk_s.get(position, 0.0), position)
+        for position, (instruction, start_s, end_s) in enumerate(rows)
+        if instruction.is_computation
+    ]
 
 
 def _label(lane: Lane, lanes: Lanes) -> str:

@@ -1,0 +1,91 @@
+"""``planned_prices``: seconds of a Program's instructions on a described cluster, from the cost model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from shardstage.cluster import Cluster
+from shardstage.cost.compute import optimizer_s
+from shardstage.cost.links import HIDDEN_RATIO
+from shardstage.errors import PlanError
+from shardstage.graph import ModelGraph
+from shardstage.layout import Mesh
+from shardstage.plan import Plan
+from shardstage.program import Collective, StageGraphs
+from shardstage.program.instruction import InstructionKind
+from shardstage.program.stage_parameters import master_dtype
+from shardstage.simulator.holdings import Holdings, planned_holdings
+from shardstage.simulator.prices import Wire
+from shardstage.simulator.stage_costs import StageCosts
+from shardstage.units import dtype_bytes
+
+__all__ = ["PlannedPrices", "planned_prices"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedPrices:
+    """Prices of a plan on a cluster. Communication slows compute by ``slowdown``: not at all on GPUs, wholly where cores do both.
+
+    A cluster of CPU ranks has its own device for each rank: cores that ranks share are known only to those who measure them.
+    """
+
+    costs: StageCosts
+    cluster: Cluster
+    holdings: Holdings
+    num_cores: int | None = None
+    special_ranks: tuple[int, ...] = ()
+    _update_s: dict[int, float] = field(default_factory=dict, repr=False)
+
+    @property
+    def mesh(self) -> Mesh:
+        return self.costs.plan.mesh
+
+    @property
+    def slowdown(self) -> float:
+        return 2.0 - HIDDEN_RATIO.get(self.cluster.device.kind, 0.0)
+
+    def compute_s(self, rank: int, stage: int, kind: InstructionKind, size: int) -> float:
+        cost = self.costs.cost(stage, tp=self.mesh.coordinate(rank, "tp"), size=size)
+        return {"F": cost.forward_s, "B": cost.backward_s, "I": cost.input_s, "W": cost.weight_s}[kind]
+
+    def collective(self, collective: Collective, group: Sequence[int]) -> Wire:
+        cost = self.cluster.collective(collective.kind, group)
+        return Wire(cost.latency_s, collective.num_bytes / cost.bytes_per_s)
+
+    def transfer(self, num_bytes: int, source: int, target: int) -> Wire:
+        cost = self.cluster.collective("p2p", (source, target))
+        return Wire(cost.latency_s, num_bytes / cost.bytes_per_s)
+
+    def own_s(self, rank: int, kind: InstructionKind, stage: int | None, num_bytes: int) -> float:
+        """STEP: the optimizer over what the rank owns."""
+        if kind != "STEP":
+            return 0.0
+        pp = self.mesh.coordinate(rank, "pp")
+        if pp not in self._update_s:
+            plan = self.costs.plan
+            owned = self.holdings.rank(rank).owned_elements
+            element_bytes = dtype_bytes(master_dtype(plan))
+            num_tensors = max(1, owned * element_bytes // plan.bucket_bytes)
+            self._update_s[pp] = optimizer_s(owned, element_bytes, num_tensors, self.cluster.device)
+        return self._update_s[pp]
+
+    def level_of(self, group: Sequence[int]) -> str:
+        """Name of the outermost link level that a group crosses."""
+        return self.cluster.level_for(group).name
+
+
+def planned_prices(
+    graph: ModelGraph, plan: Plan, cluster: Cluster, *, stages: StageGraphs | None = None
+) -> PlannedPrices:
+    """Prices from the cost model; ``stages`` are the plan's stage graphs where the caller has them.
+
+    Raises ``PlanError`` if the cluster is smaller than the plan.
+    """
+    if plan.mesh.world_size > cluster.num_devices:
+        raise PlanError(
+            f"the plan is for {plan.mesh.world_size} ranks, and cluster {cluster.name!r} has {cluster.num_devices} devices",
+            hint=f"--cluster {cluster.name}:{plan.mesh.world_size}",
+        )
+    costs = StageCosts(stages or StageGraphs(graph, plan), cluster)
+    return PlannedPrices(costs=costs, cluster=cluster, holdings=planned_holdings(costs))

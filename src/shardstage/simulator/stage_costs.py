@@ -1,0 +1,157 @@
+"""``StageCosts``: what the ops of a plan's stages take on a device, in seconds and bytes, one microbatch on one rank.
+
+Seconds are those of ``cost.compute`` op by op, the collectives left out: they are the Program's. A backward is cut as the engine cuts it:
+
+    W    the products that yield the gradients of weights of linear maps        I    everything else
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
+
+from shardstage.cluster import Cluster
+from shardstage.cost.collective import is_communication
+from shardstage.cost.compute import op_time
+from shardstage.graph import ModelGraph, Op
+from shardstage.graph.cuts import Segment
+from shardstage.graph.flops import backward_flops, forward_flops
+from shardstage.graph.saved import peak_extra_bytes, recompute_flops, saved_values, transient_bytes
+from shardstage.plan import Plan
+from shardstage.program import StageGraphs
+
+__all__ = ["StageCost", "StageCosts"]
+
+SPLIT_TARGETS: Final = frozenset(
+    {"aten.linear.default", "aten.matmul.default", "aten.mm.default", "aten.addmm.default"}
+)
+"""Products whose weight gradient the engine can put off (``operators.weight_gradients``)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageCost:
+    """One stage, one microbatch, one rank.
+
+    ``saved`` are the values kept from F to the backward with their bytes, what was received left out: ``saved_bytes`` in all.
+    ``deferred_bytes`` are what W needs after I: inputs of linear maps and the gradients of their outputs.
+    """
+
+    forward_s: float
+    input_s: float
+    weight_s: float
+    saved: tuple[tuple[str, int], ...]
+    deferred_bytes: int
+    transient_bytes: int
+    recompute_bytes: int
+
+    @property
+    def backward_s(self) -> float:
+        return self.input_s + self.weight_s
+
+    @property
+    def saved_bytes(self) -> int:
+        return sum(num_bytes for _, num_bytes in self.saved)
+
+
+class StageCosts:
+    """Costs of all stages of a plan on a cluster's device; what was computed once is kept."""
+
+    def __init__(self, stages: StageGraphs, cluster: Cluster) -> None:
+        self.stages = stages
+        self._device = cluster.device
+        self._known: dict[tuple[int, int, int], StageCost] = {}
+
+    @property
+    def plan(self) -> Plan:
+        return self.stages.plan
+
+    def segment(self, stage: int, *, tp: int, size: int) -> Segment:
+        return self.stages.segments(tp=self.stages.twin(tp), microbatch=size)[stage]
+
+    def cost(self, stage: int, *, tp: int, size: int) -> StageCost:
+        """Of a microbatch of ``size`` samples on tensor-parallel rank ``tp``."""
+        key = (stage, self.stages.twin(tp), size)
+        if key not in self._known:
+            self._known[key] = self._cost(self.segment(stage, tp=tp, size=size))
+        return self._known[key]
+
+    def _cost(self, segment: Segment) -> StageCost:
+        graph = segment.graph
+        times = {op.name: op_time(graph, op, self._device) for op in graph.ops if not is_communication(op)}
+        forward_s = sum(time.forward_s for time in times.values())
+        backward_s = sum(time.backward_s for time in times.values())
+        weight_s = sum(
+            times[op.name].backward_s / max(1, round(backward_flops(graph, op) / forward_flops(graph, op)))
+            for op in _split_ops(graph)
+        )
+        recompute, num_ops = self.plan.recompute, len(graph.ops)
+        return StageCost(
+            forward_s=forward_s,
+            input_s=backward_s - weight_s + self._recompute_s(segment),
+            weight_s=weight_s,
+            saved=tuple(self._saved(segment)),
+            deferred_bytes=_deferred_bytes(graph),
+            transient_bytes=transient_bytes(graph, 0, num_ops),
+            recompute_bytes=peak_extra_bytes(graph, 0, num_ops, recompute, blocks=segment.blocks),
+        )
+
+    def _recompute_s(self, segment: Segment) -> float:
+        """Seconds of computing layers again: products by their FLOPs, all else whole."""
+        graph, recompute = segment.graph, self.plan.recompute
+        total_s = 0.0
+        for block in segment.blocks:
+            if recompute == "none" or not block.is_layer:
+                continue
+            ops = [op for op in graph.ops[block.start : block.stop] if not is_communication(op)]
+            times = [(op_time(graph, op, self._device).forward_s, forward_flops(graph, op)) for op in ops]
+            flops = sum(count for _, count in times)
+            again = recompute_flops(graph, block.start, block.stop, recompute, blocks=segment.blocks)
+            products_s = sum(seconds for seconds, count in times if count)
+            total_s += sum(seconds for seconds, _ in times) - products_s * (
+                1 - again / flops if flops else 0.0
+            )
+        return total_s
+
+    def _saved(self, segment: Segment) -> Iterator[tuple[str, int]]:
+        """What the engine keeps: what autograd saves, and what the stage hands on until its gradient comes."""
+        graph = segment.graph
+        received = {edge.value for edge in segment.receives}
+        names = saved_values(graph, 0, len(graph.ops), self.plan.recompute, blocks=segment.blocks)
+        sent = [
+            edge.value
+            for edge in segment.sends
+            if edge.requires_grad and not graph.values[edge.value].alias_of
+        ]
+        for name in dict.fromkeys((*names, *sent)):
+            value = graph.values[name]
+            is_of_batch = value.kind == "input" and not value.requires_grad
+            if name not in received and not is_of_batch:
+                yield name, value.num_bytes
+
+
+def _split_ops(graph: ModelGraph) -> Iterator[Op]:
+    """Products with a trained weight whose gradient W computes."""
+    parameters = {p.name for p in graph.parameters if graph.values[p.name].requires_grad}
+    for op in graph.ops:
+        if op.target in SPLIT_TARGETS and not parameters.isdisjoint(op.inputs) and backward_flops(graph, op):
+            yield op
+
+
+def _deferred_bytes(graph: ModelGraph) -> int:
+    """Each input of a split product once, whatever views of it are read, and all gradients of outputs."""
+    weights = {p.name for p in graph.parameters}
+    inputs: dict[str, int] = {}
+    outputs = 0
+    for op in _split_ops(graph):
+        for name in op.inputs:
+            if name not in weights and graph.values[name].requires_grad:
+                inputs[_storage(graph, name)] = graph.values[name].num_bytes
+        outputs += sum(graph.values[name].num_bytes for name in op.outputs if name is not None)
+    return sum(inputs.values()) + outputs
+
+
+def _storage(graph: ModelGraph, name: str) -> str:
+    while graph.values[name].alias_of:
+        name = graph.values[name].alias_of
+    return name
