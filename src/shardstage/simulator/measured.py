@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from statistics import median
-from typing import Final
+from typing import Final, TypeVar
 
 from shardstage.errors import ProgramError
 from shardstage.program import Collective, Instruction, Program
@@ -27,6 +27,8 @@ from shardstage.timeline import Span, Timeline
 __all__ = ["MeasuredPrices", "measured_prices"]
 
 _FREE: Final = Wire(0.0, 0.0)
+_Key = TypeVar("_Key")
+_Found = dict[_Key, list[float]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +80,10 @@ def measured_prices(
 
     Raises ``ProgramError`` if a timeline does not have all instructions of a rank.
     """
-    compute, own, whole, waited = (defaultdict[tuple[int, str, int], list[float]](list), defaultdict[tuple[str, int | None, int], list[float]](list), defaultdict[tuple[str, int], list[float]](list), defaultdict[int, list[float]](list))  # fmt: skip
+    compute: _Found[tuple[int, str, int]] = defaultdict(list)
+    own: _Found[tuple[str, int | None, int]] = defaultdict(list)
+    whole: _Found[tuple[str, int]] = defaultdict(list)
+    waited: _Found[int] = defaultdict(list)
     steps = [_Step(timeline, program, num_cores) for timeline in timelines]
     for step in steps:
         for key, seconds in step.computations():
@@ -111,7 +116,7 @@ class _Step:
             self.rows[rank] = list(_timed(timeline, program, rank))
         computing = [(start, end) for row in self.rows.values() for i, start, end in row if i.is_computation]
         self._work = _Work(computing, num_cores)
-        self._sent_s = {
+        self._sent_s: dict[tuple[object, ...], float] = {
             (rank, i.stage, i.peer, i.kind, i.microbatch): end
             for rank, row in self.rows.items()
             for i, _, end in row
