@@ -12,6 +12,7 @@ from tests.cost.toy import toy_graph
 from shardstage.cost import Profile, StepSetup, fold, profile, stage_memory
 from shardstage.cost.memory import stage_elements
 from shardstage.layout import Mesh
+from shardstage.schedule import parse_schedule
 
 LAYER = 2 * 8 * 32
 TABLE = 64 * 8
@@ -86,6 +87,22 @@ def test_stages_hold_the_activations_of_the_microbatches_in_flight(
     for stage, times in enumerate(in_flight):
         held = stage_memory(priced(), case, stage).activations
         assert held == times * stage_memory(priced(), once, stage).activations
+
+
+@pytest.mark.parametrize("num_microbatches", [1, 2, 3, 8])
+def test_microbatches_in_flight_are_those_of_the_schedule(num_microbatches: int) -> None:
+    for name, num_stages in (("1f1b", 3), ("gpipe", 3), ("zb-h1", 3), ("interleaved-1f1b", 6), ("zb-v", 6)):
+        case = setup(
+            mesh=Mesh(pp=3), starts=tuple(range(num_stages)), schedule=name, num_microbatches=num_microbatches
+        )
+        for stage in range(num_stages):
+            assert case.in_flight(stage) == case.order().max_held(stage)
+
+
+def test_a_schedule_without_a_name_is_counted_too() -> None:
+    custom = parse_schedule("0F0 0F1 0B0 0B1\n1F0 1B0 1F1 1B1")
+    case = setup(mesh=Mesh(pp=2), starts=(0, 3), schedule="custom", num_microbatches=2, custom=custom)
+    assert (case.in_flight(0), case.in_flight(1)) == (2, 1)
 
 
 def test_a_later_stage_holds_what_it_received() -> None:

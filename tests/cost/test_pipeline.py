@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shardstage.cost.pipeline import StageTime, least_pipeline_s, run_pipeline
+from shardstage.schedule import one_f_one_b
 
 SECONDS = st.floats(0.01, 10)
 STAGES = st.lists(st.builds(StageTime, SECONDS, SECONDS, st.floats(0, 1)), min_size=1, max_size=5)
@@ -52,3 +53,25 @@ def test_the_first_stage_ends_last() -> None:
 
 def test_one_stage_does_one_thing_after_the_other() -> None:
     assert run_pipeline([StageTime(1.0, 2.0)], 5, "1f1b") == (15.0,)
+
+
+@given(STAGES, st.integers(1, 8))
+def test_a_backward_that_is_cut_in_two_takes_as_long_as_the_whole(
+    stages: list[StageTime], num_microbatches: int
+) -> None:
+    """All work of a rank is done by any schedule's end; ZB-H1 does no more of it than 1F1B."""
+    for name in ("1f1b", "zb-h1"):
+        ends = run_pipeline(stages, num_microbatches, name)
+        for end_s, stage in zip(ends, stages, strict=True):
+            assert end_s >= num_microbatches * (stage.forward_s + stage.backward_s) * (1 - 1e-12)
+
+
+def test_several_stages_a_rank_end_one_by_one() -> None:
+    ends = run_pipeline([StageTime(1.0, 2.0)] * 4, 4, "interleaved-1f1b", num_ranks=2)
+    assert max(ends) == 4 * 2 * 3 + 3
+    assert len(set(ends)) == 4
+
+
+def test_a_schedule_may_be_given_itself() -> None:
+    stages = [StageTime(1.0, 2.0)] * 3
+    assert run_pipeline(stages, 5, one_f_one_b(3, 5)) == run_pipeline(stages, 5, "1f1b")

@@ -176,7 +176,7 @@ def test_halves_that_follow_each_other_become_whole_again() -> None:
 
 def test_one_rank_alone_does_everything_without_a_gap() -> None:
     found = optimal(UNEVEN[:2], 3, stage_ranks=(0, 0))
-    assert found.makespan_s == found.bound_s == 3 * (4 + 6)
+    assert found.makespan_s == found.bound_s == 3 * (4 + 9)
     assert found.is_proved
 
 
