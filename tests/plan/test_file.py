@@ -90,7 +90,12 @@ def test_what_has_a_default_may_be_left_out() -> None:
         ("first =", "frist =", "stage 0: unknown key 'frist'", "first = ..."),
         ("zero = 0", "zero = 4", r"zero must be one of 0, 1, 2, 3, not 4", "zero = 0"),
         ("zero = 0", "zero = false", "zero must be one of 0, 1, 2, 3, not False", "zero = 0"),
-        ('"1f1b"', '"1b1f"', 'schedule must be one of "gpipe", "1f1b", .*, not \'1b1f\'', 'schedule = "1f1b"'),
+        (
+            '"1f1b"',
+            '"1b1f"',
+            'schedule must be one of "gpipe", "1f1b", .*, not \'1b1f\'',
+            'schedule = "1f1b"',
+        ),
         ("dp = 2", "dp = 0", "dp must be a whole number of at least 1, not 0", "dp = 2"),
         ("dp = 2\n", "", r"\[mesh\]: dp is missing", "dp = 2"),
         ("shares = [10, 6]", "shares = 16", "shares must be a list of whole numbers", "shares = [8, 8]"),

@@ -147,7 +147,13 @@ def _choose(
     else:
         request = parse_request(text)
         chosen = complete(
-            request, graph, num_ranks=num_ranks, global_batch=batch, sequence=sequence, precision=precision
+            request,
+            graph,
+            num_ranks=num_ranks,
+            global_batch=batch,
+            sequence=sequence,
+            precision=precision,
+            cluster=machine,
         )
     chosen = replace(chosen, graph_fingerprint=chosen.graph_fingerprint or fingerprint(graph))
     check(chosen, graph, num_ranks=num_ranks, cluster=machine)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from shardstage.schedule import Schedule, StageTimes, make_schedule, run_schedule
 
-__all__ = ["StageTime", "least_pipeline_s", "run_pipeline"]
+__all__ = ["StageTime", "halved", "least_pipeline_s", "run_pipeline"]
 
 
 class StageTime(NamedTuple):
@@ -34,7 +34,7 @@ def run_pipeline(
             num_ranks=num_ranks or len(stages),
             num_microbatches=num_microbatches,
         )
-    ran = run_schedule(schedule, [_halved(stage) for stage in stages])
+    ran = run_schedule(schedule, [halved(stage) for stage in stages])
     last = {
         action.stage: end_s
         for row, ends in zip(schedule.actions, ran.ends_s, strict=True)
@@ -58,7 +58,7 @@ def least_pipeline_s(stages: Sequence[StageTime], num_microbatches: int) -> floa
     return bound
 
 
-def _halved(stage: StageTime) -> StageTimes:
+def halved(stage: StageTime) -> StageTimes:
     half_s = stage.backward_s / 2
     return StageTimes(
         forward_s=stage.forward_s,

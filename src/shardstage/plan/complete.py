@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Final, NamedTuple
 
+from shardstage.cluster import Cluster
 from shardstage.cost.balance import balanced, slowest
 from shardstage.cost.compute import RELATIVE, op_time
 from shardstage.cost.fold import Folded, fold
@@ -13,7 +14,8 @@ from shardstage.errors import PlanError
 from shardstage.graph import ModelGraph
 from shardstage.graph.cuts import all_crossing_bytes, good_positions
 from shardstage.layout import Mesh
-from shardstage.plan.plan import Plan, Precision, ScheduleName, StageRange
+from shardstage.plan.order import with_optimal_order
+from shardstage.plan.plan import Plan, Precision, StageRange
 from shardstage.plan.shorthand import Request
 
 __all__ = [
@@ -32,7 +34,7 @@ MAX_MICROBATCH_TOKENS: Final = 16_384
 MICROBATCHES_PER_STAGE: Final = 2
 """With m microbatches on p stages the bubble is (p - 1) / (m + p - 1): a third at m = 2p."""
 
-STAGES_PER_RANK: Final[Mapping[ScheduleName, int]] = MappingProxyType(
+STAGES_PER_RANK: Final[Mapping[str, int]] = MappingProxyType(
     {"interleaved-1f1b": 2, "looped-bfs": 2, "zb-v": 2, "dualpipe-v": 2}
 )
 """Where nothing is said: V-shaped schedules have two, others at least two."""
@@ -49,10 +51,12 @@ def complete(
     global_batch: int,
     sequence: int | None,
     precision: Precision = "float32",
+    cluster: Cluster | None = None,
 ) -> Plan:
     """The plan that a request stands for: missing dp fills the ranks, stages are balanced by FLOPs and bytes moved.
 
-    ``precision`` holds where the request says nothing. Raises ``PlanError`` if the request fits no such plan.
+    An optimal schedule is one for ``cluster``, where it is given. ``precision`` holds where the request says nothing. Raises ``PlanError``
+    if the request fits no such plan.
     """
     mesh = _mesh(request, num_ranks)
     shares = proportional_shares(global_batch, request.shares or (1,) * mesh.dp)
@@ -68,7 +72,7 @@ def complete(
         )
     per_rank = request.stages_per_rank or STAGES_PER_RANK.get(request.schedule, 1)
     microbatch = request.microbatch or _sized(graph, default_microbatch(shares, mesh.pp, sequence))
-    return Plan(
+    plan = Plan(
         mesh=mesh,
         stages=cut_stages(graph, mesh.pp * per_rank, microbatch=microbatch, sequence=sequence),
         global_batch=global_batch,
@@ -77,12 +81,13 @@ def complete(
         shares=shares,
         zero=request.zero,
         recompute=request.recompute,
-        schedule=request.schedule,
+        schedule="1f1b" if request.schedule == "optimal" else request.schedule,
         precision=request.precision or precision,
         is_sequence_parallel=request.is_sequence_parallel,
         is_compiled=request.is_compiled,
         replicate=request.replicate,
     )
+    return with_optimal_order(plan, graph, cluster) if request.schedule == "optimal" else plan
 
 
 def proportional_shares(global_batch: int, weights: Sequence[int]) -> tuple[int, ...]:

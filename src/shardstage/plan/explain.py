@@ -7,18 +7,17 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
 
-from shardstage.cluster import Cluster, LinkLevel
-from shardstage.cost import Folded, Prediction, Profile, StepSetup, fold, profile, rank_memory, stage_memory
-from shardstage.cost.compute import RELATIVE
+from shardstage.cost import Folded, Prediction, Profile, fold, profile, rank_memory, stage_memory
 from shardstage.cost.memory import stage_elements
 from shardstage.graph import ModelGraph
 from shardstage.layout import Mesh
+from shardstage.plan.order import any_cluster, setup_of
 from shardstage.plan.plan import Plan
 from shardstage.plan.schedule import schedule_of
 from shardstage.sharding import shard
 from shardstage.units import format_bytes, format_count, format_ratio, format_s
 
-__all__ = ["explain", "setup_of"]
+__all__ = ["explain"]
 
 MAX_RANKS_DRAWN: Final = 64
 
@@ -38,27 +37,6 @@ def explain(plan: Plan, graph: ModelGraph, *, prediction: Prediction | None = No
     return "\n\n".join("\n".join(lines) for lines in sections if lines) + "\n"
 
 
-def setup_of(plan: Plan, starts: tuple[int, ...]) -> StepSetup:
-    """What of a plan its price depends on, with stages that begin at the units ``starts``.
-
-    Priced is the data-parallel rank with the largest share, which the others wait for.
-    """
-    return StepSetup(
-        mesh=plan.mesh,
-        starts=starts,
-        microbatch=-(-max(plan.shares) // plan.num_microbatches),
-        num_microbatches=plan.num_microbatches,
-        global_batch=plan.global_batch,
-        sequence=plan.sequence,
-        zero=plan.zero,
-        recompute=plan.recompute,
-        schedule=plan.schedule,
-        custom=schedule_of(plan) if plan.schedule == "custom" else None,
-        precision=plan.precision,
-        bucket_bytes=plan.bucket_bytes,
-    )
-
-
 class _Priced:
     """A plan with its model's units, priced on a device where only balance counts."""
 
@@ -69,21 +47,18 @@ class _Priced:
         self.graph = graph
         self.starts = tuple(boundaries)
         self.folded: Folded = fold(graph, boundaries=boundaries)
-        self.setup = setup_of(plan, tuple(self.folded.unit_at(position) for position in boundaries))
+        custom = schedule_of(plan) if plan.schedule == "custom" else None
+        starts = tuple(self.folded.unit_at(position) for position in boundaries)
+        self.setup = setup_of(plan, starts, custom)
         self.profile: Profile = profile(
             self.folded,
-            _any_cluster(plan.mesh.world_size),
+            any_cluster(plan.mesh.world_size),
             tp=plan.mesh.tp,
             microbatch=self.setup.microbatch,
             sequence=plan.sequence,
             is_sequence_parallel=plan.is_sequence_parallel,
             replicate=plan.replicate,
         )
-
-
-def _any_cluster(num_devices: int) -> Cluster:
-    level = LinkLevel(name="any", size=num_devices, latency_s=0.0, bytes_per_s=1.0, source=RELATIVE.source)
-    return Cluster(name="any", device=RELATIVE, num_devices=num_devices, levels=(level,))
 
 
 def _summary(plan: Plan, graph: ModelGraph) -> Iterator[str]:

@@ -30,7 +30,7 @@ class Request:
     zero: Literal[0, 1, 2, 3] = 0
     microbatch: int | None = None
     recompute: Recompute = "none"
-    schedule: ScheduleName = "1f1b"
+    schedule: ScheduleName | Literal["optimal"] = "1f1b"
     stages_per_rank: int | None = None
     precision: Precision | None = None
     shares: tuple[int, ...] | None = None
@@ -135,6 +135,9 @@ def _choice(choices: tuple[str, ...], aliases: Mapping[str, str]) -> Callable[[s
 
 _PRECISIONS: Final = _choice(get_args(Precision), {"fp32": "float32", "bf16": "bfloat16", "fp64": "float64"})
 
+_SCHEDULES: Final = (*(name for name in get_args(ScheduleName) if name != "custom"), "optimal")
+"""Those that can be typed; ``optimal`` is searched, and written out as a custom one."""
+
 _KEYS: Final[Mapping[str, tuple[str, Callable[[str, str | None], Any]]]] = MappingProxyType(
     {
         "dp": ("dp", _count),
@@ -145,7 +148,7 @@ _KEYS: Final[Mapping[str, tuple[str, Callable[[str, str | None], Any]]]] = Mappi
         "mb": ("microbatch", _count),
         "microbatch": ("microbatch", _count),
         "recompute": ("recompute", _choice(get_args(Recompute), {"1": "full", "0": "none"})),
-        "schedule": ("schedule", _choice(get_args(ScheduleName), {"one_f_one_b": "1f1b"})),
+        "schedule": ("schedule", _choice(_SCHEDULES, {"one_f_one_b": "1f1b"})),
         "v": ("stages_per_rank", _count),
         "dtype": ("precision", _PRECISIONS),
         "precision": ("precision", _PRECISIONS),

@@ -7,7 +7,8 @@ from shardstage.cost import Links, Prediction, fold, predict_step, profile
 from shardstage.errors import PlanError
 from shardstage.graph import ModelGraph
 from shardstage.plan import Plan
-from shardstage.plan.explain import setup_of
+from shardstage.plan.order import setup_of
+from shardstage.plan.schedule import schedule_of
 
 __all__ = ["predict"]
 
@@ -26,7 +27,8 @@ def predict(graph: ModelGraph, plan: Plan, cluster: Cluster) -> Prediction:
     positions = {op.name: index for index, op in enumerate(graph.ops)}
     boundaries = tuple(positions[stage.first] for stage in plan.stages)
     folded = fold(graph, boundaries=boundaries)
-    setup = setup_of(plan, tuple(folded.unit_at(position) for position in boundaries))
+    custom = schedule_of(plan) if plan.schedule == "custom" else None
+    setup = setup_of(plan, tuple(folded.unit_at(position) for position in boundaries), custom)
     priced = profile(
         folded,
         cluster,

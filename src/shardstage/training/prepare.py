@@ -91,6 +91,7 @@ def choose_plan(config: RunConfig, graph: ModelGraph, *, num_ranks: int, cluster
             global_batch=config.global_batch,
             sequence=sequence,
             precision=config.precision,
+            cluster=cluster,
         )
     plan = replace(plan, graph_fingerprint=plan.graph_fingerprint or fingerprint(graph))
     check(plan, graph, num_ranks=num_ranks)
