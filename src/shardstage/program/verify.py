@@ -9,6 +9,7 @@ from shardstage.program.program import Program
 from shardstage.program.verify_acts import (
     check_buffers,
     check_computations,
+    check_message_order,
     check_message_types,
     check_transfers,
 )
@@ -37,7 +38,7 @@ def verify(program: Program) -> None:
 
     Proved: every rank has its acts; every microbatch runs once through every stage; messages and collectives match at all their ends in
     type and order; nothing is read before it is written; every gradient is summed once over the ranks that share its parameter; and no
-    ranks wait for each other, even where sends and collectives block.
+    ranks wait for each other.
     """
     check_tables(program)
     check_ranks(program)
@@ -48,6 +49,7 @@ def verify(program: Program) -> None:
     for column in fold.columns:
         for pp in range(program.mesh.pp):
             check_message_types(column, pp)
+        check_message_order(column)
     check_collectives(fold)
     check_alike_microbatches(fold)
     check_deadlock(fold)

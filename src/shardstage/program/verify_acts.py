@@ -11,7 +11,13 @@ from shardstage.program.instruction import Instruction, InstructionKind
 from shardstage.program.program import Program, TensorType
 from shardstage.program.verify_fold import Column
 
-__all__ = ["check_buffers", "check_computations", "check_message_types", "check_transfers"]
+__all__ = [
+    "check_buffers",
+    "check_computations",
+    "check_message_order",
+    "check_message_types",
+    "check_transfers",
+]
 
 _PARTNER: Mapping[str, InstructionKind] = {
     "SEND_F": "RECV_F",
@@ -158,6 +164,32 @@ def check_message_types(column: Column, pp: int) -> None:
                     f"the gradient of {_types([known])} travels as {_types([tensor])}",
                     hint=f"{tensor.value}:{known.dtype}[{','.join(map(str, known.shape))}]",
                 )
+
+
+def check_message_order(column: Column) -> None:
+    """Messages from one rank to another, forwards or backwards, are received in the order in which they are sent.
+
+    Transports that match by order (NCCL) would otherwise mix them up or stall.
+    """
+    sent: dict[tuple[int, int, str], list[tuple[int | None, int | None, int | None]]] = {}
+    for pp in range(len(column.rows)):
+        for _, i in column.steps(pp):
+            if i.is_send:
+                route = (pp, _pp_of(column, i.peer), i.kind[-1])
+                sent.setdefault(route, []).append((i.stage, i.peer, i.microbatch))
+    next_of = {route: iter(messages) for route, messages in sent.items()}
+    for pp in range(len(column.rows)):
+        for step, i in column.steps(pp):
+            if i.is_receive:
+                expected = next(next_of[_pp_of(column, i.peer), pp, i.kind[-1]])
+                if expected != (i.peer, i.stage, i.microbatch):
+                    first = Instruction(expected[1], i.kind, expected[2], expected[0]).name
+                    column.refuse(
+                        pp,
+                        step,
+                        f"{column.where(_pp_of(column, i.peer))} sends what {first} receives before",
+                        hint=f"{first} before {i.name}",
+                    )
 
 
 def _partner(column: Column, i: Instruction) -> Instruction:

@@ -1,10 +1,12 @@
-"""No deadlock, even if every act waits for its partners: the ranks run in lockstep on paper until all have ended or none can go on.
+"""No deadlock: the ranks run on paper until all have ended or none can go on.
 
     RECV          waits until its SEND has begun
-    SEND          waits until its RECV is posted, which a rank does up to the second computation ahead
+    SEND          begins and goes on: what is sent is kept until it has left, at the end of the step (``Transfers.flush``)
     collective    waits until every rank of its group has come to it
 
-What a rank waits for never depends on the order in which others run, so that any order of trying them finds the same end.
+A SEND that waited until its receive is posted would forbid looped and V-shaped schedules, in which two ranks send to each other in turn;
+that messages between two ranks arrive in the order in which they leave is what ``check_message_order`` proves instead. What a rank waits
+for never depends on the order in which others run, so that any order of trying them finds the same end.
 """
 
 from __future__ import annotations
@@ -12,17 +14,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 from shardstage.errors import ProgramError
-from shardstage.program.instruction import Instruction, InstructionKind
+from shardstage.program.instruction import Instruction
 from shardstage.program.verify_fold import Fold
 from shardstage.program.verify_grid import Track, draw
 
 __all__ = ["check_deadlock"]
-
-POSTED_COMPUTATIONS: Final = 2
-"""Receives are posted up to this computation ahead (``Engine`` does so)."""
 
 Member = tuple[int, int]
 """A kind of column and a pipeline rank."""
@@ -41,7 +40,6 @@ class _Rank:
     """How far a rank is: the step it is at, the collectives of that step it has done, those it has come to by axis."""
 
     instructions: Sequence[Instruction]
-    posted_from: Sequence[int]
     step: int = 0
     num_done: int = 0
     come_to: dict[str, int] = field(default_factory=dict)
@@ -60,7 +58,7 @@ class _Lockstep:
         self._fold = fold
         self._program = fold.program
         self._ranks = {
-            (kind, pp): _Rank(instructions=row.instructions, posted_from=posted_from(row.instructions))
+            (kind, pp): _Rank(instructions=row.instructions)
             for kind, column in enumerate(fold.columns)
             for pp, row in enumerate(column.rows)
         }
@@ -89,24 +87,23 @@ class _Lockstep:
         """Goes on until the rank must wait or has ended."""
         while rank.step < len(rank.instructions):
             instruction = rank.instructions[rank.step]
-            wait = self._transfer(member, rank, instruction) or self._collectives(member, rank, instruction)
+            wait = self._receive(member, rank, instruction) or self._collectives(member, rank, instruction)
             if wait is not None:
                 return wait
             rank.step += 1
             rank.num_done = 0
         return None
 
-    def _transfer(self, member: Member, rank: _Rank, instruction: Instruction) -> _Wait | None:
-        if not (instruction.is_send or instruction.is_receive):
+    def _receive(self, member: Member, rank: _Rank, instruction: Instruction) -> _Wait | None:
+        if not instruction.is_receive:
             return None
         kind, column = member[0], self._fold.columns[member[0]]
         assert instruction.peer is not None
         other = (kind, self._program.stage_ranks[instruction.peer])
-        partner: InstructionKind = _PARTNERS[instruction.kind]
+        partner = "SEND_F" if instruction.kind == "RECV_F" else "SEND_B"
         at = column.step_of[partner, instruction.peer, instruction.microbatch, instruction.stage]
         peer = self._ranks[other]
-        needed = at if instruction.is_receive else peer.posted_from[at]
-        if peer.step >= needed:
+        if peer.step >= at:
             return None
         return _Wait(rank.step, f"{instruction.name} for {peer.instructions[at].name}", (other,))
 
@@ -125,26 +122,6 @@ class _Lockstep:
             rank.is_at_collective = False
             rank.num_done += 1
         return None
-
-
-_PARTNERS: Final[Mapping[InstructionKind, InstructionKind]] = {
-    "SEND_F": "RECV_F",
-    "RECV_F": "SEND_F",
-    "SEND_B": "RECV_B",
-    "RECV_B": "SEND_B",
-}
-
-
-def posted_from(instructions: Sequence[Instruction]) -> list[int]:
-    """For each step the first step at which a rank posts its receive: with fewer than two computations still to run before it."""
-    found: list[int] = []
-    computations: list[int] = []
-    for step, instruction in enumerate(instructions):
-        behind = len(computations) - POSTED_COMPUTATIONS
-        found.append(computations[behind] + 1 if behind >= 0 else 0)
-        if instruction.is_computation:
-            computations.append(step)
-    return found
 
 
 def _deadlock(fold: Fold, waits: Mapping[Member, _Wait]) -> ProgramError:
