@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import math
 from dataclasses import dataclass
 
 from shardstage.schedule.search.problem import Problem, Rows
@@ -31,12 +32,15 @@ def dispatch(problem: Problem, policy: Policy) -> Rows | None:
     run = _Run(problem, policy)
     while run.queue:
         when, rank = heapq.heappop(run.queue)
+        if when != run.due_s[rank]:
+            continue
+        run.due_s[rank] = math.inf
         chosen = run.choose(rank)
         if chosen is None:
             continue
         start, token = chosen
         if start > when:
-            heapq.heappush(run.queue, (start, rank))
+            run.wake(rank, start)
         else:
             run.start(rank, token, start)
     wanted = len(problem.kinds) * problem.num_microbatches * problem.num_stages
@@ -44,7 +48,8 @@ def dispatch(problem: Problem, policy: Policy) -> Rows | None:
 
 
 class _Run:
-    """One pass through time. ``queue`` holds (seconds, rank): when it is worth asking the rank again."""
+    """One pass through time. ``due_s[rank]`` is when it is worth asking the rank again; ``queue`` holds these times, and some that have
+    since been brought forward."""
 
     def __init__(self, problem: Problem, policy: Policy) -> None:
         self.problem = problem
@@ -61,12 +66,12 @@ class _Run:
         for token, before in enumerate(problem.needed):
             if before >= 0:
                 self.followers[before].append(token)
+        self.due_s = [0.0 for _ in ranks]
         self.queue: list[tuple[float, int]] = [(0.0, rank) for rank in ranks]
 
     def choose(self, rank: int) -> tuple[float, int] | None:
         """(start, token) of the action that the rank would take next, as far as it knows."""
         free, took = self.free_s[rank], self.problem.took_s
-        soonest: tuple[float, int] | None = None
         found: list[tuple[tuple[int, int], float, int]] = []
         for stage in self.stages[rank]:
             for kind in (0, 1):
@@ -98,8 +103,14 @@ class _Run:
             self.arrivals[follower].append(arrival)
             holder = problem.stage_ranks[follower // 3]
             if holder != rank:
-                heapq.heappush(self.queue, (max(start, self.free_s[holder]), holder))
-        heapq.heappush(self.queue, (end, rank))
+                self.wake(holder, max(start, self.free_s[holder]))
+        self.wake(rank, end)
+
+    def wake(self, rank: int, when: float) -> None:
+        """Asks the rank at this time, unless it is asked before."""
+        if when < self.due_s[rank]:
+            self.due_s[rank] = when
+            heapq.heappush(self.queue, (when, rank))
 
     def _may(self, rank: int, stage: int, kind: int) -> bool:
         problem, token = self.problem, 3 * stage + kind

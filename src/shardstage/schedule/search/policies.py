@@ -50,9 +50,9 @@ def _suggested(problem: Problem) -> Iterator[Policy]:
         away.append((back - margins.heads_s[3 * stage][0]) / pace_s if pace_s else 1.0)
     several = problem.num_stages > problem.num_ranks
     choices = itertools.product(
-        (1.0, 1.5, 2.0, math.inf, 0.7, 3.0, 0.4), (0.5, 0.0, 1.0), (False, True), (True, False)
+        (True, False), (0.0, 0.5, 1.0), (False, True), (1.0, 2.0, 1.5, math.inf, 3.0, 0.7, 0.4)
     )
-    for times, patience_ratio, is_forward_first, is_depth_first in choices:
+    for is_depth_first, patience_ratio, is_forward_first, times in choices:
         if is_depth_first or several:
             caps = tuple(m if times == math.inf else min(m, max(1, math.ceil(times * part))) for part in away)
             yield Policy(
