@@ -5,24 +5,34 @@ the caching allocator and the questions "what if". In go a Program and prices, o
 measures. It refuses to know the runtime, and runs without torch.
 """
 
+from shardstage.simulator.change import Change, parse_change
 from shardstage.simulator.holdings import Holdings, RankHolding, StageHolding
+from shardstage.simulator.measured import MeasuredPrices, measured_prices
 from shardstage.simulator.memory import Holder
 from shardstage.simulator.planned import PlannedPrices, planned_prices
 from shardstage.simulator.prices import Prices, PriceTable, Wire
 from shardstage.simulator.simulate import peak_bytes, peak_holders, simulate, step_time
+from shardstage.simulator.what_if import WhatIf, changed_plan, what_if
 
 __all__ = [
+    "Change",
     "Holder",
     "Holdings",
+    "MeasuredPrices",
     "PlannedPrices",
     "PriceTable",
     "Prices",
     "RankHolding",
     "StageHolding",
+    "WhatIf",
     "Wire",
+    "changed_plan",
+    "measured_prices",
+    "parse_change",
     "peak_bytes",
     "peak_holders",
     "planned_prices",
     "simulate",
     "step_time",
+    "what_if",
 ]

@@ -72,6 +72,13 @@ class MeasuredPrices:
         own = own or {size: s for (what, _, size), s in self.own.items() if what == kind}
         return _nearest(own, num_bytes)
 
+    @property
+    def levels(self) -> tuple[str, ...]:
+        return ()
+
+    def level_of(self, group: Sequence[int]) -> str:
+        return ""
+
 
 def measured_prices(
     timelines: Sequence[Timeline], program: Program, *, num_cores: int | None = None

@@ -70,8 +70,11 @@ class PlannedPrices:
             self._update_s[pp] = optimizer_s(owned, element_bytes, num_tensors, self.cluster.device)
         return self._update_s[pp]
 
+    @property
+    def levels(self) -> tuple[str, ...]:
+        return tuple(level.name for level in self.cluster.levels)
+
     def level_of(self, group: Sequence[int]) -> str:
-        """Name of the outermost link level that a group crosses."""
         return self.cluster.level_for(group).name
 
 

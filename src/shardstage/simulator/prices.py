@@ -37,6 +37,14 @@ class Prices(Protocol):
     def num_cores(self) -> int | None: ...
     @property
     def special_ranks(self) -> tuple[int, ...]: ...
+    @property
+    def levels(self) -> tuple[str, ...]:
+        """Names of the link levels, innermost first; none where nothing is known of them."""
+        ...
+
+    def level_of(self, group: Sequence[int]) -> str:
+        """Name of the outermost link level that a group crosses."""
+        ...
 
     def compute_s(self, rank: int, stage: int, kind: InstructionKind, size: int) -> float:
         """Seconds of F, B, I or W of ``stage`` on a microbatch of ``size`` samples, its collectives left out."""
@@ -81,3 +89,10 @@ class PriceTable:
 
     def own_s(self, rank: int, kind: InstructionKind, stage: int | None, num_bytes: int) -> float:
         return self.own.get(kind, 0.0)
+
+    @property
+    def levels(self) -> tuple[str, ...]:
+        return ()
+
+    def level_of(self, group: Sequence[int]) -> str:
+        return ""
