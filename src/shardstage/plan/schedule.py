@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from shardstage.errors import PlanError, ProgramError
 from shardstage.plan.plan import Plan
-from shardstage.schedule import Schedule, check_schedule, make_schedule, parse_schedule
+from shardstage.schedule import SCHEDULES, Schedule, check_schedule, make_schedule, parse_schedule
 
 __all__ = ["schedule_of"]
 
@@ -23,7 +23,9 @@ def schedule_of(plan: Plan) -> Schedule:
                 num_microbatches=plan.num_microbatches,
             )
     except ProgramError as error:
-        raise PlanError(f"schedule {plan.schedule}: {error.message}", hint=error.hint) from error
+        raise PlanError(
+            f"schedule {plan.schedule}: {error.message}", hint=_hint(plan) or error.hint
+        ) from error
     found = (schedule.num_ranks, schedule.num_stages, schedule.num_microbatches)
     if found != (plan.mesh.pp, len(plan.stages), plan.num_microbatches):
         raise PlanError(
@@ -32,3 +34,12 @@ def schedule_of(plan: Plan) -> Schedule:
             hint='schedule = "1f1b" without actions',
         )
     return schedule
+
+
+def _hint(plan: Plan) -> str:
+    """How many stages a rank the named schedule takes, where it does not take the plan's."""
+    kind = SCHEDULES.get(plan.schedule)
+    if kind is None or kind.takes(plan.stages_per_rank):
+        return ""
+    fitting = next(v for v in (1, 2) if kind.takes(v))
+    return f'--plan "pp={plan.mesh.pp},schedule={plan.schedule},v={fitting}"'
