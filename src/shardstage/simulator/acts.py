@@ -16,6 +16,7 @@ from typing import Final, NamedTuple
 
 from shardstage.program import Collective, Instruction, Program
 from shardstage.simulator.lanes import Lane, Lanes
+from shardstage.simulator.periods import Cut
 from shardstage.simulator.prices import Prices
 from shardstage.timeline import Stream
 
@@ -76,8 +77,20 @@ class Pricer:
         """How many lanes meet in each group, by its number."""
         return {number: len(members) for members, number in self._groups.items()}
 
-    def acts_of(self, lane: Lane, instructions: Sequence[Instruction]) -> list[Act]:
-        """One act for each instruction, which are those of the lane or fewer of them."""
+    def acts_of(self, lane: Lane, instructions: Sequence[Instruction], cut: Cut | None = None) -> list[Act]:
+        """One act for each instruction of the lane, but for those that are ``cut`` out: later microbatches then have smaller numbers."""
+        if cut is None:
+            return self._acts(lane, instructions, instructions, 0)
+        before, after = instructions[: cut.at], instructions[cut.stop :]
+        row = (*before, *after)
+        return [
+            *self._acts(lane, before, row, 0),
+            *self._acts(lane, after, row, cut.num_microbatches),
+        ]
+
+    def _acts(
+        self, lane: Lane, instructions: Sequence[Instruction], row: Sequence[Instruction], shift: int
+    ) -> list[Act]:
         known: dict[tuple[object, ...], Act] = {}
         acts: list[Act] = []
         sizes, prices_of_size = lane.sizes, len(set(lane.sizes)) > 1
@@ -88,10 +101,10 @@ class Pricer:
                 key = (*key, sizes[microbatch])
             act = known.get(key)
             if act is None:
-                act = known[key] = self._act(lane, instruction, instructions)
+                act = known[key] = self._act(lane, instruction, row)
             if act[0] == SEND or act[0] == RECEIVE:
                 assert microbatch is not None
-                act = (act[0], act[1], act[2], act[3], act[4] + microbatch, act[5])
+                act = (act[0], act[1], act[2], act[3], act[4] + microbatch - shift, act[5])
             acts.append(act)
         return acts
 

@@ -1,4 +1,4 @@
-"""``parse_change``: one "what if" as text: ``bandwidth=0.5``, ``node.bandwidth=0.5``, ``latency=2``, ``slow=3:1.5``, ``nodes=+2``, ``dp=16``, ``microbatch=2``.
+"""``parse_change``: one "what if" as text.
 
 bandwidth=F     every link moves F times as many bytes a second; ``LEVEL.bandwidth=F`` only those of one level of the cluster
 latency=F       every link's latency, times F; ``LEVEL.latency=F`` likewise

@@ -15,12 +15,15 @@ from typing import cast
 
 from shardstage.errors import ProgramError
 from shardstage.simulator.acts import ALONE, COMPUTE, RECEIVE, SEND, TALK, Act, Reduction, Talk
+from shardstage.simulator.periods import Cut
 from shardstage.timeline import Stream
 
 __all__ = ["Run", "run"]
 
 _Wanted = tuple[float, float] | None
 """A coroutine asks for (seconds from, seconds of) computation on shared cores, or for nothing until it is woken."""
+
+_Said = tuple[int, Stream, float, float]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -32,11 +35,44 @@ class Run:
 
     starts_s: list[list[float]]
     ends_s: list[list[float]]
-    talks: list[list[tuple[int, Stream, float, float]]] = field(default_factory=list)
+    talks: list[list[_Said]] = field(default_factory=list)
 
     @property
     def makespan_s(self) -> float:
         return max((ends[-1] for ends in self.ends_s if ends), default=0.0)
+
+    def with_periods(self, cuts: Sequence[Cut], period_s: float) -> Run:
+        """The run of the whole rows, of which ``cuts`` were left out: each period that was is ``period_s`` after the one before."""
+        return Run(
+            starts_s=[_filled(row, cut, period_s) for row, cut in zip(self.starts_s, cuts, strict=True)],
+            ends_s=[_filled(row, cut, period_s) for row, cut in zip(self.ends_s, cuts, strict=True)],
+            talks=[_filled_talks(row, cut, period_s) for row, cut in zip(self.talks, cuts, strict=True)],
+        )
+
+
+def _filled(row: Sequence[float], cut: Cut, period_s: float) -> list[float]:
+    period, filled = row[cut.at : cut.at + cut.length], list(row[: cut.at])
+    for number in range(cut.num_periods):
+        later_s = number * period_s
+        filled += [time_s + later_s for time_s in period]
+    later_s = cut.num_periods * period_s
+    return filled + [time_s + later_s for time_s in row[cut.at :]]
+
+
+def _filled_talks(talks: Sequence[_Said], cut: Cut, period_s: float) -> list[_Said]:
+    before = [said for said in talks if said[0] < cut.at]
+    period = [said for said in talks if cut.at <= said[0] < cut.at + cut.length]
+    after = [said for said in talks if said[0] >= cut.at]
+    repeated = [
+        _later(said, number, cut.length, period_s) for number in range(cut.num_periods) for said in period
+    ]
+    return [*before, *repeated, *(_later(said, cut.num_periods, cut.length, period_s) for said in after)]
+
+
+def _later(said: _Said, num_periods: int, length: int, period_s: float) -> _Said:
+    position, stream, start_s, end_s = said
+    later_s = num_periods * period_s
+    return position + num_periods * length, stream, start_s + later_s, end_s + later_s
 
 
 def run(

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Final, NamedTuple
 
 from shardstage.program import Program
 from shardstage.simulator.acts import Pricer
 from shardstage.simulator.holdings import Holdings
 from shardstage.simulator.lanes import Lane, Lanes, lanes_of
 from shardstage.simulator.memory import Holder, RankMemory, memory_of
+from shardstage.simulator.periods import STEADY_PERIODS, Cut, Period, cut_rows, find_period, steady_s
 from shardstage.simulator.prices import Prices
 from shardstage.simulator.run import Run, run
 from shardstage.timeline import STREAMS, MemorySample, Span, Stream, Timeline
 
 __all__ = ["peak_bytes", "peak_holders", "simulate", "step_time"]
+
+FEWEST_PERIODS: Final = 2 * STEADY_PERIODS + 2
+"""So many periods of the steady state are simulated at first."""
 
 
 def simulate(program: Program, prices: Prices, holdings: Holdings | None = None) -> Timeline:
@@ -22,7 +27,7 @@ def simulate(program: Program, prices: Prices, holdings: Holdings | None = None)
     Raises ``ProgramError`` for a program that cannot end.
     """
     lanes = lanes_of(program, prices.special_ranks)
-    ran = _run(program, lanes, prices, keep_talks=True)
+    ran = _run(program, lanes, prices, keep_talks=True).whole()
     memory: list[MemorySample] = []
     if holdings is not None:
         for lane, starts_s, ends_s in zip(lanes.lanes, ran.starts_s, ran.ends_s, strict=True):
@@ -39,7 +44,8 @@ def simulate(program: Program, prices: Prices, holdings: Holdings | None = None)
 def step_time(program: Program, prices: Prices) -> float:
     """Seconds of one step: ``simulate(...).step_time_s`` without making spans."""
     lanes = lanes_of(program, prices.special_ranks)
-    return _run(program, lanes, prices, keep_talks=False).makespan_s
+    ran, cuts, period_s = _run(program, lanes, prices, keep_talks=False)
+    return ran.makespan_s + (cuts[0].num_periods * period_s if cuts else 0.0)
 
 
 def peak_holders(program: Program, rank: int, holdings: Holdings) -> tuple[Holder, ...]:
@@ -58,16 +64,58 @@ def _untimed(program: Program, rank: int, holdings: Holdings) -> RankMemory:
     return memory_of(program, lane, holdings, positions, positions)
 
 
-def _run(program: Program, lanes: Lanes, prices: Prices, *, keep_talks: bool) -> Run:
+class _Ran(NamedTuple):
+    """A run of rows out of which ``cuts`` were left (none: whole rows), whose periods take ``period_s``."""
+
+    run: Run
+    cuts: Sequence[Cut] = ()
+    period_s: float = 0.0
+
+    def whole(self) -> Run:
+        return self.run.with_periods(self.cuts, self.period_s) if self.cuts else self.run
+
+
+def _run(program: Program, lanes: Lanes, prices: Prices, *, keep_talks: bool) -> _Ran:
+    """As few periods of the steady state as show that it is one; all of it if it never is."""
     pricer = Pricer(program, lanes, prices)
-    rows = [pricer.acts_of(lane, lane.instructions) for lane in lanes.lanes]
-    return run(
-        rows,
-        pricer.group_sizes,
-        slowdown=prices.slowdown,
-        num_cores=prices.num_cores,
-        keep_talks=keep_talks,
-    )
+
+    def walk(cuts: Sequence[Cut | None]) -> Run:
+        rows = [
+            pricer.acts_of(lane, lane.instructions, cut) for lane, cut in zip(lanes.lanes, cuts, strict=True)
+        ]
+        return run(
+            rows,
+            pricer.group_sizes,
+            slowdown=prices.slowdown,
+            num_cores=prices.num_cores,
+            keep_talks=keep_talks,
+        )
+
+    periods = _periods(program, lanes) if prices.num_cores is None else []
+    # What slows one rank down reaches the others a rank and a period at a time.
+    for num_kept in (FEWEST_PERIODS, FEWEST_PERIODS + 4 * program.mesh.pp):
+        cuts = cut_rows(periods, num_kept)
+        if cuts is None:
+            break
+        ran = walk(cuts)
+        period_s = steady_s(ran.ends_s, cuts)
+        if period_s is not None:
+            return _Ran(ran, cuts, period_s)
+    return _Ran(walk([None] * len(lanes)))
+
+
+def _periods(program: Program, lanes: Lanes) -> list[Period | None]:
+    """By lane; none at all where there are few microbatches."""
+    if program.num_microbatches < 2 * FEWEST_PERIODS:
+        return []
+    known: dict[tuple[int, tuple[int, ...]], Period | None] = {}
+    for lane in lanes.lanes:
+        key = (id(lane.instructions), lane.sizes)
+        if key not in known:
+            known[key] = find_period(lane.instructions, lane.sizes)
+            if known[key] is None:
+                return []
+    return [known[id(lane.instructions), lane.sizes] for lane in lanes.lanes]
 
 
 def _spans(lanes: Lanes, ran: Run) -> Iterator[Span]:
