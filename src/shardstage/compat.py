@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,10 +18,13 @@ __all__ = [
     "all_gather_single",
     "backend_all_to_all",
     "backend_reduce_scatter",
+    "called_group",
+    "fake_store",
     "process_group_name",
     "reduce_scatter_single",
     "scale_all",
     "storage_key",
+    "watched_resizes",
     "written_tensors",
 ]
 
@@ -83,3 +88,32 @@ def written_tensors(operator: Any, args: Any, kwargs: Any) -> list[torch.Tensor]
             given = args[position] if position < len(args) else kwargs.get(argument.name)
             found += [t for t in (given if isinstance(given, list | tuple) else [given]) if t is not None]
     return found
+
+
+def fake_store() -> dist.Store:
+    """The store of a world that is not there; making it registers the back end ``fake``, whose collectives do nothing."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    return FakeStore()  # type: ignore[no-untyped-call]  # torch's is untyped
+
+
+def called_group(argument: Any) -> str:
+    """The name of the group that a ``c10d`` operator was called with, which it sees as a script object."""
+    group = argument if isinstance(argument, dist.ProcessGroup) else dist.ProcessGroup.unbox(argument)
+    return str(group.group_name)
+
+
+@contextmanager
+def watched_resizes(note: Callable[[torch.UntypedStorage, int], None]) -> Iterator[None]:
+    """Tells ``note`` of every storage that is given a new size, before it is: FSDP2 frees and refills parameters so, past dispatch."""
+    resize = torch.UntypedStorage.resize_
+
+    def watched(storage: torch.UntypedStorage, num_bytes: int) -> Any:
+        note(storage, num_bytes)
+        return resize(storage, num_bytes)
+
+    torch.UntypedStorage.resize_ = watched  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign]

@@ -34,6 +34,7 @@ class _Bucket:
     offsets: tuple[int, ...]
     flat_parameters: Tensor
     flat_gradients: Tensor
+    has_own_master: bool  # else a part of flat_parameters
     master: Tensor
     shard_gradients: Tensor
     views: tuple[Tensor, ...]
@@ -167,7 +168,7 @@ class BucketedParameters:
         for bucket in self._buckets:
             own = self._own_range(bucket)
             part = bucket.flat_parameters[own.start : own.stop]
-            if bucket.master.data_ptr() != part.data_ptr():
+            if bucket.has_own_master:
                 part.copy_(bucket.master)
             if self._is_sharded:
                 _all_gather_flat(bucket.flat_parameters, part, self._groups.dp_group)
@@ -182,12 +183,21 @@ class BucketedParameters:
                 if info.name == name:
                     _write(bucket.flat_parameters, offset, local)
                     own = self._own_range(bucket)
-                    if bucket.master.data_ptr() != bucket.flat_parameters[own.start : own.stop].data_ptr():
+                    if bucket.has_own_master:
                         start, stop = max(own.start, offset), min(own.stop, offset + local.numel())
                         if start < stop:
                             bucket.master[start - own.start : stop - own.start].copy_(
                                 local.reshape(-1)[start - offset : stop - offset]
                             )
+
+    def held(self) -> dict[str, list[Tensor]]:
+        """What is kept between steps, by category of memory."""
+        buckets = self._buckets
+        return {
+            "parameters": [*self._alone.values(), *(bucket.flat_parameters for bucket in buckets)],
+            "master": [bucket.master for bucket in buckets if bucket.has_own_master],
+            "gradients": [t for bucket in buckets for t in (bucket.flat_gradients, bucket.shard_gradients)],
+        }
 
     def _leaf_alone(self, info: ParameterInfo, parameter: nn.Parameter) -> Leaf:
         return Leaf(
@@ -227,6 +237,7 @@ class BucketedParameters:
             offsets=offsets,
             flat_parameters=flat_parameters,
             flat_gradients=flat_gradients,
+            has_own_master=not is_same,
             master=own if is_same else torch.zeros(len(part), dtype=master_dtype, device=device),
             shard_gradients=torch.zeros(len(part), dtype=master_dtype, device=device)
             if self._is_sharded

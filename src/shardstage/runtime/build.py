@@ -32,7 +32,7 @@ from shardstage.runtime.process_group import allocate_shared
 from shardstage.runtime.stage import Stage, build_stage
 from shardstage.runtime.weights import initial_buffers, initial_weights
 
-__all__ = ["build_engine"]
+__all__ = ["assemble_engine", "build_engine", "tied_ranks"]
 
 
 def build_engine(
@@ -53,14 +53,54 @@ def build_engine(
     graphs = StageGraphs(graph, plan)
     program = lower(graph, plan, graphs)
     verify(program)
+    groups = build_groups(plan.mesh, rank, tied_ranks(program))
+    engine = assemble_engine(
+        program,
+        graphs,
+        source,
+        groups,
+        seed=seed,
+        optimizer=optimizer,
+        device=device,
+        allocate=_allocator(groups, device),
+    )
+    _load(
+        engine.stages.values(),
+        engine.parameters,
+        source,
+        groups,
+        seed=seed,
+        dtype=getattr(torch, master_dtype(plan)),
+        device=device,
+        folder=weights_folder,
+    )
+    return engine
+
+
+def assemble_engine(
+    program: Program,
+    graphs: StageGraphs,
+    source: ModelSource,
+    groups: RankGroups,
+    *,
+    seed: int,
+    optimizer: OptimizerConfig,
+    device: torch.device,
+    allocate: Callable[[int, torch.dtype], Tensor],
+    read: Callable[[Tensor], list[float]] = Tensor.tolist,
+) -> Engine:
+    """The engine of the rank whose ``groups`` these are, with parameters that have no values yet and buffers still on meta.
+
+    ``allocate`` makes the flat buffers in which parameters and gradients lie.
+    """
+    graph, plan, rank = graphs.graph, graphs.plan, groups.rank
     mesh = plan.mesh
     dp, tp = mesh.coordinate(rank, "dp"), mesh.coordinate(rank, "tp")
     sizes = dict.fromkeys(plan.microbatches(dp))
     own = program.stages_of(mesh.coordinate(rank, "pp"))
     cuts = {size: graphs.segments(tp=tp, microbatch=size) for size in sizes}
     segments = {stage: {size: cuts[size][stage] for size in sizes} for stage in own}
-    held = _held_parameters(program, graphs, next(iter(cuts.values())))
-    groups = build_groups(mesh, rank, {p.ties for stage in held for p in stage if p.ties})
+    held = _held_parameters(program, graphs, next(iter(cuts.values())), own)
     is_fully_sharded = plan.zero >= 2 and mesh.dp > 1
     context = OperatorContext(
         tp_group=groups.tp_group,
@@ -104,20 +144,10 @@ def build_engine(
             zero=plan.zero,
             device=device,
             master_dtype=master,
-            allocate=_allocator(groups, device),
+            allocate=allocate,
         )
         context.weights.accumulate = bucketed.accumulate
         parameters = bucketed
-    _load(
-        stages.values(),
-        parameters,
-        source,
-        groups,
-        seed=seed,
-        dtype=master,
-        device=device,
-        folder=weights_folder,
-    )
     return Engine(
         program=program,
         graphs=graphs,
@@ -128,16 +158,25 @@ def build_engine(
         optimizer=Optimizer(optimizer, parameters.leaves),
         context=context,
         device=device,
+        read=read,
     )
 
 
+def tied_ranks(program: Program) -> set[tuple[int, ...]]:
+    """The sets of pipeline ranks that hold one and the same parameter."""
+    holders = {
+        tuple(sorted({program.stage_ranks[s] for s in parameter.stages})) for parameter in program.parameters
+    }
+    return {ranks for ranks in holders if len(ranks) > 1}
+
+
 def _held_parameters(
-    program: Program, graphs: StageGraphs, segments: Sequence[Segment]
-) -> list[tuple[HeldParameter, ...]]:
-    """By stage, also those of other ranks: groups of ties are made by all."""
+    program: Program, graphs: StageGraphs, segments: Sequence[Segment], own: Iterable[int]
+) -> dict[int, tuple[HeldParameter, ...]]:
+    """By stage, of the rank's own."""
     placements = graphs.sharding_at(graphs.plan.microbatches(0)[0]).parameters
     users = {parameter.fqn: parameter.stages for parameter in program.parameters}
-    return [held_parameters(segment, placements, users, program.stage_ranks) for segment in segments]
+    return {s: held_parameters(segments[s], placements, users, program.stage_ranks) for s in own}
 
 
 def _library(

@@ -19,9 +19,9 @@ from shardstage.runtime.block import Block
 from shardstage.runtime.groups import RankGroups
 from shardstage.runtime.leaves import Leaf
 from shardstage.runtime.optimizer import Optimizer
-from shardstage.runtime.recorder import Recorder
+from shardstage.runtime.recorder import Observer
 from shardstage.runtime.stage import Stage
-from shardstage.runtime.transfers import Transfers
+from shardstage.runtime.transfers import Transfers, early_receives
 
 __all__ = ["Engine", "Microbatch", "Parameters", "StepResult"]
 
@@ -54,6 +54,7 @@ class Parameters(Protocol):
     def finish(self) -> None: ...
     def publish(self) -> None: ...
     def assign(self, name: str, local: Tensor) -> None: ...
+    def held(self) -> Mapping[str, Sequence[Tensor]]: ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,7 +91,8 @@ class Engine:
     Each microbatch's graph yields its sum; backward is seeded with 1 / (number of targets of the global batch), and gradients are
     summed over microbatches and dp. So no average of averages is ever taken.
 
-    ``stages`` are those of the rank, by number, ``graphs`` what the Program's instructions stand for.
+    ``stages`` are those of the rank, by number, ``graphs`` what the Program's instructions stand for. ``read`` gives the numbers in a small
+    tensor of one dim: in a dry run there are none to be read.
     """
 
     def __init__(
@@ -105,6 +107,7 @@ class Engine:
         optimizer: Optimizer,
         context: OperatorContext,
         device: torch.device,
+        read: Callable[[Tensor], list[float]] = Tensor.tolist,
     ) -> None:
         self.program = program
         self.graphs = graphs
@@ -115,7 +118,8 @@ class Engine:
         self.random: RandomState = context.random
         self.device = device
         self.loss_scale = 1.0
-        self.recorder: Recorder | None = None
+        self.recorder: Observer | None = None
+        self._read = read
         self._weights = context.weights
         self._segments = segments
         self._transfers = Transfers(program, groups, device)
@@ -276,7 +280,7 @@ class Engine:
             sums[1] = _sum_of_squares(self.parameters.leaves, self.device)
         if self.groups.mesh.world_size > 1:
             dist.all_reduce(sums)  # over the world: each loss and each element is counted by one rank
-        loss_sum, square_sum = sums.tolist()
+        loss_sum, square_sum = self._read(sums)
         norm = None if max_norm is None else square_sum**0.5
         scale = 1.0 if norm is None or max_norm is None or norm <= max_norm else max_norm / (norm + 1e-6)
         rate = self.optimizer.step(step, gradient_scale=scale)
@@ -291,21 +295,16 @@ class Engine:
     def _count_targets(self, batches: Sequence[Microbatch]) -> int:
         """Targets of the global batch: the sum over dp of what this rank's microbatches hold."""
         count = torch.tensor(
-            sum(batch.num_targets for batch in batches), dtype=torch.int64, device=self.device
+            [sum(batch.num_targets for batch in batches)], dtype=torch.int64, device=self.device
         )
         if self.groups.dp_group is not None:
             dist.all_reduce(count, group=self.groups.dp_group)
-        return max(1, int(count))
+        return max(1, int(self._read(count)[0]))
 
     def _post_receives(self, position: int) -> None:
         """Begins the receives up to the second computation from here, so that they arrive under the first."""
-        computations = 0
-        for instruction in self._row[position:]:
-            if instruction.is_receive:
-                self._transfers.post(instruction)
-            computations += instruction.is_computation
-            if computations == 2:
-                return
+        for instruction in early_receives(self._row, position):
+            self._transfers.post(instruction)
 
     def _as_leaves(self, received: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {

@@ -114,6 +114,10 @@ class FullyShardedParameters:
         with torch.no_grad():
             parameter.to_local().copy_(local[start:stop] if local.dim() else local)
 
+    def held(self) -> dict[str, list[Tensor]]:
+        """What is kept between steps, by category of memory; gradients come with the first backward."""
+        return {"master": [parameter.to_local() for parameter in self._parameters.values()]}
+
     def _model_reductions(self) -> list[tuple[dist.ProcessGroup, list[Leaf]]]:
         found: list[tuple[dist.ProcessGroup, list[Leaf]]] = []
         tp_group = self._groups.tp_group

@@ -55,14 +55,15 @@ class RankGroups:
         return everyone
 
 
-def build_groups(mesh: Mesh, rank: int, ties: Iterable[Ranks] = ()) -> RankGroups:
+def build_groups(mesh: Mesh, rank: int, ties: Iterable[Ranks] = (), *, only_own: bool = False) -> RankGroups:
     """Makes all groups of the mesh; collective over the world: every rank calls it with the same mesh and ties.
 
-    ``ties`` are the sets of pipeline ranks that hold one and the same parameter.
+    ``ties`` are the sets of pipeline ranks that hold one and the same parameter. ``only_own`` leaves out the groups that ``rank`` is not
+    in, which a world of one process (a dry run) does not need and thousands of ranks would make slow.
     """
     mine: dict[str, dist.ProcessGroup | None] = {"dp": None, "tp": None}
     for axis in ("dp", "tp"):
-        for ranks in mesh.groups(axis):
+        for ranks in [mesh.group(rank, axis)] if only_own else mesh.groups(axis):
             group = _new_group(ranks)
             if rank in ranks:
                 mine[axis] = group
@@ -73,9 +74,10 @@ def build_groups(mesh: Mesh, rank: int, ties: Iterable[Ranks] = ()) -> RankGroup
         for dp in range(mesh.dp):
             for tp in range(mesh.tp):
                 ranks = tuple(mesh.rank(pp=pp, dp=dp, tp=tp) for pp in pps)
-                group = _new_group(ranks)
-                if rank in ranks and group is not None:
-                    tie_groups[pps] = group
+                if rank in ranks or not only_own:
+                    group = _new_group(ranks)
+                    if rank in ranks and group is not None:
+                        tie_groups[pps] = group
     return RankGroups(
         rank=rank,
         mesh=mesh,

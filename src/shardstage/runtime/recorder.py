@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import NamedTuple
+from contextlib import AbstractContextManager, contextmanager
+from typing import NamedTuple, Protocol
 
 import torch
 
 from shardstage.program import Instruction
 from shardstage.timeline import MemorySample, Span, Stream
 
-__all__ = ["Recorder"]
+__all__ = ["Observer", "Recorder"]
 
 
 Reading = float | torch.cuda.Event
 """Of a clock, in seconds; or an event on a CUDA stream."""
+
+
+class Observer(Protocol):
+    """Who is told what an engine does: ``begin`` at the beginning of a step, ``span`` around each instruction."""
+
+    def begin(self) -> None: ...
+    def span(self, instruction: Instruction) -> AbstractContextManager[None]: ...
 
 
 class _Moment(NamedTuple):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -11,7 +11,18 @@ from torch import Tensor
 from shardstage.program import Instruction, Program
 from shardstage.runtime.groups import RankGroups
 
-__all__ = ["Transfers"]
+__all__ = ["Transfers", "early_receives"]
+
+
+def early_receives(row: Sequence[Instruction], position: int) -> Iterator[Instruction]:
+    """The receives that are begun at ``position`` at the latest: those up to the second computation from there."""
+    computations = 0
+    for at in range(position, len(row)):
+        if row[at].is_receive:
+            yield row[at]
+        computations += row[at].is_computation
+        if computations == 2:
+            return
 
 
 class Transfers:
