@@ -5,16 +5,18 @@ the caching allocator and the questions "what if". In go a Program and prices, o
 measures. It refuses to know the runtime, and runs without torch.
 """
 
+from shardstage.simulator.allocator import Allocation, Replay, replay
 from shardstage.simulator.change import Change, parse_change
 from shardstage.simulator.holdings import Holdings, RankHolding, StageHolding
 from shardstage.simulator.measured import MeasuredPrices, measured_prices
 from shardstage.simulator.memory import Holder
 from shardstage.simulator.planned import PlannedPrices, planned_prices
 from shardstage.simulator.prices import Prices, PriceTable, Wire
-from shardstage.simulator.simulate import peak_bytes, peak_holders, simulate, step_time
+from shardstage.simulator.simulate import peak_bytes, peak_holders, reserved, simulate, step_time
 from shardstage.simulator.what_if import WhatIf, changed_plan, what_if
 
 __all__ = [
+    "Allocation",
     "Change",
     "Holder",
     "Holdings",
@@ -23,6 +25,7 @@ __all__ = [
     "PriceTable",
     "Prices",
     "RankHolding",
+    "Replay",
     "StageHolding",
     "WhatIf",
     "Wire",
@@ -32,6 +35,8 @@ __all__ = [
     "peak_bytes",
     "peak_holders",
     "planned_prices",
+    "replay",
+    "reserved",
     "simulate",
     "step_time",
     "what_if",

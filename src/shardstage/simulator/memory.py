@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from shardstage.program import Instruction, Program
+from shardstage.simulator.allocator import Allocation
 from shardstage.simulator.holdings import Holdings, StageHolding
 from shardstage.simulator.lanes import Lane
 from shardstage.timeline import MemorySample
@@ -35,10 +36,12 @@ class Holder(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class RankMemory:
-    """``samples`` in order of time; ``holders`` are what is held at the peak, the biggest first."""
+    """``samples`` in order of time; ``holders`` are what is held at the peak, the biggest first; ``trace`` is what is allocated and freed
+    in order, what a microbatch saves value by value."""
 
     samples: tuple[MemorySample, ...]
     holders: tuple[Holder, ...]
+    trace: tuple[Allocation, ...]
 
     @property
     def peak_bytes(self) -> int:
@@ -60,7 +63,7 @@ def memory_of(
         if replay.total_bytes > peak_bytes:
             peak_bytes, peak_live = replay.total_bytes, dict(replay.live)
     holders = tuple(_holders(replay, peak_live))
-    return RankMemory(samples=tuple(samples), holders=holders)
+    return RankMemory(samples=tuple(samples), holders=holders, trace=tuple(replay.trace))
 
 
 def _moments(instructions: Sequence[Instruction]) -> Iterator[tuple[str, Instruction]]:
@@ -79,6 +82,8 @@ class _Replay:
         self.live: dict[tuple[str, str], int] = {}
         self.totals: Counter[str] = Counter()
         self.total_bytes = 0
+        self.trace: list[Allocation] = []
+        self._parts: dict[str, tuple[str, ...]] = {}
         self._row = lane.instructions
         self._posted_until = 0
         self._received: dict[tuple[int, int], list[tuple[str, str]]] = {}
@@ -112,7 +117,7 @@ class _Replay:
         self._hold_while(is_begin, "parameters", instruction.name, held.gathered_bytes)
         if kind == "F":
             if is_begin:
-                self._hold("activations", activation, held.saved_bytes)
+                self._hold("activations", activation, held.saved_bytes, held.saved)
             return
         if kind != "W":
             self._hold_while(is_begin, "recompute", instruction.name, held.recompute_bytes)
@@ -155,16 +160,23 @@ class _Replay:
         else:
             self._free(category, what)
 
-    def _hold(self, category: str, what: str, num_bytes: int) -> None:
-        if num_bytes:
-            self.live[category, what] = num_bytes
-            self.totals[category] += num_bytes
-            self.total_bytes += num_bytes
+    def _hold(self, category: str, what: str, num_bytes: int, parts: Sequence[tuple[str, int]] = ()) -> None:
+        """``parts`` are the tensors that it consists of, where they are known."""
+        if not num_bytes:
+            return
+        self.live[category, what] = num_bytes
+        self.totals[category] += num_bytes
+        self.total_bytes += num_bytes
+        name = f"{category}: {what}"
+        made = [Allocation(f"{name}: {part}", size) for part, size in parts or (("", num_bytes),) if size]
+        self._parts[name] = tuple(allocation.name for allocation in made)
+        self.trace += made
 
     def _free(self, category: str, what: str) -> None:
         num_bytes = self.live.pop((category, what), 0)
         self.totals[category] -= num_bytes
         self.total_bytes -= num_bytes
+        self.trace += [Allocation(part, 0) for part in self._parts.pop(f"{category}: {what}", ())]
 
 
 def _ahead(row: Sequence[Instruction], position: int, known: int) -> int:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Final, NamedTuple
 
+from shardstage.errors import ProgramError
 from shardstage.program import Program
 from shardstage.simulator.acts import Pricer
+from shardstage.simulator.allocator import Replay, replay
 from shardstage.simulator.holdings import Holdings
 from shardstage.simulator.lanes import Lane, Lanes, lanes_of
 from shardstage.simulator.memory import Holder, RankMemory, memory_of
@@ -15,19 +17,21 @@ from shardstage.simulator.prices import Prices
 from shardstage.simulator.run import Run, run
 from shardstage.timeline import STREAMS, MemorySample, Span, Stream, Timeline
 
-__all__ = ["peak_bytes", "peak_holders", "simulate", "step_time"]
+__all__ = ["peak_bytes", "peak_holders", "reserved", "simulate", "step_time"]
 
 FEWEST_PERIODS: Final = 2 * STEADY_PERIODS + 2
 """So many periods of the steady state are simulated at first."""
 
 
-def simulate(program: Program, prices: Prices, holdings: Holdings | None = None) -> Timeline:
+def simulate(
+    program: Program, prices: Prices, holdings: Holdings | None = None, *, is_extrapolated: bool = True
+) -> Timeline:
     """One step, predicted, with memory where ``holdings`` are given. One rank of each class of alike ones is in it (``alike``).
 
-    Raises ``ProgramError`` for a program that cannot end.
+    ``is_extrapolated``: of a steady state only as much is walked as shows that it is one. Raises ``ProgramError`` for a program that cannot end.
     """
     lanes = lanes_of(program, prices.special_ranks)
-    ran = _run(program, lanes, prices, keep_talks=True).whole()
+    ran = _run(program, lanes, prices, keep_talks=True, is_extrapolated=is_extrapolated).whole()
     memory: list[MemorySample] = []
     if holdings is not None:
         for lane, starts_s, ends_s in zip(lanes.lanes, ran.starts_s, ran.ends_s, strict=True):
@@ -41,10 +45,10 @@ def simulate(program: Program, prices: Prices, holdings: Holdings | None = None)
     )
 
 
-def step_time(program: Program, prices: Prices) -> float:
+def step_time(program: Program, prices: Prices, *, is_extrapolated: bool = True) -> float:
     """Seconds of one step: ``simulate(...).step_time_s`` without making spans."""
     lanes = lanes_of(program, prices.special_ranks)
-    ran, cuts, period_s = _run(program, lanes, prices, keep_talks=False)
+    ran, cuts, period_s = _run(program, lanes, prices, keep_talks=False, is_extrapolated=is_extrapolated)
     return ran.makespan_s + (cuts[0].num_periods * period_s if cuts else 0.0)
 
 
@@ -56,6 +60,11 @@ def peak_holders(program: Program, rank: int, holdings: Holdings) -> tuple[Holde
 def peak_bytes(program: Program, rank: int, holdings: Holdings) -> int:
     """The most that ``rank`` holds."""
     return _untimed(program, rank, holdings).peak_bytes
+
+
+def reserved(program: Program, rank: int, holdings: Holdings, *, capacity_bytes: int | None = None) -> Replay:
+    """What the caching allocator of a CUDA device reserves for ``rank``, and where it runs out of ``capacity_bytes``."""
+    return replay(_untimed(program, rank, holdings).trace, capacity_bytes=capacity_bytes)
 
 
 def _untimed(program: Program, rank: int, holdings: Holdings) -> RankMemory:
@@ -75,7 +84,7 @@ class _Ran(NamedTuple):
         return self.run.with_periods(self.cuts, self.period_s) if self.cuts else self.run
 
 
-def _run(program: Program, lanes: Lanes, prices: Prices, *, keep_talks: bool) -> _Ran:
+def _run(program: Program, lanes: Lanes, prices: Prices, *, keep_talks: bool, is_extrapolated: bool) -> _Ran:
     """As few periods of the steady state as show that it is one; all of it if it never is."""
     pricer = Pricer(program, lanes, prices)
 
@@ -83,15 +92,17 @@ def _run(program: Program, lanes: Lanes, prices: Prices, *, keep_talks: bool) ->
         rows = [
             pricer.acts_of(lane, lane.instructions, cut) for lane, cut in zip(lanes.lanes, cuts, strict=True)
         ]
-        return run(
+        ran = run(
             rows,
             pricer.group_sizes,
             slowdown=prices.slowdown,
             num_cores=prices.num_cores,
             keep_talks=keep_talks,
         )
+        _require_end(ran, lanes, cuts)
+        return ran
 
-    periods = _periods(program, lanes) if prices.num_cores is None else []
+    periods = _periods(program, lanes) if is_extrapolated and prices.num_cores is None else []
     # What slows one rank down reaches the others a rank and a period at a time.
     for num_kept in (FEWEST_PERIODS, FEWEST_PERIODS + 4 * program.mesh.pp):
         cuts = cut_rows(periods, num_kept)
@@ -102,6 +113,16 @@ def _run(program: Program, lanes: Lanes, prices: Prices, *, keep_talks: bool) ->
         if period_s is not None:
             return _Ran(ran, cuts, period_s)
     return _Ran(walk([None] * len(lanes)))
+
+
+def _require_end(ran: Run, lanes: Lanes, cuts: Sequence[Cut | None]) -> None:
+    for lane, ends, starts, cut in zip(lanes.lanes, ran.ends_s, ran.starts_s, cuts, strict=True):
+        if len(starts) > len(ends):
+            at = len(ends) + (cut.stop - cut.at if cut and len(ends) >= cut.at else 0)
+            raise ProgramError(
+                f"the program cannot end: rank {lane.rank} waits in {lane.instructions[at].name} for ever",
+                hint="verify(program) shows the grid and who waits for whom",
+            )
 
 
 def _periods(program: Program, lanes: Lanes) -> list[Period | None]:
