@@ -178,10 +178,11 @@ def _finish(console: Console, job: TrainJob, cluster: Cluster | None, *, is_prov
         console.print(verdict.text(), markup=False, soft_wrap=True)
     if job.config.export_hf:
         _export(job)
+    machine = cluster or known_cluster(job.config.cluster, ranks=job.config.ranks)
     print_summary(
         console,
         job,
-        prediction=_predicted(job, cluster or known_cluster(job.config.cluster, ranks=job.config.ranks)),
+        prediction=_predicted(job, machine),
         is_proved=None if verdict is None else verdict.is_equal,
     )
     return 0 if verdict is None or verdict.is_equal else 1
@@ -203,11 +204,13 @@ def _export(job: TrainJob) -> None:
 
 
 def _predicted(job: TrainJob, cluster: Cluster | None) -> Prediction | None:
-    """What the plan was expected to take, where the machine has been measured."""
+    """What the plan was expected to take, where the machine has been measured; its timeline goes into the run folder."""
     if cluster is None or cluster.num_devices < job.plan.mesh.world_size:
         return None
     from shardstage.planner import predict
+    from shardstage.training.timelines import write_predicted_timeline
 
+    write_predicted_timeline(job, cluster)
     return predict(job.graph, job.plan, cluster)
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from contextlib import suppress
 from pathlib import Path
 
 import torch
 
-__all__ = ["PeakMemory"]
+__all__ = ["PeakMemory", "resident_bytes"]
 
 
 class PeakMemory:
@@ -51,6 +52,18 @@ class PeakMemory:
         else:
             peak_bytes = self._kept_bytes + max(0, _status_bytes("VmHWM") - self._resident_bytes)
         self._peaks_bytes[-1] = max(self._peaks_bytes[-1], peak_bytes)
+
+
+def resident_bytes() -> int:
+    """Memory that this program has now (proc(5), statm); 0 where that is not known. Takes about 10 µs."""
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            return int(file.read().split()[1]) * _PAGE_BYTES
+    except OSError:
+        return 0
+
+
+_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
 def _give_back_free_memory() -> None:

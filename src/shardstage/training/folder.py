@@ -3,6 +3,7 @@
 run.toml       everything that was asked for       plan.toml      everything that was decided
 log.jsonl      one line a step                     checkpoints/   the newest, complete ones
 summary.json   the figures of the table            logs/          what each rank wrote to its terminal
+timeline-measured.json.gz    the last step         timeline-predicted.json.gz    what the simulator expected of it
 """
 
 from __future__ import annotations
@@ -74,6 +75,14 @@ class RunFolder:
     @property
     def summary(self) -> Path:
         return self.path / "summary.json"
+
+    @property
+    def measured_timeline(self) -> Path:
+        return self.path / "timeline-measured.json.gz"
+
+    @property
+    def predicted_timeline(self) -> Path:
+        return self.path / "timeline-predicted.json.gz"
 
     @property
     def checkpoints(self) -> Path:

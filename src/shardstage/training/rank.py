@@ -19,12 +19,14 @@ from shardstage.runtime.build import build_engine
 from shardstage.runtime.engine import Engine, StepResult
 from shardstage.runtime.environment import RankEnvironment, join_world
 from shardstage.runtime.peak_memory import PeakMemory
+from shardstage.runtime.recorder import Recorder
 from shardstage.training.folder import RunFolder, replace_text
 from shardstage.training.job import TrainJob, source_of
 from shardstage.training.progress import Progress
 from shardstage.training.run_config import RunConfig
 from shardstage.training.samples import samples_of
 from shardstage.training.state import accept_loaded, kept_bytes, state_entries
+from shardstage.training.timelines import begin_recording, write_measured_timeline
 
 __all__ = ["join_job", "rank_batches", "train_joined", "train_rank"]
 
@@ -55,6 +57,8 @@ def train_joined(environment: RankEnvironment, job: TrainJob, device: torch.devi
     first_step = _resume(engine, batches, job) if job.config.resume else 0
     measured = _train(engine, batches, job, first_step)
     _write_summary(engine, job, measured)
+    if measured.recorder is not None:
+        write_measured_timeline(engine, measured.recorder, job)
 
 
 def join_job(environment: RankEnvironment, config: RunConfig) -> torch.device:
@@ -85,6 +89,7 @@ class _Measured:
 
     memory: PeakMemory
     step_times_s: list[float] = field(default_factory=list)
+    recorder: Recorder | None = None
 
 
 def _train(engine: Engine, batches: RankBatches, job: TrainJob, first_step: int) -> _Measured:
@@ -95,6 +100,8 @@ def _train(engine: Engine, batches: RankBatches, job: TrainJob, first_step: int)
     measured.memory.begin(kept_bytes(engine))
     with Progress(config, job.plan, first_step, is_shown=is_first) as progress:
         for step in range(first_step, config.steps):
+            if step == config.steps - 1:
+                measured.recorder = begin_recording(engine)
             started_s = time.perf_counter()
             result = engine.step(step, batches.step(step))
             elapsed_s = time.perf_counter() - started_s
