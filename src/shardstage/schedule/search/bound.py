@@ -5,19 +5,29 @@ The largest, over the ranks, of two bounds:
     one machine   the rank alone, every other as fast as its own actions allow. Action k of a token has a head, the least seconds before
                   it, and a tail, the least seconds after it; the preemptive schedule that always runs what has the largest tail is the
                   best there is (Jackson 1955; Carlier, "The one-machine sequencing problem", 1982)
-    memory        bytes × seconds: activations stay on the rank from the start of F to the end of I, and what W needs until its end;
-                  under a limit of L bytes the rank therefore needs at least (the sum of these areas) / L seconds
+    memory        an action that takes bytes comes after as many that free them as it needs, which lengthens heads and tails; and
+                  bytes × seconds: activations stay on the rank from the start of F to the end of I, and what W needs until its end;
+                  under a limit of L bytes the rank needs at least (the sum of these areas) / L seconds
 """
 
 from __future__ import annotations
 
 import heapq
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from shardstage.schedule.search.problem import Problem
 
-__all__ = ["Margins", "least_makespan_s", "margins_of"]
+__all__ = ["Margins", "least_makespan_s", "margins_of", "releases"]
+
+
+class Release(NamedTuple):
+    """Under a memory limit F number k of a stage starts after ``counts[k]`` actions of the token ``before``, I or W of the stage."""
+
+    forward: int
+    before: int
+    counts: list[int]
 
 
 class Margins(NamedTuple):
@@ -37,26 +47,56 @@ def least_makespan_s(problem: Problem) -> float:
 
 
 def margins_of(problem: Problem) -> Margins:
-    """By longest paths, where only actions of the same token wait for each other and for what they need."""
-    m, count = problem.num_microbatches, 3 * problem.num_stages
-    heads = [[0.0] * m for _ in range(count)]
-    tails = [[0.0] * m for _ in range(count)]
+    """By longest paths, where actions wait for the one before them of the same token, for what they need, and for memory."""
+    m, took = problem.num_microbatches, problem.took_s
     order = _order(problem)
-    for token in order:
-        took, before = problem.took_s[token], problem.needed[token]
-        arrival = problem.lag_s[token] + (problem.took_s[before] if before >= 0 else 0.0)
-        for k in range(m):
-            least = heads[token][k - 1] + took if k else 0.0
-            heads[token][k] = max(least, heads[before][k] + arrival) if before >= 0 else least
-    for token in reversed(order):
-        took, before = problem.took_s[token], problem.needed[token]
-        for k in reversed(range(m)):
-            if k + 1 < m:
-                tails[token][k] = max(tails[token][k], tails[token][k + 1] + took)
+    waits = list(releases(problem))
+    heads = [[0.0] * m for _ in took]
+    tails = [[0.0] * m for _ in took]
+    for k in range(m):
+        for token in order:
+            before = problem.needed[token]
+            head = heads[token][k - 1] + took[token] if k else 0.0
             if before >= 0:
-                after = problem.lag_s[token] + took + tails[token][k]
-                tails[before][k] = max(tails[before][k], after)
+                head = max(head, heads[before][k] + took[before] + problem.lag_s[token])
+            for wait in waits:
+                if wait.forward == token and wait.counts[k]:
+                    head = max(head, heads[wait.before][wait.counts[k] - 1] + took[wait.before])
+            heads[token][k] = head
+    for k in reversed(range(m)):
+        for token in reversed(order):
+            before, after = problem.needed[token], took[token] + tails[token][k]
+            if k:
+                tails[token][k - 1] = max(tails[token][k - 1], after)
+            if before >= 0:
+                tails[before][k] = max(tails[before][k], problem.lag_s[token] + after)
+            for wait in waits:
+                if wait.forward == token and wait.counts[k]:
+                    number = wait.counts[k] - 1
+                    tails[wait.before][number] = max(tails[wait.before][number], after)
     return Margins(heads, tails)
+
+
+def releases(problem: Problem) -> Iterator[Release]:
+    """What the limit L makes F number k of a stage wait for, as if the rank had that stage alone.
+
+    With h bytes held, of which I frees f, before F number k: (k + 1) h - i f - w (h - f) <= L after i times I and w times W. As w <= i,
+    that takes i >= k + 1 - L / h; as i <= k, it takes w >= ((k + 1) h - k f - L) / (h - f).
+    """
+    if problem.limit_bytes == math.inf:
+        return
+    numbers = range(problem.num_microbatches)
+    for stage in range(problem.num_stages):
+        forward, backward, weight = 3 * stage, 3 * stage + 1, 3 * stage + 2
+        held = problem.taken_bytes[forward]
+        freed = max(0, problem.freed_bytes[backward])
+        if not 0 < held <= problem.limit_bytes:
+            continue
+        fitting = int(problem.limit_bytes // held)
+        yield Release(forward, backward, [max(0, k + 1 - fitting) for k in numbers])
+        if problem.is_split and freed < held:
+            lacking = [(k + 1) * held - k * freed - problem.limit_bytes for k in numbers]
+            yield Release(forward, weight, [max(0, math.ceil(b / (held - freed))) for b in lacking])
 
 
 def _order(problem: Problem) -> list[int]:

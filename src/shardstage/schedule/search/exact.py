@@ -18,7 +18,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 
-from shardstage.schedule.search.bound import Margins, margins_of
+from shardstage.schedule.search.bound import Margins, margins_of, releases
 from shardstage.schedule.search.problem import Problem, Rows
 
 __all__ = ["Answer", "solve_exactly"]
@@ -63,6 +63,7 @@ class _Model:
         self.column = {op: number for number, op in enumerate(self.ops)}
         self.open: dict[tuple[Op, Op], int] = {}
         self.fixed: dict[tuple[Op, Op], bool] = {}
+        self.releases = {(wait.forward, wait.before): wait.counts for wait in releases(problem)}
         self.is_consistent = True
         for rank in range(problem.num_ranks):
             for a, b in itertools.combinations(problem.tokens_of(rank), 2):
@@ -101,13 +102,14 @@ class _Model:
     def _order(self, a: int, b: int) -> None:
         """Which of the actions of two tokens of a rank have an order, and which have not yet."""
         reaches = (self._reaches(a, b), self._reaches(b, a))
+        counts = self.releases.get((a, b), [0] * self.problem.num_microbatches)
         for i, j in itertools.product(range(self.problem.num_microbatches), repeat=2):
             first, second = (a, i), (b, j)
             together = self._took(first) + self._took(second)
             late = self._head(first) + together + self._tail(second) > self.limit_s
             early = self._head(second) + together + self._tail(first) > self.limit_s
             a_first = (reaches[0] and i <= j) or early
-            b_first = (reaches[1] and j <= i) or late
+            b_first = (reaches[1] and j <= i) or late or j < counts[i]
             if a_first and b_first:
                 self.is_consistent = False
             if a_first or b_first:
