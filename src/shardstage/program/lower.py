@@ -7,6 +7,7 @@ from functools import cached_property
 from itertools import groupby
 from typing import Any
 
+from shardstage.errors import PlanError
 from shardstage.graph import ModelGraph
 from shardstage.graph.cuts import Edge, shared_parameters
 from shardstage.plan.plan import Plan
@@ -69,6 +70,7 @@ class _Lowering:
 
     def program(self) -> Program:
         mesh = self.plan.mesh
+        self._require_apart()
         rows = tuple(row for pp in range(mesh.pp) for row in self._rows(pp))
         return Program(
             mesh=mesh,
@@ -83,6 +85,19 @@ class _Lowering:
             parameters=tuple(self._parameters()),
             rows=rows,
         )
+
+    def _require_apart(self) -> None:
+        """ZeRO-2/3 shards the parameters of each stage on its own: two stages of one rank cannot share one."""
+        if not self._is_fully_sharded:
+            return
+        for fqn, stages in self._users.items():
+            ranks = [self.schedule.stage_ranks[stage] for stage in stages]
+            if len(set(ranks)) < len(ranks):
+                raise PlanError(
+                    f"zero={self.plan.zero} shards each stage's parameters apart, and stages {' and '.join(map(str, stages))}, "
+                    f"which share {fqn}, are on one rank under {self.plan.schedule}",
+                    hint=f'--plan "...,zero=1,schedule={self.plan.schedule}", or schedule=1f1b',
+                )
 
     def _rows(self, pp: int) -> Iterator[Row]:
         """The rows of a pipeline rank; dp and tp coordinates with equal instructions share one."""

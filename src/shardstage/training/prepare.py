@@ -18,6 +18,7 @@ from shardstage.graph.source import ModelSource
 from shardstage.plan import check, complete, load_plan, parse_request
 from shardstage.plan.plan import Plan, Precision
 from shardstage.planner import search
+from shardstage.program import lower, verify
 from shardstage.training.folder import EarlierRun, RunFolder
 from shardstage.training.job import TrainJob, source_of
 from shardstage.training.run_config import RunConfig, load_run_config
@@ -53,6 +54,7 @@ def prepare(config: RunConfig, *, num_ranks: int, cluster: Cluster | None, folde
         plan = _plan_to_go_on_with(config, earlier, graph, num_ranks=num_ranks)
         config = replace(config, plan=earlier.config.plan)
     check(plan, graph, num_ranks=num_ranks, max_sequence=source.max_sequence)
+    verify(lower(graph, plan))
     run_folder.write(config, plan)
     return TrainJob(config=config, graph=graph, plan=plan, folder=str(folder))
 
