@@ -54,5 +54,5 @@ def test_what_is_no_data_set_is_refused(tmp_path: Path) -> None:
     path.write_text(DATASET)
     with pytest.raises(DataError, match="is a int, which has no length"):
         samples_of(DataConfig(samples=f"{path}:number"), load_model("vit-tiny"))
-    with pytest.raises(ConfigError, match="the data set .* cannot be imported"):
+    with pytest.raises(ConfigError, match=r"the data set .* cannot be imported"):
         samples_of(DataConfig(samples="no_such_module:dataset"), load_model("vit-tiny"))
