@@ -159,7 +159,7 @@ def test_a_gpu_that_is_not_there_is_refused(
 def test_stages_of_one_rank_that_share_a_parameter_cannot_be_fully_sharded(tmp_path: Path) -> None:
     config = RunConfig(model="gpt2-tiny", plan="dp=2,pp=2,schedule=zb-v,zero=3,mb=1", global_batch=8, ranks=4)
     with pytest.raises(
-        PlanError, match="stages 0 and 3, which share transformer\.wte\.weight, are on one rank"
+        PlanError, match=r"stages 0 and 3, which share transformer\.wte\.weight, are on one rank"
     ):
         prepare(config, num_ranks=4, cluster=None, folder=tmp_path / "run")
     assert not (tmp_path / "run").exists()
