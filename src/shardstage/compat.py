@@ -8,7 +8,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # documented by torch, never made public
+from torch._subclasses.fake_tensor import (  # documented by torch, never made public
+    FakeTensor,
+    FakeTensorMode,
+    unset_fake_temporarily,
+)
 from torch.utils._python_dispatch import TorchDispatchMode  # documented by torch, never made public
 
 __all__ = [
@@ -24,6 +28,7 @@ __all__ = [
     "reduce_scatter_single",
     "scale_all",
     "storage_key",
+    "unset_fake_temporarily",
     "watched_resizes",
     "written_tensors",
 ]

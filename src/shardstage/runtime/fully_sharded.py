@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from shardstage.compat import unset_fake_temporarily
 from shardstage.layout import Shard
 from shardstage.program.stage_parameters import row_range
 from shardstage.runtime.groups import RankGroups
@@ -41,7 +42,8 @@ class FullyShardedParameters:
     ) -> None:
         assert groups.dp_group is not None
         self._groups = groups
-        mesh = DeviceMesh.from_group(groups.dp_group, device.type, mesh_dim_names=("dp",))
+        with unset_fake_temporarily():  # a mesh reads its ranks out of a tensor
+            mesh = DeviceMesh.from_group(groups.dp_group, device.type, mesh_dim_names=("dp",))
         policy = (
             MixedPrecisionPolicy(
                 param_dtype=compute_dtype, reduce_dtype=master_dtype, cast_forward_inputs=False
