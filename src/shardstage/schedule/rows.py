@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections import Counter, deque
+from collections.abc import Iterable
 from typing import cast
 
 from shardstage.schedule.action import Action, ActionKind
@@ -22,23 +22,26 @@ def number_row(stages: tuple[int, ...], num_microbatches: int, phases: Iterable[
     """
     row: list[Action] = []
     taken: Counter[str] = Counter()
-    owed: list[Action] = []
-    for word in _words(phases):
-        if word == "W*":
-            row += [owed.pop(0)] if owed else []
-            continue
-        kind, place = word[0], word[1:]
-        counter = "backward" + place if kind in "BI" else word
-        stage, microbatch = stages[int(place)], taken[counter]
-        taken[counter] += 1
-        if microbatch >= num_microbatches:
-            continue
-        row.append(Action(stage, cast("ActionKind", kind), microbatch))
-        if kind == "I":
-            owed.append(Action(stage, "W", microbatch))
+    owed: deque[Action] = deque()
+    for repeats, words in phases:
+        group = [_meaning(word, stages) for word in words.split()]
+        for _ in range(repeats):  # never, for a negative number
+            for kind, stage, counter in group:
+                if counter == "*":
+                    row += [owed.popleft()] if owed else []
+                    continue
+                microbatch = taken[counter]
+                taken[counter] = microbatch + 1
+                if microbatch < num_microbatches:
+                    row.append(Action(stage, kind, microbatch))
+                    if kind == "I":
+                        owed.append(Action(stage, "W", microbatch))
     return tuple(row)
 
 
-def _words(phases: Iterable[Phase]) -> Iterator[str]:
-    for repeats, words in phases:
-        yield from words.split() * repeats  # none for a negative number
+def _meaning(word: str, stages: tuple[int, ...]) -> tuple[ActionKind, int, str]:
+    """Kind, stage and what counts its microbatches: B and I together."""
+    if word == "W*":
+        return "W", -1, "*"
+    kind, place = cast("ActionKind", word[0]), word[1:]
+    return kind, stages[int(place)], ("B" if kind == "I" else kind) + place

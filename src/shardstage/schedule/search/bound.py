@@ -50,7 +50,9 @@ def margins_of(problem: Problem) -> Margins:
     """By longest paths, where actions wait for the one before them of the same token, for what they need, and for memory."""
     m, took = problem.num_microbatches, problem.took_s
     order = _order(problem)
-    waits = list(releases(problem))
+    waits: list[list[Release]] = [[] for _ in took]
+    for release in releases(problem):
+        waits[release.forward].append(release)
     heads = [[0.0] * m for _ in took]
     tails = [[0.0] * m for _ in took]
     for k in range(m):
@@ -59,8 +61,8 @@ def margins_of(problem: Problem) -> Margins:
             head = heads[token][k - 1] + took[token] if k else 0.0
             if before >= 0:
                 head = max(head, heads[before][k] + took[before] + problem.lag_s[token])
-            for wait in waits:
-                if wait.forward == token and wait.counts[k]:
+            for wait in waits[token]:
+                if wait.counts[k]:
                     head = max(head, heads[wait.before][wait.counts[k] - 1] + took[wait.before])
             heads[token][k] = head
     for k in reversed(range(m)):
@@ -70,8 +72,8 @@ def margins_of(problem: Problem) -> Margins:
                 tails[token][k - 1] = max(tails[token][k - 1], after)
             if before >= 0:
                 tails[before][k] = max(tails[before][k], problem.lag_s[token] + after)
-            for wait in waits:
-                if wait.forward == token and wait.counts[k]:
+            for wait in waits[token]:
+                if wait.counts[k]:
                     number = wait.counts[k] - 1
                     tails[wait.before][number] = max(tails[wait.before][number], after)
     return Margins(heads, tails)
