@@ -51,7 +51,7 @@ class _Word:
     line: int
 
 
-@dataclass(kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class _Section:
     """A section's own words and those of its entries."""
 

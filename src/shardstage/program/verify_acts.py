@@ -111,8 +111,13 @@ def check_transfers(column: Column, pp: int) -> None:
             )
     for act in expected:
         if act not in seen:
-            near = [s for s, i in column.steps(pp) if (i.stage, i.microbatch) == (act.stage, act.microbatch)]
-            column.refuse(pp, near[-1], f"{_text(act)} is missing", hint=f"{_text(act)}(m0)")
+            kinds = "F" if act.kind.endswith("F") else "BI"
+            at = next(s for s, i in column.steps(pp) if i.kind in kinds and _is_of(i, act))
+            column.refuse(pp, at, f"{_text(act)} is missing", hint=f"{_text(act)}(m0)")
+
+
+def _is_of(i: Instruction, act: _Act) -> bool:
+    return (i.stage, i.microbatch) == (act.stage, act.microbatch)
 
 
 def _expected_transfers(program: Program, pp: int) -> Iterator[tuple[tuple[str, int, int, int], list[Edge]]]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from shardstage.errors import ProgramError
@@ -35,15 +34,15 @@ class _Wait(NamedTuple):
     others: tuple[Member, ...]
 
 
-@dataclass(kw_only=True, slots=True)
 class _Rank:
     """How far a rank is: the step it is at, the collectives of that step it has done, those it has come to by axis."""
 
-    instructions: Sequence[Instruction]
-    step: int = 0
-    num_done: int = 0
-    come_to: dict[str, int] = field(default_factory=dict)
-    is_at_collective: bool = False
+    def __init__(self, instructions: Sequence[Instruction]) -> None:
+        self.instructions = instructions
+        self.step = 0
+        self.num_done = 0
+        self.come_to: dict[str, int] = {}
+        self.is_at_collective = False
 
 
 def check_deadlock(fold: Fold) -> None:
@@ -58,7 +57,7 @@ class _Lockstep:
         self._fold = fold
         self._program = fold.program
         self._ranks = {
-            (kind, pp): _Rank(instructions=row.instructions)
+            (kind, pp): _Rank(row.instructions)
             for kind, column in enumerate(fold.columns)
             for pp, row in enumerate(column.rows)
         }

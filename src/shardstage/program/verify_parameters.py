@@ -13,7 +13,7 @@ from shardstage.program.verify_fold import Column
 __all__ = ["check_buckets", "check_reductions", "check_unsharding"]
 
 
-@dataclass(kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class _Sums:
     """How often a rank sums each parameter's gradient: in REDUCE_GRAD by axis, and over dp in the backward of a stage."""
 

@@ -26,6 +26,8 @@ _AXES_OF: Final[dict[InstructionKind, tuple[str, ...]]] = {
 }
 """The axes along which each act may run collectives."""
 
+_FRAME: Final = "COUNT … REDUCE_GRAD STEP"
+
 
 def check_tables(program: Program) -> None:
     """Every stage, rank, microbatch and table entry that is named is there; every edge leads to another stage, once."""
@@ -148,18 +150,7 @@ def check_parameters(program: Program) -> None:
 
 def check_frame(column: Column, pp: int) -> None:
     """COUNT first, REDUCE_GRAD and STEP last, each once; each act runs only collectives that belong to it."""
-    kinds = [instruction.kind for _, instruction in column.steps(pp)]
-    last = len(kinds) - 1
-    for kind, step in (("COUNT", 0), ("REDUCE_GRAD", last - 1), ("STEP", last)):
-        found = [at for at, other in enumerate(kinds) if other == kind]
-        if found != [step]:
-            wrong = next((at for at in found if at != step), step)
-            column.refuse(
-                pp,
-                max(0, wrong),
-                f"{kind} stands at {found or 'no step'} and must stand at step {step}, once",
-                hint="COUNT … REDUCE_GRAD STEP",
-            )
+    _check_places(column, pp)
     for step, instruction in column.steps(pp):
         for call in column.program.collectives(instruction):
             if not _is_allowed(instruction.kind, call):
@@ -171,6 +162,21 @@ def check_frame(column: Column, pp: int) -> None:
                 )
     _check_count(column, pp)
     _check_norm(column, pp)
+
+
+def _check_places(column: Column, pp: int) -> None:
+    kinds = [instruction.kind for _, instruction in column.steps(pp)]
+    last = len(kinds) - 1
+    places: dict[InstructionKind, int] = {"COUNT": 0, "REDUCE_GRAD": last - 1, "STEP": last}
+    for kind, place in places.items():
+        if kinds.count(kind) != 1:
+            step = place if kind not in kinds else last - kinds[::-1].index(kind)
+            column.refuse(pp, max(0, step), f"{kind} is there {kinds.count(kind)} times", hint=_FRAME)
+    for kind, place in places.items():
+        if kinds[place] != kind:
+            column.refuse(
+                pp, kinds.index(kind), f"{kind} stands here and must stand at step {place}", hint=_FRAME
+            )
 
 
 def _is_allowed(kind: InstructionKind, call: Collective) -> bool:
