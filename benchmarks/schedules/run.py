@@ -36,7 +36,7 @@ TIMES = ((1.0, 1.0, 1.0), (2.0, 2.0, 1.0), (3.0, 4.0, 2.0), (1.0, 2.0, 1.0))
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
-    """A published formula: p, F, I, W -> seconds of bubble; ``holds`` for these times, ``least`` microbatches for p ranks on."""
+    """A formula: p, F, I, W -> seconds of bubble; ``holds`` for these times, ``fits`` p and m, and is of what ``measure`` finds."""
 
     schedule: str
     formula: str
@@ -98,6 +98,18 @@ CLAIMS = (
     ),
     *(
         Claim(
+            schedule="interleaved-1f1b",
+            formula=f"(p - 1)(F + B), v = {v}",
+            source="ours: rounds as even as they can be",
+            stages_per_rank=v,
+            condition="p does not divide m",
+            fits=lambda p, m: m % p > 0,
+            bubble_s=lambda p, f, i, w: (p - 1) * (f + i + w),
+        )
+        for v in (2, 4)
+    ),
+    *(
+        Claim(
             schedule="looped-bfs",
             formula=f"(p - 1)(F + B), v = {v}",
             source="Lamy-Poirier 2022, section 3: (p - 1) / (m v) of the compute",
@@ -135,6 +147,16 @@ CLAIMS = (
         fits=lambda p, m: m >= 2 * p,
         bubble_s=lambda p, f, i, w: (p - 1) * (f + 2 * (i + w) - 3 * w),
         measure=fused_bubble_s,
+    ),
+    Claim(
+        schedule="dualpipe-v",
+        formula="(p - 1)(F + I - W)",
+        source="ours: F and B one behind the other",
+        stages_per_rank=2,
+        condition="F = I, W <= F, m >= 2p",
+        holds=lambda f, i, w: f == i and w <= f,
+        fits=lambda p, m: m >= 2 * p,
+        bubble_s=lambda p, f, i, w: (p - 1) * (f + i - w),
     ),
     Claim(
         schedule="forward-only",

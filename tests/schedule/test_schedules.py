@@ -183,6 +183,25 @@ def test_more_stages_a_rank_divide_the_bubble(
     assert bubble_s(schedule, 1.0, backward_s, 0.0) == (num_ranks - 1) * (1 + backward_s)
 
 
+@given(num_ranks=st.integers(1, 7), more=st.integers(0, 20), stages=st.integers(1, 4), backward_s=SECONDS)
+def test_rounds_that_p_does_not_divide_cost_interleaved_1f1b_nothing(
+    num_ranks: int, more: int, stages: int, backward_s: float
+) -> None:
+    schedule = interleaved_1f1b(num_ranks, num_ranks + more, stages)
+    assert bubble_s(schedule, 1.0, backward_s, 0.0) == (num_ranks - 1) * (1 + backward_s)
+
+
+@given(num_ranks=st.integers(1, 9), more=st.integers(0, 12))
+def test_dualpipe_v_with_actions_one_behind_the_other_has_the_bubble_of_zb_h1(
+    num_ranks: int, more: int
+) -> None:
+    """In seconds of a stage, which are half of a rank's."""
+    schedule = dualpipe_v(num_ranks, 2 * num_ranks + more)
+    for forward_s, input_s, weight_s in ((1.0, 1.0, 1.0), (2.0, 2.0, 1.0), (3.0, 3.0, 2.0)):
+        found = bubble_s(schedule, forward_s, input_s, weight_s)
+        assert found == (num_ranks - 1) * (forward_s + input_s - weight_s)
+
+
 @given(num_ranks=st.integers(1, 9), more=st.integers(0, 12))
 def test_zb_h1_wins_back_the_weight_gradients(num_ranks: int, more: int) -> None:
     """Qi et al. 2023, table 2: (p - 1)(F + I - W)."""
