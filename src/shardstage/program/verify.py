@@ -40,9 +40,9 @@ def verify(program: Program) -> None:
     type and order; nothing is read before it is written; every gradient is summed once over the ranks that share its parameter; and no
     ranks wait for each other.
     """
+    check_samples(program)
     check_tables(program)
     check_ranks(program)
-    check_samples(program)
     check_parameters(program)
     fold = fold_of(program)
     _check_rows(fold)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator
 from typing import Final
 
 from shardstage.errors import ProgramError
 from shardstage.program.instruction import Instruction, InstructionKind
-from shardstage.program.program import Collective, Program
+from shardstage.program.program import Collective, Program, Row
 from shardstage.program.verify_fold import Column, tied_ranks
 
 __all__ = ["check_frame", "check_parameters", "check_ranks", "check_samples", "check_tables"]
@@ -25,6 +26,8 @@ _AXES_OF: Final[dict[InstructionKind, tuple[str, ...]]] = {
     "STEP": ("world", "dp"),
 }
 """The axes along which each act may run collectives."""
+
+_TIE: Final = re.compile(r"tie\d+(?:\+\d+)+")
 
 _FRAME: Final = "COUNT … REDUCE_GRAD STEP"
 
@@ -49,12 +52,18 @@ def check_tables(program: Program) -> None:
             _check_collective(program, name, call)
     for row in program.rows:
         for step, instruction in enumerate(row.instructions):
-            _check_names(program, f"row pp={row.pp} dp={row.dp[:1]} step {step}: {instruction}", instruction)
+            _check_names(program, f"{_first(program, row)}, step {step} {instruction}", instruction)
+
+
+def _first(program: Program, row: Row) -> str:
+    """The first rank of a row."""
+    dp, tp = (*row.dp, 0)[0], (*row.tp, 0)[0]
+    return f"rank {program.mesh.rank(pp=row.pp, dp=dp, tp=tp)} (pp={row.pp} dp={dp} tp={tp})"
 
 
 def _check_collective(program: Program, name: str, call: Collective) -> None:
-    known = ("tp", "dp", "world")
-    if call.axis not in known and not set(tied_ranks(call.axis)) <= set(range(program.mesh.pp)):
+    is_tie = bool(_TIE.fullmatch(call.axis)) and set(tied_ranks(call.axis)) <= set(range(program.mesh.pp))
+    if call.axis not in ("tp", "dp", "world") and not is_tie:
         problem = f"runs along {call.axis}, which is no axis of this mesh"
     elif call.bucket and call.bucket not in program.buckets:
         problem = f"carries bucket {call.bucket}, which is not in the table"
@@ -68,9 +77,15 @@ def _check_collective(program: Program, name: str, call: Collective) -> None:
 def _check_names(program: Program, where: str, instruction: Instruction) -> None:
     num_stages, num_microbatches = program.num_stages, program.num_microbatches
     if instruction.message and instruction.message not in program.messages:
-        raise ProgramError(f"{where} moves {instruction.message}, which is not in the table", hint="messages")
+        raise ProgramError(
+            f"{where}: moves {instruction.message}, which is not in the table",
+            hint=f"messages\n  {instruction.message} add_7:float32[2,16,64]",
+        )
     if instruction.calls and instruction.calls not in program.calls:
-        raise ProgramError(f"{where} runs {instruction.calls}, which is not in the table", hint="calls")
+        raise ProgramError(
+            f"{where}: runs {instruction.calls}, which is not in the table",
+            hint=f"calls\n  {instruction.calls} dp.all_reduce:float32[512]{{b0}}",
+        )
     for stage in (instruction.stage, instruction.peer):
         if stage is not None and not 0 <= stage < num_stages:
             raise ProgramError(
