@@ -99,7 +99,7 @@ def fake_store() -> dist.Store:
     """The store of a world that is not there; making it registers the back end ``fake``, whose collectives do nothing."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    return FakeStore()  # type: ignore[no-untyped-call]  # torch's is untyped
+    return FakeStore()
 
 
 def called_group(argument: Any) -> str:

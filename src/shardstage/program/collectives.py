@@ -43,6 +43,7 @@ def stage_calls(segment: Segment, plan: Plan, units: Sequence[Unit]) -> StageCal
         if number in gathering:
             forward.append(gathering[number].gather())
         forward += _forward(segment, block.start, block.stop)
+    ends = {n for n in by_block if not _reads_gradients(segment, segment.blocks[n])}
     backward: list[Collective] = []
     waiting = sorted(gathering, reverse=True)
     for number in reversed(range(len(segment.blocks))):
@@ -53,10 +54,20 @@ def stage_calls(segment: Segment, plan: Plan, units: Sequence[Unit]) -> StageCal
                 backward.append(gathering[waiting.pop(0)].gather())
         again = _again(segment, block, plan.recompute)
         backward += _backward(segment, block, plan.recompute, again)
-        if number in by_block and by_block[number].is_trained:
+        if number in by_block and by_block[number].is_trained and number not in ends:
             backward.append(by_block[number].reduce())
     backward += [unit.reduce() for unit in units if unit.block is None and unit.is_trained]
+    backward += [unit.reduce() for number, unit in by_block.items() if number in ends and unit.is_trained]
     return StageCalls(forward=tuple(forward), backward=tuple(backward))
+
+
+def _reads_gradients(segment: Segment, block: Block) -> bool:
+    """Whether a gradient flows out of the block: FSDP2 reduces those of a block that only reads tokens when the backward is over."""
+    graph = segment.graph
+    ops = graph.ops[block.start : block.stop]
+    made = {name for op in ops for name in op.outputs}
+    read = {name for op in ops for name in op.inputs if name not in made}
+    return any(graph.values[n].requires_grad and graph.values[n].kind != "parameter" for n in read)
 
 
 def _forward(segment: Segment, start: int, stop: int) -> list[Collective]:

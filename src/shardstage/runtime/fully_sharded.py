@@ -164,6 +164,8 @@ def _shard_stage(
             fully_shard(block, mesh=mesh, reshard_after_forward=not keeps_blocks, mp_policy=policy)
             if keeps_blocks:
                 kept.append(cast("FSDPModule", block))
+    if not keeps_blocks:
+        _prefetch_backwards(stage)
     has_shared = any(True for _ in stage.parameters(recurse=False))
     fully_shard(stage, mesh=mesh, reshard_after_forward=False, mp_policy=policy)
     if has_shared:
@@ -177,6 +179,17 @@ def _shard_stage(
             part.set_gradient_divide_factor(1.0)
             part.set_force_sum_reduction_for_comms(True)
     return kept
+
+
+def _prefetch_backwards(stage: Stage) -> None:
+    """Each block asks for the one before it, the first for itself: it then asks for nothing.
+
+    Left alone FSDP2 goes by the order of all forwards since the last backward: with several microbatches in flight it would gather the last
+    block once more behind the first, and in the cool-down, where no forward has been, nothing ahead.
+    """
+    blocks = [cast("FSDPModule", block) for block in stage.blocks if isinstance(block, FSDPModule)]
+    for block, before in zip(blocks, (*blocks[:1], *blocks), strict=False):
+        block.set_modules_to_backward_prefetch([before])
 
 
 def _materialise(module: nn.Module, device: torch.device) -> None:
