@@ -75,7 +75,7 @@ CLAIMS = (
     Claim(
         schedule="gpipe",
         formula="(p - 1)(F + B)",
-        source="Huang et al. 2019, section 2; Narayanan et al. 2021, section 2.2.1",
+        source="Huang et al. 2019: (p - 1) / (m + p - 1) of the step",
         bubble_s=lambda p, f, i, w: (p - 1) * (f + i + w),
     ),
     Claim(
@@ -112,7 +112,7 @@ CLAIMS = (
         Claim(
             schedule="looped-bfs",
             formula=f"(p - 1)(F + B), v = {v}",
-            source="Lamy-Poirier 2022, section 3: (p - 1) / (m v) of the compute",
+            source="Lamy-Poirier 2022: (p - 1) / (m v) of the compute",
             stages_per_rank=v,
             bubble_s=lambda p, f, i, w: (p - 1) * (f + i + w),
         )
@@ -121,7 +121,7 @@ CLAIMS = (
     Claim(
         schedule="zb-h1",
         formula="(p - 1)(F + I - W)",
-        source="Qi et al. 2023, table 2",
+        source="Qi et al. 2023, table 2; DualPipe README: (PP - 1)(F + B - 2W)",
         condition="W <= F, I",
         holds=is_w_least,
         bubble_s=lambda p, f, i, w: (p - 1) * (f + i - w),
@@ -140,7 +140,7 @@ CLAIMS = (
     Claim(
         schedule="dualpipe-v",
         formula="(p - 1)(F&B + B - 3W)",
-        source="DeepSeek, DualPipe repository, table of bubbles: PP / 2 = p ranks",
+        source="DualPipe README, PP = 2p stages, which the V folds onto p ranks",
         stages_per_rank=2,
         condition="F = I, W <= F, m >= 2p, F&B one action of F + B",
         holds=lambda f, i, w: f == i and w <= f,

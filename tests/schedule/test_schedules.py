@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,6 +15,7 @@ from shardstage.schedule import (
     StageBytes,
     StageTimes,
     check_schedule,
+    draw,
     dualpipe_v,
     forward_only,
     gpipe,
@@ -26,7 +29,7 @@ from shardstage.schedule import (
     zb_v,
 )
 
-SIZES = {"num_ranks": st.integers(1, 9), "num_microbatches": st.integers(1, 30)}
+SIZES = {"num_ranks": st.integers(1, 8), "num_microbatches": st.integers(1, 24)}
 SECONDS = st.integers(1, 5).map(float)
 
 
@@ -79,7 +82,7 @@ def test_interleaved_1f1b_makes_rounds_as_even_as_they_can_be() -> None:
 
 
 def test_looped_bfs_is_the_one_of_the_paper() -> None:
-    """Lamy-Poirier 2022, figure 4: every stage takes all microbatches before the rank's next stage."""
+    """Lamy-Poirier 2022: every stage takes all microbatches before the rank's next stage."""
     assert str(looped_bfs(2, 3, 2)) == (
         "0F0 0F1 0F2 2F0 2F1 2F2 2B2 2B1 2B0 0B2 0B1 0B0\n1F0 1F1 1F2 3F0 3F1 3F2 3B2 3B1 3B0 1B2 1B1 1B0"
     )
@@ -96,7 +99,7 @@ def test_zb_h1_is_the_one_of_the_paper() -> None:
 
 
 def test_zb_v_is_the_one_of_the_paper() -> None:
-    """Qi et al. 2023, figure 8, here with two ranks and four microbatches."""
+    """Qi et al. 2023, section 6, here with two ranks and four microbatches."""
     assert str(zb_v(2, 4)) == (
         "0F0 0F1 0F2 3F0 3I0 3W0 3F1 3I1 3W1 0F3 0I0 0W0 3F2 3I2 3W2 0I1 0W1 3F3 3I3 3W3 0I2 0W2 0I3 0W3\n"
         "1F0 2F0 1F1 2F1 2I0 2W0 1F2 1I0 1W0 2F2 2I1 2W1 1F3 1I1 1W1 2F3 2I2 2W2 1I2 2I3 1I3 1W2 2W3 1W3"
@@ -121,6 +124,26 @@ def test_every_schedule_of_every_size_is_complete_and_runs_to_its_end(
     name: str, num_ranks: int, num_microbatches: int, stages_per_rank: int
 ) -> None:
     check_schedule(made(name, num_ranks, num_microbatches, stages_per_rank))
+
+
+@pytest.mark.parametrize(
+    ("function", "sizes"),
+    [
+        (gpipe, (4, 4)),
+        (one_f_one_b, (4, 6)),
+        (interleaved_1f1b, (2, 4, 2)),
+        (looped_bfs, (2, 3, 2)),
+        (forward_only, (2, 4, 1)),
+        (zb_h1, (4, 6)),
+        (zb_v, (2, 4)),
+        (dualpipe_v, (2, 5)),
+    ],
+)
+def test_what_a_docstring_draws_is_the_schedule(
+    function: Callable[..., Schedule], sizes: tuple[int, ...]
+) -> None:
+    drawn = [line.strip() for line in (function.__doc__ or "").splitlines() if " | " in line]
+    assert drawn == draw(function(*sizes), num_columns=125).splitlines()
 
 
 @pytest.mark.parametrize("name", SCHEDULES)

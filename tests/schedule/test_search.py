@@ -72,7 +72,7 @@ def every_row(problem: Problem, rank: int) -> Iterator[list[int]]:
             yield list(row)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(data=st.data(), num_ranks=st.integers(1, 4), per_rank=st.integers(1, 2), m=st.integers(1, 6))
 def test_a_found_schedule_is_valid_within_its_memory_and_never_slower_than_a_named_one(
     data: st.DataObject, num_ranks: int, per_rank: int, m: int
@@ -85,7 +85,7 @@ def test_a_found_schedule_is_valid_within_its_memory_and_never_slower_than_a_nam
         max(part.held_bytes for part in memory),
     )
     limit = data.draw(st.one_of(st.none(), st.integers(least, 3 * least)))
-    found = optimal(times, m, num_ranks=num_ranks, memory=memory, memory_limit_bytes=limit, max_seconds=0.15)
+    found = optimal(times, m, num_ranks=num_ranks, memory=memory, memory_limit_bytes=limit, max_seconds=0.1)
     check_schedule(found.schedule)
     run = run_schedule(found.schedule, times, memory)
     assert found.makespan_s == run.makespan_s
@@ -100,7 +100,7 @@ def test_a_found_schedule_is_valid_within_its_memory_and_never_slower_than_a_nam
             assert found.bound_s <= named_run.makespan_s or max(named_run.peak_bytes) > (limit or 1e9)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(times=st.lists(TIMES, min_size=1, max_size=2), limit=st.sampled_from([10, 17, 1000]))
 def test_no_order_of_two_microbatches_beats_the_bound_or_what_is_proved(
     times: list[StageTimes], limit: int

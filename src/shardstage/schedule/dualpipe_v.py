@@ -14,13 +14,13 @@ __all__ = ["dualpipe_v"]
 def dualpipe_v(num_ranks: int, num_microbatches: int) -> Schedule:
     """DualPipe (DeepSeek-AI, "DeepSeek-V3", 2024, figure 5) cut in half, a V of two stages a rank (Qi et al., Sea AI Lab, 2025).
 
-    p = 2; microbatches of the rank's second stage in brackets:
+    p = 2, m = 5; rank 0 runs stages 0 and 3:
 
-        rank 0 | 0 1 2 [0]     i[0] w[0] [1] 3 b[1] ...
-        rank 1 |   0 [0] 1 [1] 2 b[0] [2] b0 3 b[1] ...
+    rank 0 | 0F0 0F1 0F2 3F0 3I0 3W0 3F1 0F3 3B1 === 3F2 0B0 === 0F4 3B2 === 3F3 0B1 === 3B3 === 3F4 ... 0B2 === 3B4 === 0I3 0W3…
+    rank 1 | ... 1F0 2F0 1F1 2F1 1F2 2B0 === 2F2 1B0 === 1F3 2B1 === 2F3 1B1 === 1F4 2B2 === 2F4 1B2 === 2B3 === 1B3 === 2I4 1I4…
 
     In the steady state a forward of one stage stands beside a backward of the other, so that one's communication can hide under the
-    other's compute. Only the start and the end cut the backward into i and w. Needs 2p microbatches to be what it is; with fewer, the
+    other's compute. Only the start and the end cut the backward into I and W. Needs 2p microbatches to be what it is; with fewer, the
     missing ones are left out.
     """
     p, m = num_ranks, num_microbatches

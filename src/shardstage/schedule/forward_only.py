@@ -9,10 +9,10 @@ __all__ = ["forward_only"]
 
 
 def forward_only(num_ranks: int, num_microbatches: int, stages_per_rank: int) -> Schedule:
-    """All forwards and nothing else; nothing is held for a backward.
+    """All forwards and nothing else; nothing is held for a backward. p = 2, m = 4:
 
-        rank 0 | 0 1 2 3
-        rank 1 |   0 1 2 3
+    rank 0 | F0 F1 F2 F3
+    rank 1 | .. F0 F1 F2 F3
 
     With several stages a rank (stage s on rank s mod p), rounds of p microbatches go through all of them, so that the first round's
     outputs come early and a rank waits for none.

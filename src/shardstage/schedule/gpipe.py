@@ -8,12 +8,12 @@ __all__ = ["gpipe"]
 
 
 def gpipe(num_stages: int, num_microbatches: int) -> Schedule:
-    """The schedule of Huang et al., "GPipe", 2019, figure 2c; every stage holds the activations of all microbatches.
+    """The schedule of Huang et al., "GPipe", 2019, figure 2c, here with p = m = 4; every stage holds the activations of all microbatches.
 
-        stage 0 | 0 1 2 3             3 2 1 0
-        stage 1 |   0 1 2 3         3 2 1 0
-        stage 2 |     0 1 2 3     3 2 1 0
-        stage 3 |       0 1 2 3 3 2 1 0
+    rank 0 | F0 F1 F2 F3 .. .. .. .. .. .. .. .. .. B3 == B2 == B1 == B0 ==
+    rank 1 | .. F0 F1 F2 F3 .. .. .. .. .. .. B3 == B2 == B1 == B0 ==
+    rank 2 | .. .. F0 F1 F2 F3 .. .. .. B3 == B2 == B1 == B0 ==
+    rank 3 | .. .. .. F0 F1 F2 F3 B3 == B2 == B1 == B0 ==
 
     Backwards run in the order of the forwards reversed: the last activations made are the first freed.
     """

@@ -13,10 +13,10 @@ __all__ = ["interleaved_1f1b"]
 def interleaved_1f1b(num_ranks: int, num_microbatches: int, stages_per_rank: int) -> Schedule:
     """The schedule of Narayanan et al., 2021, figure 4 bottom: stage s on rank s mod p; v stages a rank divide the bubble by v.
 
-    p = 2, v = 2, m = 4; microbatches of the rank's second stage in brackets:
+    p = 2, v = 2, m = 4; rank 0 runs stages 0 and 2:
 
-        rank 0 | 0  1 [0][1] 2     b[0] 3 b[1][2] b0 [3] b1 ...
-        rank 1 |    0  1 [0] b[0] [1] b[1] 2 b0 3 b1 ...
+    rank 0 | 0F0 0F1 2F0 2F1 0F2 ... 2B0 === 0F3 2B1 === 2F2 0B0 === 2F3 0B1 === ... 2B2 === ... 2B3 === 0B2 === 0B3 ===
+    rank 1 | ... 1F0 1F1 3F0 3B0 === 3F1 3B1 === 1F2 1B0 === 1F3 1B1 === 3F2 3B2 === 3F3 3B3 === 1B2 === 1B3 ===
 
     Microbatches go in rounds of p: a rank runs a round through one of its stages, then through its next one. Where p does not divide
     m, the rounds are fewer and larger, as even as they can be, so that none is shorter than the pipeline.

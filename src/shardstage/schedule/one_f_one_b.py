@@ -8,13 +8,12 @@ __all__ = ["one_f_one_b"]
 
 
 def one_f_one_b(num_stages: int, num_microbatches: int) -> Schedule:
-    """PipeDream-Flush (Narayanan et al., 2021, figure 4 top): stage s holds at most ``num_stages - s`` microbatches.
+    """PipeDream-Flush (Narayanan et al., 2021, figure 4 top), here with p = 4, m = 6: stage s holds at most p - s microbatches.
 
-    stage 0 | 0 1 2 3       b0 4 b1 5 b2 6 ...
-    stage 1 |   0 1 2    b0 3 b1 4 b2 5 ...
-    stage 2 |     0 1 b0 2 b1 3 b2 4 ...
-    stage 3 |       0 b0 1 b1 2 b2 3 b3 ...
-             warm-up     steady             cool-down
+    rank 0 | F0 F1 F2 F3 .. .. .. .. .. .. B0 == F4 B1 == F5 B2 == .. B3 == .. B4 == .. B5 ==
+    rank 1 | .. F0 F1 F2 .. .. .. .. B0 == F3 B1 == F4 B2 == F5 B3 == .. B4 == .. B5 ==
+    rank 2 | .. .. F0 F1 .. .. B0 == F2 B1 == F3 B2 == F4 B3 == F5 B4 == .. B5 ==
+    rank 3 | .. .. .. F0 B0 == F1 B1 == F2 B2 == F3 B3 == F4 B4 == F5 B5 ==
     """
     return Schedule(
         name="1f1b",

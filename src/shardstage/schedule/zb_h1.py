@@ -10,15 +10,15 @@ __all__ = ["zb_h1"]
 
 
 def zb_h1(num_ranks: int, num_microbatches: int) -> Schedule:
-    """The schedule of Qi et al., "Zero Bubble Pipeline Parallelism", 2023, figure 3: as much memory as 1F1B, a third of its bubble.
+    """The schedule of Qi et al., "Zero Bubble Pipeline Parallelism", 2023, figure 3 top, here with p = 4, m = 6: as much memory as 1F1B.
 
-        rank 0 | 0 1 2 3       i0 w0 4 i1 w1 5 i2 w2 ...
-        rank 1 |   0 1 2    i0 3 i1 w0 4 i2 w1 5 i3 ...
-        rank 2 |     0 1 i0 2 i1 3 i2 w0 4 i3 w1 5 ...
-        rank 3 |       0 i0 1 i1 2 i2 3 i3 w0 4 i4 w1 ...
+    rank 0 | F0 F1 F2 F3 .. .. .. I0 W0 F4 I1 W1 F5 I2 W2 I3 W3 I4 W4 I5 W5
+    rank 1 | .. F0 F1 F2 .. .. I0 F3 I1 W0 F4 I2 W1 F5 I3 W2 I4 W3 I5 W4 W5
+    rank 2 | .. .. F0 F1 .. I0 F2 I1 F3 I2 W0 F4 I3 W1 F5 I4 W2 I5 W3 W4 W5
+    rank 3 | .. .. .. F0 I0 F1 I1 F2 I2 F3 I3 W0 F4 I4 W1 F5 I5 W2 W3 W4 W5
 
-    i is the gradient of a stage's input, which the rank before waits for; w, that of its weights, nobody waits for. Rank r runs its w
-    r microbatches late: then every rank holds p microbatches, as the first rank of 1F1B does, and the cool-down has w to fill it.
+    The rank before waits for I, nobody waits for W. Rank r runs its W r microbatches late: then every rank holds p microbatches, as the
+    first rank of 1F1B does, and the cool-down has W to fill it. Of 1F1B's bubble a third is left where F, I and W take equally long.
     """
     p, m = num_ranks, num_microbatches
     return Schedule(

@@ -12,12 +12,12 @@ __all__ = ["zb_v"]
 
 
 def zb_v(num_ranks: int, num_microbatches: int) -> Schedule:
-    """The schedule of Qi et al., "Zero Bubble Pipeline Parallelism", 2023, section 6 and figure 8: rank r runs stages r and 2p - 1 - r.
+    """The schedule of Qi et al., "Zero Bubble Pipeline Parallelism", 2023, section 6: rank r runs stages r and 2p - 1 - r.
 
-    p = 2; microbatches of the rank's second stage in brackets:
+    p = 2, m = 4; rank 0 runs stages 0 and 3:
 
-        rank 0 | 0  1  2      [0] i[0] w[0] [1] i[1] w[1] 3  i0 w0 [2] i[2] w[2] ...
-        rank 1 |    0 [0] 1 [1] ...
+    rank 0 | 0F0 0F1 0F2 3F0 3I0 3W0 3F1 3I1 3W1 0F3 0I0 0W0 3F2 3I2 3W2 0I1 0W1 3F3 3I3 3W3 0I2 0W2 0I3 0W3
+    rank 1 | ... 1F0 2F0 1F1 2F1 2I0 2W0 1F2 1I0 1W0 2F2 2I1 2W1 1F3 1I1 1W1 2F3 2I2 2W2 1I2 2I3 1I3 1W2 2W3 1W3
 
     The last stage sits where the first does, so the first backward comes back early. Activations of at most 2p pairs (stage,
     microbatch), half a rank's layers each, are held: as much as 1F1B's first rank holds.
