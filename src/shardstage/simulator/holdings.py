@@ -14,7 +14,13 @@ from shardstage.graph.cuts import shared_parameters
 from shardstage.layout import Mesh
 from shardstage.plan import Plan
 from shardstage.plan.schedule import schedule_of
-from shardstage.program.stage_parameters import HeldParameter, held_parameters, master_dtype, units_of
+from shardstage.program.stage_parameters import (
+    HeldParameter,
+    held_parameters,
+    master_dtype,
+    needs_bucket,
+    units_of,
+)
 from shardstage.schedule import Schedule
 from shardstage.simulator.stage_costs import StageCost, StageCosts
 from shardstage.units import dtype_bytes
@@ -24,14 +30,16 @@ __all__ = ["Holdings", "PlannedHoldings", "RankHolding", "StageHolding", "planne
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RankHolding:
-    """What a rank holds between steps, by category, and what comes and goes: all of a stage's parameters from its UNSHARD to its
-    RESHARD, ``step_bytes`` in STEP. ``owned_elements`` are those that its optimizer updates."""
+    """What a rank holds all the time, by category, and what comes and goes: all of a stage's parameters from its UNSHARD to its
+    RESHARD, ``step_bytes`` in STEP. ``made_gradients`` of a stage concern no other rank and have no buffer: the stage's first backward makes
+    them. ``owned_elements`` are those that its optimizer updates."""
 
     parameters: int
     master: int
     gradients: int
     optimizer: int
     unsharded: Mapping[int, int] = field(default_factory=dict)
+    made_gradients: Mapping[int, int] = field(default_factory=dict)
     step_bytes: int = 0
     owned_elements: int = 0
 
@@ -110,17 +118,30 @@ class PlannedHoldings:
         elements = sum(p.numel for p in held.values())
         trained = sum(p.numel for p in held.values() if p.is_trained)
         part = -(-trained // (plan.mesh.dp if level else 1))
+        made = self._made_gradients(pp, tp) if level < 2 else {}
         return RankHolding(
             parameters=elements * c if level < 2 else 0,
             master=part * w if level >= 2 or c != w else 0,
-            gradients=part * w if level >= 2 else trained * w + (part * w if level else 0),
+            gradients=(part * w if level else 0) + (trained * w - sum(made.values()) if level < 2 else 0),
             optimizer=MOMENTS * part * w,
             unsharded={s: self._unsharded(s, tp) * c for s in self._schedule.stages_of(pp)}
             if level >= 2
             else {},
+            made_gradients=made,
             step_bytes=min(plan.bucket_bytes, elements * c) // plan.mesh.dp if level == 1 else 0,
             owned_elements=part,
         )
+
+    def _made_gradients(self, pp: int, tp: int) -> dict[int, int]:
+        """Bytes by stage; of what several stages use, with the first of them."""
+        made: dict[int, int] = {}
+        seen: set[str] = set()
+        for stage in self._schedule.stages_of(pp):
+            held = [p for p in self._parameters(stage, tp) if p.fqn not in seen]
+            alone = [p for p in held if p.is_trained and not needs_bucket(p, self._plan)]
+            made[stage] = sum(p.numel for p in alone) * self._master_bytes
+            seen.update(p.fqn for p in held)
+        return made
 
     def _unsharded(self, stage: int, tp: int) -> int:
         """Elements that UNSHARD gathers: all under ZeRO-2, what several blocks use under ZeRO-3."""

@@ -4,8 +4,9 @@
     a message               is there when its SEND ends, and latency_s later where its RECV waited; a RECV that did not wait takes own_s
     COUNT, STEP             from when the last rank has come
 
-Medians, over all microbatches and steps. Where more ranks than cores computed at a time, a computation's seconds are those that it would
-have taken alone: ∫ min(1, cores / n(t)) dt over its span, n(t) the number of ranks that compute at t.
+Each is the mean over all microbatches and steps, so that what jitters on the way of a step counts as it does there; what took more than
+three times the median was disturbed and is left out. Where more ranks than cores computed at a time, a computation's seconds are those
+that it would have taken alone: ∫ min(1, cores / n(t)) dt over its span, n(t) the number of ranks that compute at t.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from statistics import median
+from statistics import fmean, median
 from typing import Final, TypeVar
 
 from shardstage.errors import ProgramError
@@ -26,6 +27,7 @@ from shardstage.timeline import Span, Timeline
 
 __all__ = ["MeasuredPrices", "measured_prices"]
 
+DISTURBED: Final = 3.0
 _FREE: Final = Wire(0.0, 0.0)
 _Key = TypeVar("_Key")
 _Found = dict[_Key, list[float]]
@@ -33,7 +35,7 @@ _Found = dict[_Key, list[float]]
 
 @dataclass(frozen=True, kw_only=True)
 class MeasuredPrices:
-    """Medians of a run. Collectives cost nothing: they are in what contains them. Nothing hides that was not hidden when measured.
+    """Typical times of a run. Collectives cost nothing: they are in what contains them. Nothing hides that was not hidden when measured.
 
     ``compute`` by (stage, kind, size), ``own`` by (kind, stage, bytes) and for the whole rank by (kind, rank), ``latency_s`` by bytes.
     """
@@ -99,16 +101,16 @@ def measured_prices(
             whole[kind, rank].append(seconds)
         for own_key, seconds in step.own():
             own[own_key].append(seconds)
-    own_s = {key: median(found) for key, found in own.items()}
+    own_s = {key: typical_s(found) for key, found in own.items()}
     for step in steps:
         for num_bytes, instruction, seconds in step.waits():
             copied_s = own_s.get((instruction.kind, instruction.stage, num_bytes), 0.0)
             waited[num_bytes].append(max(0.0, seconds - copied_s))
     return MeasuredPrices(
-        compute={key: median(found) for key, found in compute.items()},
+        compute={key: typical_s(found) for key, found in compute.items()},
         own=own_s,
-        whole_rank={key: median(found) for key, found in whole.items()},
-        latency_s={num_bytes: median(found) for num_bytes, found in waited.items()},
+        whole_rank={key: typical_s(found) for key, found in whole.items()},
+        latency_s={num_bytes: typical_s(found) for num_bytes, found in waited.items()},
         num_cores=num_cores,
     )
 
@@ -212,6 +214,11 @@ def _timed(timeline: Timeline, program: Program, rank: int) -> Iterator[tuple[In
             )
         yield instruction, span.start_s if before is None else before, span.end_s
         before = span.end_s
+
+
+def typical_s(seconds: Sequence[float]) -> float:
+    """Their mean, those left out that took ``DISTURBED`` times the median or longer."""
+    return fmean(s for s in seconds if s <= DISTURBED * median(seconds))
 
 
 def _nearest(seconds: Mapping[int, float], num_bytes: int) -> float:

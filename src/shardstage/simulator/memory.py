@@ -129,6 +129,9 @@ class _Replay:
             self._hold("activations", activation, held.deferred_bytes)
         else:
             self._free("activations", activation)
+        gradients = f"gradients of stage {stage}"
+        if kind != "I" and ("gradients", gradients) not in self.live:
+            self._hold("gradients", gradients, self._rank.made_gradients.get(stage, 0))
         if kind != "W":
             self._release_received(stage, microbatch)
 
@@ -198,7 +201,7 @@ def _holders(replay: _Replay, live: dict[tuple[str, str], int]) -> list[Holder]:
         if category == "activations" and what.startswith("stage "):
             _, number, _, held = what.split()
             held_by_stage.setdefault(int(number), []).append(int(held))
-        elif category in ("parameters", "master", "gradients", "optimizer") and what == category:
+        elif what == category or what.startswith("gradients of stage"):
             found[category] += num_bytes
         else:
             found[f"{category} of {what}"] += num_bytes

@@ -28,7 +28,8 @@ def simulate(
 ) -> Timeline:
     """One step, predicted, with memory where ``holdings`` are given. One rank of each class of alike ones is in it (``alike``).
 
-    ``is_extrapolated``: of a steady state only as much is walked as shows that it is one. Raises ``ProgramError`` for a program that cannot end.
+    ``is_extrapolated``: of a steady state only as much is walked as shows that it is one. Raises ``ProgramError`` for a program that cannot
+    end.
     """
     lanes = lanes_of(program, prices.special_ranks)
     ran = _run(program, lanes, prices, keep_talks=True, is_extrapolated=is_extrapolated).whole()

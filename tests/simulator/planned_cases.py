@@ -1,0 +1,41 @@
+"""A small model under a plan on a machine with round numbers: its program, its prices, and what the analytic model says."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from tests.cost.machines import round_machine
+from tests.cost.toy import toy_graph
+
+from shardstage.cost import Links, Prediction, fold, predict_step, profile
+from shardstage.cost.step import CALIBRATIONS
+from shardstage.graph import ModelGraph
+from shardstage.plan import Plan, complete, parse_request
+from shardstage.plan.explain import setup_of
+from shardstage.program import Program, lower
+from shardstage.simulator import PlannedPrices, planned_prices
+
+GRAPH = toy_graph(num_layers=8, width=64, hidden=256, vocab=256)
+CLUSTER = round_machine(8, latency_s=1e-6)
+
+
+class Planned(NamedTuple):
+    plan: Plan
+    program: Program
+    prices: PlannedPrices
+
+
+def planned(text: str, *, num_ranks: int = 4, graph: ModelGraph = GRAPH) -> Planned:
+    plan = complete(parse_request(text), graph, num_ranks=num_ranks, global_batch=32, sequence=64)
+    return Planned(plan, lower(graph, plan), planned_prices(graph, plan, CLUSTER))
+
+
+def analytic(plan: Plan) -> tuple[Prediction, float]:
+    """The cost model's prediction, and its seconds before they are calibrated."""
+    positions = {op.name: index for index, op in enumerate(GRAPH.ops)}
+    boundaries = tuple(positions[stage.first] for stage in plan.stages)
+    folded = fold(GRAPH, boundaries=boundaries)
+    setup = setup_of(plan, tuple(folded.unit_at(position) for position in boundaries))
+    priced = profile(folded, CLUSTER, tp=plan.mesh.tp, microbatch=setup.microbatch, sequence=64)
+    prediction = predict_step(priced, setup, Links(CLUSTER, plan.mesh))
+    return prediction, prediction.step_time_s / CALIBRATIONS["cuda"].expected

@@ -1,0 +1,62 @@
+"""Prices of a plan on a described cluster: the simulation of them is what the analytic model says where that is exact."""
+
+from __future__ import annotations
+
+import pytest
+from tests.simulator.planned_cases import CLUSTER, GRAPH, analytic, planned
+
+from shardstage.errors import PlanError
+from shardstage.simulator import planned_prices, simulate, step_time
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["pp=4,mb=2", "pp=4,mb=2,schedule=gpipe", "pp=2,tp=2,mb=2", "pp=4,mb=2,recompute=full", "pp=4,mb=4,recompute=selective"],
+)  # fmt: skip
+def test_without_data_parallel_ranks_the_simulation_equals_the_analytic_model(text: str) -> None:
+    plan, program, prices = planned(text)
+    assert step_time(program, prices) == pytest.approx(analytic(plan)[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("text", ["pp=2,dp=2,mb=2", "pp=2,dp=2,mb=2,zero=1", "pp=2,dp=2,mb=2,zero=2", "pp=2,dp=2,mb=2,zero=3"])  # fmt: skip
+def test_with_them_it_is_near_and_never_faster_than_compute(text: str) -> None:
+    """The analytic model hides all but the last bucket; the simulation begins each bucket when its backward has filled it."""
+    plan, program, prices = planned(text)
+    assert step_time(program, prices) == pytest.approx(analytic(plan)[1], rel=0.02)
+    busy = max(simulate(program, prices).busy_s(rank) for rank in range(4))
+    assert step_time(program, prices) > busy
+
+
+def test_halves_of_a_backward_make_the_whole() -> None:
+    _, _, prices = planned("pp=4,mb=2,schedule=zb-h1")
+    for stage in range(4):
+        whole, one, other = (prices.compute_s(0, stage, kind, 2) for kind in ("B", "I", "W"))
+        assert whole == pytest.approx(one + other)
+        assert 0.2 * whole < other < 0.6 * whole, "one product of two, and nothing of what is no product"
+
+
+def test_a_split_backward_shortens_the_step() -> None:
+    whole, split = planned("pp=4,mb=2"), planned("pp=4,mb=2,schedule=zb-h1")
+    assert step_time(split.program, split.prices) < step_time(whole.program, whole.prices)
+
+
+def test_every_schedule_of_a_model_can_be_simulated() -> None:
+    for text in ("schedule=interleaved-1f1b", "schedule=zb-v", "schedule=dualpipe-v", "schedule=looped-bfs"):
+        _, program, prices = planned(f"pp=2,dp=2,mb=2,{text}")
+        timeline = simulate(program, prices, prices.holdings)
+        assert timeline.step_time_s == pytest.approx(step_time(program, prices))
+        assert timeline.alike == {0: (0, 1), 2: (2, 3)}
+
+
+def test_uneven_shares_make_classes_of_ranks() -> None:
+    _, program, prices = planned("pp=2,dp=2,mb=2,shares=18/14,zero=1")
+    timeline = simulate(program, prices)
+    assert timeline.ranks == (0, 1, 2, 3)
+    assert timeline.busy_s(0) > timeline.busy_s(1)
+
+
+def test_a_cluster_that_is_too_small_is_refused() -> None:
+    plan, _, _ = planned("pp=4,mb=2")
+    with pytest.raises(PlanError, match="the plan is for 4 ranks") as caught:
+        planned_prices(GRAPH, plan, CLUSTER.with_devices(2))
+    assert caught.value.hint == "--cluster round:4"
