@@ -2,6 +2,7 @@
 #   make demo    train a small model on 4 local ranks and prove the run equal to a single device's
 #   make test    run all tests
 #   make lint    check style, format and types
+#   make report-test    look at the report's page in a headless Chromium, which has to be there
 PYTHON  ?= python3
 VENV    ?= .venv
 DEMO    ?= train --run demo/run.toml --prove
@@ -11,7 +12,7 @@ BIN      = $(VENV)/bin
 INSTALL  = $(BIN)/python -m pip --disable-pip-version-check install -qq -c constraints.txt
 INPUTS   = constraints.txt pyproject.toml
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint report-test clean
 
 demo: $(VENV)/.installed-run
 	$(BIN)/shardstage $(DEMO)
@@ -19,9 +20,13 @@ demo: $(VENV)/.installed-run
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest $(TESTS)
 
+# Needs a Chromium, which this cannot install: apt-get install chromium
+report-test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest browser
+
 lint: $(VENV)/.installed-dev
-	$(BIN)/ruff check src tests
-	$(BIN)/ruff format --check src tests
+	$(BIN)/ruff check src tests browser
+	$(BIN)/ruff format --check src tests browser
 	$(BIN)/mypy --strict src
 
 clean:

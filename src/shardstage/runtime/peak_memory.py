@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["PeakMemory", "resident_bytes"]
+__all__ = ["PeakMemory", "give_back_free_memory", "resident_bytes"]
 
 
 class PeakMemory:
@@ -41,7 +41,7 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(self._device)
             return
         self._kept_bytes = kept_bytes
-        _give_back_free_memory()
+        give_back_free_memory()
         _forget_peak()
         self._resident_bytes = _status_bytes("VmRSS")
 
@@ -66,7 +66,7 @@ def resident_bytes() -> int:
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
-def _give_back_free_memory() -> None:
+def give_back_free_memory() -> None:
     """Else what building the engine left free would hide how much a step takes (malloc_trim(3), glibc only)."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)

@@ -13,7 +13,7 @@ from shardstage.cluster import Cluster
 from shardstage.errors import CheckpointError
 from shardstage.program import lower
 from shardstage.runtime.engine import Engine
-from shardstage.runtime.peak_memory import resident_bytes
+from shardstage.runtime.peak_memory import give_back_free_memory, resident_bytes
 from shardstage.runtime.recorder import Recorder
 from shardstage.simulator import planned_prices, simulate
 from shardstage.timeline import MemorySample, Span, Timeline
@@ -36,6 +36,7 @@ class _Recorded(NamedTuple):
 
 def begin_recording(engine: Engine) -> Recorder:
     """From now on the engine takes the times of its instructions, and what it holds after each."""
+    give_back_free_memory()
     kept, before = kept_bytes(engine), resident_bytes()
 
     def held() -> int:
