@@ -31,8 +31,8 @@ __all__ = ["Holdings", "PlannedHoldings", "RankHolding", "StageHolding", "planne
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RankHolding:
     """What a rank holds all the time, by category, and what comes and goes: all of a stage's parameters from its UNSHARD to its
-    RESHARD, ``step_bytes`` in STEP. ``made_gradients`` of a stage concern no other rank and have no buffer: the stage's first backward makes
-    them. ``owned_elements`` are those that its optimizer updates."""
+    RESHARD, ``step_bytes`` in STEP. ``made_gradients`` of a stage concern no other rank and have no buffer: the first backward makes them.
+    ``owned_elements`` are those that its optimizer updates."""
 
     parameters: int
     master: int
