@@ -38,7 +38,7 @@ def corrupted(program: Program, how: str, random: Random) -> Program | None:
     if tuple(draft.acts) == row.instructions:
         return None
     instructions = tuple(draft.acts)
-    if not draft.calls and random.random() < 0.3:  # all ranks of the row alike
+    if how != "with a mistyped collective" and random.random() < 0.3:  # all ranks of the row alike
         new = [replace(row, instructions=instructions)]
     else:
         new = [*_others(row, dp, tp), Row(pp=row.pp, dp=(dp,), tp=(tp,), instructions=instructions)]
@@ -193,7 +193,6 @@ def _misname_calls(draft: _Draft) -> None:
     """Another act's collectives, or none."""
     at = draft.random.randrange(len(draft.acts))
     draft.acts[at] = replace(draft.acts[at], calls=draft.random.choice(["", *draft.program.calls]))
-    draft.calls.update(draft.program.calls)  # of one rank only: what all do alike might be another program
 
 
 CORRUPTIONS: Mapping[str, Callable[[_Draft], None]] = {

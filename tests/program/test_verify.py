@@ -184,9 +184,11 @@ def test_tp_ranks_must_mix_the_same_microbatch() -> None:
 
 
 def test_microbatches_of_one_size_run_the_same_collectives() -> None:
-    refuses(
-        PIPELINE, "0B1[c1]", "0B1[c2]", "2 collectives and for another microbatch of 2 samples 2, or others"
-    )
+    refuses(PIPELINE, "0B1[c1]", "0B1[c2]", "runs 2 collectives and for another microbatch 2, or others")
+
+
+def test_microbatches_of_other_sizes_run_collectives_of_the_same_kinds() -> None:
+    refuses(PIPELINE, "c2 2*tp", "c2 tp", "runs 1 collectives and for another microbatch 2, or others")
 
 
 def test_ranks_that_wait_for_each_other_are_named_and_drawn() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import zip_longest
 
 from shardstage.program.program import Collective, Program
@@ -75,28 +76,29 @@ def _text(call: Collective) -> str:
 
 
 def check_alike_microbatches(fold: Fold) -> None:
-    """A stage runs the same collectives for every microbatch of the same number of samples."""
+    """A stage runs the same collectives for every microbatch, of the same size for those of as many samples; I those of B."""
     program = fold.program
-    known: dict[tuple[int | None, str, int, int], tuple[Collective, ...]] = {}
+    known: dict[tuple[int | None, str, int], tuple[Collective, ...]] = {}
+    shapes: dict[tuple[int | None, str], tuple[Collective, ...]] = {}
     for column in fold.columns:
         for pp, step, key in _computations(program, column):
             i = column.rows[pp].instructions[step]
             calls = program.collectives(i)
+            sizeless = tuple(replace(call, numel=0) for call in calls)
             expected = known.setdefault(key, calls)
-            if calls != expected:
+            if calls != expected or sizeless != shapes.setdefault(key[:2], sizeless):
                 column.refuse(
                     pp,
                     step,
-                    f"runs {len(calls)} collectives and for another microbatch of {key[2]} samples {len(expected)}, or others",
+                    f"runs {len(calls)} collectives and for another microbatch {len(shapes[key[:2]])}, or others",
                     hint=" ".join(map(_text, expected)) or f"{i.name} without collectives",
                 )
 
 
-def _computations(
-    program: Program, column: Column
-) -> Iterator[tuple[int, int, tuple[int | None, str, int, int]]]:
+def _computations(program: Program, column: Column) -> Iterator[tuple[int, int, tuple[int | None, str, int]]]:
+    """Rank, step and what decides of the collectives of F, B and I."""
     sizes = program.samples[column.dp]
     for pp in range(program.mesh.pp):
         for step, i in column.steps(pp):
-            if i.is_computation and i.microbatch is not None:
-                yield pp, step, (i.stage, i.kind, sizes[i.microbatch], column.tp)
+            if i.kind in ("F", "B", "I") and i.microbatch is not None:
+                yield pp, step, (i.stage, "F" if i.kind == "F" else "B", sizes[i.microbatch])
