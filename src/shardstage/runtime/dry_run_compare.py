@@ -8,7 +8,7 @@ from itertools import zip_longest
 
 from shardstage.program import Collective, Instruction, Program
 from shardstage.runtime.dry_run import DryRun
-from shardstage.runtime.dry_run_recorder import Act, Sent
+from shardstage.runtime.dry_run_recorder import Sent
 from shardstage.runtime.transfers import early_receives
 
 __all__ = ["Difference", "compare_with_program", "distinct_ranks"]

@@ -122,7 +122,7 @@ class Engine:
         self._read = read
         self._weights = context.weights
         self._segments = segments
-        self._transfers = Transfers(program, groups, device)
+        self.transfers = Transfers(program, groups, device)
         self._row = program.row_of(groups.rank).instructions
         self._loss_name = graphs.graph.output
         last_at = {i.stage: at for at, i in enumerate(self._row) if i.kind in ("B", "W")}
@@ -175,7 +175,7 @@ class Engine:
                     self._run(instruction, step, batches)
             if position in self._last_backwards and instruction.stage is not None:
                 self.parameters.complete(instruction.stage)
-        self._transfers.flush()
+        self.transfers.flush()
         assert self._result is not None
         return self._result
 
@@ -195,16 +195,16 @@ class Engine:
             case "W":
                 self._weights.run(flight.products)
             case "RECV_F":
-                flight.received.update(self._as_leaves(self._transfers.receive(instruction)))
+                flight.received.update(self._as_leaves(self.transfers.receive(instruction)))
             case "RECV_B":
-                for name, gradient in self._transfers.receive(instruction).items():
+                for name, gradient in self.transfers.receive(instruction).items():
                     _add_gradient(flight, name, gradient)
             case "SEND_F":
-                names = self._transfers.values(instruction)
-                self._transfers.send(instruction, [flight.outputs[name].detach() for name in names])
+                names = self.transfers.values(instruction)
+                self.transfers.send(instruction, [flight.outputs[name].detach() for name in names])
             case "SEND_B":
-                names = self._transfers.values(instruction)
-                self._transfers.send(instruction, [_gradient_of(flight.received[name]) for name in names])
+                names = self.transfers.values(instruction)
+                self.transfers.send(instruction, [_gradient_of(flight.received[name]) for name in names])
                 for name in names:
                     flight.received.pop(name)
             case _:
@@ -304,7 +304,7 @@ class Engine:
     def _post_receives(self, position: int) -> None:
         """Begins the receives up to the second computation from here, so that they arrive under the first."""
         for instruction in early_receives(self._row, position):
-            self._transfers.post(instruction)
+            self.transfers.post(instruction)
 
     def _as_leaves(self, received: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {

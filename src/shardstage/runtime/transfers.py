@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -28,13 +28,15 @@ def early_receives(row: Sequence[Instruction], position: int) -> Iterator[Instru
 class Transfers:
     """Sends and receives the messages of a Program, each value under a tag of its own, so that no order of arrival can mix them up.
 
-    Receives are posted early (``post``) and waited for when needed; a sent tensor is kept alive until it has left.
+    Receives are posted early (``post``) and waited for when needed; a sent tensor is kept alive until ``has_left`` says that it has
+    left.
     """
 
     def __init__(self, program: Program, groups: RankGroups, device: torch.device) -> None:
         self._program = program
         self._groups = groups
         self._device = device
+        self.has_left: Callable[[dist.Work], bool] = dist.Work.is_completed
         self._edge_number = {(e.value, e.source, e.target): i for i, e in enumerate(program.edges)}
         self._incoming: dict[Instruction, list[tuple[str, Tensor, dist.Work]]] = {}
         self._outgoing: list[tuple[dist.Work, Tensor]] = []
@@ -70,7 +72,7 @@ class Transfers:
 
     def send(self, instruction: Instruction, tensors: Sequence[Tensor]) -> None:
         """Begins a SEND of the values in order."""
-        self._outgoing = [(work, tensor) for work, tensor in self._outgoing if not work.is_completed()]
+        self._outgoing = [(work, tensor) for work, tensor in self._outgoing if not self.has_left(work)]
         for name, tensor in zip(self.values(instruction), tensors, strict=True):
             sent = tensor.contiguous()
             work = dist.isend(
@@ -80,7 +82,8 @@ class Transfers:
                 tag=self._tag(instruction, name),
             )
             assert work is not None
-            self._outgoing.append((work, sent))
+            if not self.has_left(work):
+                self._outgoing.append((work, sent))
 
     def flush(self) -> None:
         """Returns when everything sent has left."""
