@@ -20,6 +20,7 @@ __all__ = ["Case", "cases_of", "make_graph", "model_file"]
 NUM_LAYERS = 6
 MICROBATCH = 2
 NUM_MICROBATCHES = 8
+MAX_STAGES = 4
 
 ONE_STAGE = ("1f1b", "gpipe", "zb-h1")
 SEVERAL_STAGES = ("interleaved-1f1b", "looped-bfs", "zb-v", "dualpipe-v")
@@ -59,12 +60,12 @@ def make_graph(model: Path, sequence: int) -> ModelGraph:
 
 
 def cases_of(graph: ModelGraph, *, num_ranks: int, sequence: int) -> list[Case]:
-    """Every schedule with one stage and with two on each rank, even and uneven."""
+    """Every schedule of at most four stages, even and uneven: one on each rank, or two."""
     found: list[Case] = []
     for per_rank, schedules in ((1, ONE_STAGE), (2, SEVERAL_STAGES)):
         num_stages = per_rank * num_ranks
         for shape, layers in (("even", None), ("uneven", uneven_layers(num_stages))):
-            if num_stages > NUM_LAYERS + 2:
+            if num_stages > MAX_STAGES:
                 continue
             stages = f"{num_stages} {shape} stages on {num_ranks} ranks"
             base = make_plan(graph, num_ranks, per_rank, schedules[0], sequence, layers)

@@ -3,8 +3,9 @@
 python benchmarks/simulator_fidelity/run.py [--ranks 2] [--steps 12] [--json FILE]
 
 For each set of stages one run is measured (a 1F1B order, or its interleaved form where a rank has several stages, in which every other
-backward is cut in two), its typical times are the prices, and every schedule of the same stages is predicted from them. All are run in
-turn, step by step, so that what else the machine does meets them alike. Memory is predicted from the plan alone.
+backward is cut in two), what its instructions took are the prices, and every schedule of the same stages is predicted from them. All are
+run in turn, step by step, and each step of the reference predicts those of the same round, so that what else the machine does meets
+prediction and measurement alike. Memory is predicted from the plan alone, and measured as what torch's allocator hands out.
 """
 
 from __future__ import annotations
@@ -45,17 +46,17 @@ SEQUENCE = 128
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One line of the table: seconds and bytes, simulated and measured; bytes are those of the fullest rank."""
+    """One line of the table: seconds and bytes, simulated and measured; bytes are those of the fullest rank.
+
+    ``time_error`` is the median over the rounds, in each of which the reference's step predicts the other schedules'.
+    """
 
     case: str
     simulated_s: float
     measured_s: float
+    time_error: float
     simulated_bytes: int
     measured_bytes: int
-
-    @property
-    def time_error(self) -> float:
-        return self.simulated_s / self.measured_s - 1
 
     @property
     def memory_error(self) -> float:
@@ -193,19 +194,21 @@ def compare(
         [Timeline(source="measured", spans=tuple(Span(*span) for span in step)) for step in steps]
         for steps in measured["spans"]
     ]
-    num_cores = os.cpu_count() or 1
+    cores = os.cpu_count() or 1
+    num_cores = cores if num_ranks > cores else None
     programs = [lower(graph, case.plan) for case in cases]
     for index, case in enumerate(cases):
         reference = next(at for at, other in enumerate(cases) if other.reference == case.reference)
-        prices = measured_prices(
-            timelines[reference],
-            programs[reference],
-            num_cores=num_cores if num_ranks > num_cores else None,
-        )
+        simulated_s = [
+            step_time(programs[index], measured_prices([step], programs[reference], num_cores=num_cores))
+            for step in timelines[reference]
+        ]
+        measured_s = [step_s(step) for step in timelines[index]]
         yield Row(
             case=case.name,
-            simulated_s=step_time(programs[index], prices),
-            measured_s=median(map(step_s, timelines[index])),
+            simulated_s=median(simulated_s),
+            measured_s=median(measured_s),
+            time_error=median(s / m for s, m in zip(simulated_s, measured_s, strict=True)) - 1,
             simulated_bytes=planned_peak(graph, case.plan, programs[index]),
             measured_bytes=max(measured["peaks"][index]),
         )
