@@ -61,7 +61,7 @@ def _mark(shares: dict[str, float], slice_s: float) -> str:
 
 
 def _uses(timeline: Timeline) -> Iterator[str]:
-    yield f"{'rank':<22}{'compute':>12}{'exposed talk':>14}{'idle':>12}{'peak memory':>14}"
+    yield f"{'rank':<31}{'compute':>9}{'exposed talk':>14}{'idle':>9}{'peak memory':>14}"
     for rank in timeline.ranks[:MAX_RANKS]:
         use = rank_use(timeline, rank)
         alike = len(timeline.alike.get(rank, ()))
@@ -69,4 +69,4 @@ def _uses(timeline: Timeline) -> Iterator[str]:
         parts = (use.compute_s + use.update_s, use.exposed_s, use.idle_s)
         shares = [format_ratio(part / use.step_s) if use.step_s else "-" for part in parts]
         peak = "-" if use.peak_bytes is None else format_bytes(use.peak_bytes)
-        yield f"{name[:22]:<22}{shares[0]:>12}{shares[1]:>14}{shares[2]:>12}{peak:>14}"
+        yield f"{name[:31]:<31}{shares[0]:>9}{shares[1]:>14}{shares[2]:>9}{peak:>14}"

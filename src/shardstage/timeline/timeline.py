@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 __all__ = ["STREAMS", "MemorySample", "Span", "Stream", "Timeline"]
@@ -62,15 +63,16 @@ class Timeline:
     @property
     def ranks(self) -> tuple[int, ...]:
         """The ranks with spans, in order."""
-        return tuple(sorted({span.rank for span in self.spans}))
+        return tuple(sorted(self._spans_by_rank))
 
-    @property
+    @cached_property
     def step_time_s(self) -> float:
         return max((span.end_s for span in self.spans), default=0.0)
 
     def spans_of(self, rank: int, stream: Stream | None = None) -> tuple[Span, ...]:
         """The spans of a rank, of all its streams or of one, in order of time within each."""
-        return tuple(s for s in self.spans if s.rank == rank and stream in (None, s.stream))
+        held = self._spans_by_rank.get(rank, ())
+        return held if stream is None else tuple(span for span in held if span.stream == stream)
 
     def busy_s(self, rank: int, stream: Stream = "compute") -> float:
         return sum(span.duration_s for span in self.spans_of(rank, stream))
@@ -78,7 +80,22 @@ class Timeline:
     def peak(self, rank: int) -> MemorySample | None:
         """The first moment at which a rank holds most; ``None`` where memory was not recorded."""
         return max(
-            (sample for sample in self.memory if sample.rank == rank),
+            self._memory_by_rank.get(rank, ()),
             key=lambda sample: sample.total_bytes,
             default=None,
         )
+
+    # Asked for each of thousands of ranks, so sorted out once: a search through all spans for each rank would be quadratic.
+    @cached_property
+    def _spans_by_rank(self) -> Mapping[int, tuple[Span, ...]]:
+        found: dict[int, list[Span]] = {}
+        for span in self.spans:
+            found.setdefault(span.rank, []).append(span)
+        return {rank: tuple(spans) for rank, spans in found.items()}
+
+    @cached_property
+    def _memory_by_rank(self) -> Mapping[int, tuple[MemorySample, ...]]:
+        found: dict[int, list[MemorySample]] = {}
+        for sample in self.memory:
+            found.setdefault(sample.rank, []).append(sample)
+        return {rank: tuple(samples) for rank, samples in found.items()}
