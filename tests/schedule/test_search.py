@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import random
 from collections.abc import Iterator
 
@@ -34,6 +35,7 @@ from shardstage.schedule.search.problem import (
     schedule_of,
     trace,
 )
+from shardstage.schedule.search.stdout import stdout_to_stderr
 
 SECONDS = st.integers(1, 40).map(lambda tenths: tenths / 10)
 TIMES = st.builds(
@@ -242,6 +244,13 @@ def test_local_search_fills_the_gap_with_weight_gradients() -> None:
     better, makespan_s = improve(problem, rows, 17.0, lambda: next(looks), random.Random(0))
     assert makespan_s < start.makespan_s
     check_schedule(schedule_of(problem, better, "x"))
+
+
+def test_what_compiled_code_prints_stays_out_of_standard_output(capfd: pytest.CaptureFixture[str]) -> None:
+    with stdout_to_stderr():
+        os.write(1, b"debugging")
+    os.write(1, b"plan")
+    assert capfd.readouterr() == ("plan", "debugging")
 
 
 def test_a_problem_too_large_for_the_exact_method_is_left_alone() -> None:

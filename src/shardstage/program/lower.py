@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from itertools import groupby
 from typing import Any
@@ -15,6 +16,7 @@ from shardstage.plan.schedule import schedule_of
 from shardstage.program.collectives import StageCalls, stage_calls
 from shardstage.program.instruction import Instruction
 from shardstage.program.program import Collective, ParameterUse, Program, Row, TensorType
+from shardstage.program.receive_order import in_order_of_sending
 from shardstage.program.stage_graphs import StageGraphs
 from shardstage.program.stage_parameters import (
     HeldParameter,
@@ -72,6 +74,7 @@ class _Lowering:
         mesh = self.plan.mesh
         self._require_apart()
         rows = tuple(row for pp in range(mesh.pp) for row in self._rows(pp))
+        rows = tuple(self._in_order_of_sending(row, rows) for row in rows)
         return Program(
             mesh=mesh,
             schedule=self.plan.schedule,
@@ -85,6 +88,14 @@ class _Lowering:
             parameters=tuple(self._parameters()),
             rows=rows,
         )
+
+    def _in_order_of_sending(self, row: Row, rows: Sequence[Row]) -> Row:
+        """Every row of a pipeline rank sends in the same order."""
+        peers = {other.pp: other.instructions for other in reversed(rows)}
+        instructions = in_order_of_sending(
+            row.instructions, [peers[pp] for pp in range(self.plan.mesh.pp)], self.schedule.stage_ranks
+        )
+        return replace(row, instructions=instructions)
 
     def _require_apart(self) -> None:
         """ZeRO-2/3 shards the parameters of each stage on its own: two stages of one rank cannot share one."""
@@ -158,7 +169,7 @@ class _Lowering:
     def _transfers(
         self, kind: Any, action: Action, edges: Sequence[Edge], size: int, tp: int
     ) -> Iterator[Instruction]:
-        """One message with each peer on another rank, in order of the peers."""
+        """One message with each peer on another rank, in the order in which stages run forwards or backwards."""
         ranks, stage = self.schedule.stage_ranks, action.stage
         graphs = self.stages.segments(tp=tp, microbatch=size)
         by_peer: dict[int, list[TensorType]] = {}
@@ -168,7 +179,7 @@ class _Lowering:
                 continue
             value = graphs[edge.source].graph.values[edge.value]
             by_peer.setdefault(peer, []).append(TensorType(edge.value, value.dtype, value.shape))
-        for peer in sorted(by_peer):
+        for peer in sorted(by_peer, reverse=kind.endswith("B")):
             message = self.messages.name(tuple(by_peer[peer]))
             yield Instruction(stage, kind, action.microbatch, peer, message)
 

@@ -78,7 +78,7 @@ def _text(call: Collective) -> str:
 def check_alike_microbatches(fold: Fold) -> None:
     """A stage runs the same collectives for every microbatch, of the same size for those of as many samples; I those of B."""
     program = fold.program
-    known: dict[tuple[int | None, str, int], tuple[Collective, ...]] = {}
+    known: dict[tuple[int | None, str, int, int], tuple[Collective, ...]] = {}
     shapes: dict[tuple[int | None, str], tuple[Collective, ...]] = {}
     for column in fold.columns:
         for pp, step, key in _computations(program, column):
@@ -95,10 +95,12 @@ def check_alike_microbatches(fold: Fold) -> None:
                 )
 
 
-def _computations(program: Program, column: Column) -> Iterator[tuple[int, int, tuple[int | None, str, int]]]:
+def _computations(
+    program: Program, column: Column
+) -> Iterator[tuple[int, int, tuple[int | None, str, int, int]]]:
     """Rank, step and what decides of the collectives of F, B and I."""
     sizes = program.samples[column.dp]
     for pp in range(program.mesh.pp):
         for step, i in column.steps(pp):
             if i.kind in ("F", "B", "I") and i.microbatch is not None:
-                yield pp, step, (i.stage, "F" if i.kind == "F" else "B", sizes[i.microbatch])
+                yield pp, step, (i.stage, "F" if i.kind == "F" else "B", sizes[i.microbatch], column.tp)

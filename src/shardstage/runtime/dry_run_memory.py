@@ -33,12 +33,12 @@ class HeldTensors(NamedTuple):
     made_by: str
     dtype: str
     shape: tuple[int, ...]
-    count: int
+    num_tensors: int
     num_bytes: int
 
     def __str__(self) -> str:
         shape = ",".join(map(str, self.shape))
-        times = f" × {self.count}" if self.count > 1 else ""
+        times = f" × {self.num_tensors}" if self.num_tensors > 1 else ""
         return f"{self.category}: {self.dtype}[{shape}]{times}, made by {self.made_by}"
 
 

@@ -21,7 +21,7 @@ function makeRows() {
   const found = [];
   for (const t of shown) for (const r of t.ranks) found.push({t, r, acts: r.streams[0], talks: exposed(t, r)});
   found.sort((a, b) => a.r.rank - b.r.rank || (a.t.source < b.t.source ? -1 : 1));
-  rows = found;
+  rows = found; rows.forEach((row, at) => { row.at = at; row.longestTalk = row.talks.reduce((most, t) => Math.max(most, t[3] - t[2]), 0); });
   view.row = Math.min(view.row, rows.length - 1);
 }
 
@@ -59,7 +59,7 @@ const label = row => (view.source === "both" ? row.t.source.slice(0, 4) + " " : 
 
 function drawGrid() {
   const canvas = $("grid"), [c, width] = prepare(canvas, AXIS + shownRows() * HEIGHT + 2), left = LEFT(), scale = (width - left) / (view.to - view.from);
-  const ink = colour("ink"), soft = colour("soft"), line = colour("line"), bad = colour("bad"), tints = {};
+  const ink = colour("ink"), soft = colour("soft"), line = colour("line"), bad = colour("bad"), paper = colour("paper"), tints = {};
   for (const k of [...Object.keys(KINDS), "pp", "tp", "dp", "copy"]) tints[k] = colour(k);
   const x = ns => left + (ns - view.from) * scale;
   axis(c, width, left, soft, line, AXIS + shownRows() * HEIGHT);
@@ -69,7 +69,7 @@ function drawGrid() {
     if (view.top + i === view.row) { c.fillStyle = colour("F") + "22"; c.fillRect(0, y, width, HEIGHT); }
     c.save(); c.beginPath(); c.rect(left, y, width - left, HEIGHT); c.clip();
     c.fillStyle = line; c.globalAlpha = .45; c.fillRect(x(0), y + 3, (row.t.step_ns) * scale, HEIGHT - TALKING - 6); c.globalAlpha = 1;
-    drawSpans(c, row, y, x, tints, ink);
+    drawSpans(c, row, y, x, tints, ink, paper);
     drawTalks(c, row, y, x, tints, bad);
     c.restore();
     c.fillStyle = view.top + i === view.row ? ink : soft; c.textAlign = "left"; c.fillText(label(row), 8, y + HEIGHT / 2, left - 12);
@@ -77,26 +77,35 @@ function drawGrid() {
   if (rows.length > shownRows()) { c.fillStyle = soft; c.textAlign = "left"; c.fillText("rows " + (view.top + 1) + "–" + (view.top + shownRows()) + " of " + rows.length, 8, AXIS / 2); }
   canvas.setAttribute("aria-label", rows.length + " rows of ranks, " + seconds((view.to - view.from) / 1e9) + " shown of a step of " + seconds(longest / 1e9));
 }
-function drawSpans(c, row, y, x, tints, ink) {
-  const list = row.acts, kinds = row.t.kinds; let drawnTo = -1;
+function drawSpans(c, row, y, x, tints, ink, paper) {
+  const list = row.acts, kinds = row.t.kinds; let drawnTo = -1, tint = "";
   for (let i = lowerBound(list, view.from); i < list.length && list[i + 1] < view.to; i += 3) {
     const a = x(list[i + 1]), b = x(list[i + 2]);
-    if (b < drawnTo + .6 && b - a < .6) continue;             // many spans in one pixel: the first stands for them
+    if (b < drawnTo + 1 && b - a < 1) continue;             // many acts in one pixel: the first stands for them
     drawnTo = b;
-    const kind = kinds[list[i]]; c.fillStyle = tints[kind] || tints.dp;
+    const kind = kinds[list[i]]; const wanted = tints[kind] || tints.dp; if (wanted !== tint) c.fillStyle = tint = wanted;      // a change of style costs more than a rectangle
     c.fillRect(a, y + 3, Math.max(.6, b - a - (b - a > 3 ? .8 : 0)), HEIGHT - TALKING - 6);
-    if (kind === "I") { c.fillStyle = "#ffffff66"; c.fillRect(a, y + 3, Math.max(.6, b - a - .8), 3); }
-    if (view.row === rows.indexOf(row) && view.act === i) { c.strokeStyle = ink; c.lineWidth = 2; c.strokeRect(a + 1, y + 4, Math.max(2, b - a - 2), HEIGHT - TALKING - 8); }
-    if (b - a > 30) { c.fillStyle = colour("paper"); c.textAlign = "center"; c.fillText(row.t.names[list[i]], (a + b) / 2, y + (HEIGHT - TALKING) / 2 + .5, b - a - 4); }
+    if (kind === "I") { c.fillStyle = tint = "#ffffff66"; c.fillRect(a, y + 3, Math.max(.6, b - a - .8), 3); }
+    if (view.row === row.at && view.act === i) { c.strokeStyle = ink; c.lineWidth = 2; c.strokeRect(a + 1, y + 4, Math.max(2, b - a - 2), HEIGHT - TALKING - 8); }
+    if (b - a > 30) { c.fillStyle = tint = paper; c.textAlign = "center"; c.fillText(row.t.names[list[i]], (a + b) / 2, y + (HEIGHT - TALKING) / 2 + .5, b - a - 4); }
   }
 }
+/* What is exposed comes last, so that what compute covers cannot hide it where many share a pixel. */
 function drawTalks(c, row, y, x, tints, bad) {
-  for (const [s, , from, to, isExposed] of row.talks) {
-    if (to <= view.from || from >= view.to) continue;
-    c.fillStyle = isExposed ? bad : tints[data.streams[s]] || tints.dp;
-    c.fillRect(x(from), y + HEIGHT - TALKING - 1, Math.max(.6, x(to) - x(from)), TALKING);
+  const talks = row.talks, first = firstAfter(talks, view.from - row.longestTalk);
+  for (const exposedOnes of [false, true]) {
+    let drawnTo = -1, tint = "";
+    for (let i = first; i < talks.length && talks[i][2] < view.to; i++) {
+      const talk = talks[i]; if (talk[4] !== exposedOnes || talk[3] <= view.from) continue;
+      const b = x(talk[3]); if (b < drawnTo + 1) continue;
+      const a = x(talk[2]); drawnTo = Math.max(b, a + .6);
+      const wanted = exposedOnes ? bad : tints[data.streams[talk[0]]] || tints.dp; if (wanted !== tint) c.fillStyle = tint = wanted;
+      c.fillRect(a, y + HEIGHT - TALKING - 1, drawnTo - a, TALKING);
+    }
   }
 }
+/* Index of the first piece of communication that begins at a time or later. */
+function firstAfter(talks, time) { let low = 0, high = talks.length; while (low < high) { const mid = (low + high) >> 1; if (talks[mid][2] < time) low = mid + 1; else high = mid; } return low; }
 function axis(c, width, left, soft, line, height) {
   const span = (view.to - view.from) / 1e9, count = Math.max(2, Math.floor((width - left) / 110)), raw = span / count, power = 10 ** Math.floor(Math.log10(raw)), step = [1, 2, 5, 10].find(k => k * power >= raw) * power;
   c.textAlign = "center";
@@ -204,7 +213,7 @@ function under(event) {
 function tip(event) {
   const {row, ns, low} = under(event), box = $("tip"); box.style.visibility = "hidden"; if (!row || ns < 0) return;
   let text = "";
-  const talk = row.talks.find(t => t[2] <= ns && ns <= t[3]), k = lowerBound(row.acts, ns), isIn = k < row.acts.length && row.acts[k + 1] <= ns;
+  const talk = row.talks.slice(firstAfter(row.talks, ns - row.longestTalk), firstAfter(row.talks, ns + 1)).find(t => ns <= t[3]), k = lowerBound(row.acts, ns), isIn = k < row.acts.length && row.acts[k + 1] <= ns;
   if (talk && (low || !isIn)) text = row.t.names[talk[1]] + "\n" + (TALK[data.streams[talk[0]]] || "") + ", " + seconds((talk[3] - talk[2]) / 1e9) + (talk[4] ? ", exposed" : ", under compute");
   else if (isIn) text = row.t.names[row.acts[k]] + "\n" + (KINDS[row.t.kinds[row.acts[k]]] || row.t.kinds[row.acts[k]]) + ", " + seconds((row.acts[k + 2] - row.acts[k + 1]) / 1e9) + "\nfrom " + seconds(row.acts[k + 1] / 1e9);
   else if (ns < row.t.step_ns) text = "idle\n" + seconds(((k < row.acts.length ? row.acts[k + 1] : row.t.step_ns) - (k ? row.acts[k - 1] : 0)) / 1e9);
@@ -218,7 +227,7 @@ function start() {
   document.title = data.title; $("title").textContent = data.title;
   $("facts").append(...data.facts.flatMap(([name, text]) => [element("dt", name), element("dd", text)]));
   const has = new Set(data.timelines.flatMap(t => t.kinds));
-  $("legend").append(...Object.keys(KINDS).filter(k => has.has(k)).flatMap(k => [element("i", "", {style: "background:var(--" + k + ")"}), document.createTextNode(KINDS[k])]), element("i", "", {style: "background:var(--bad)"}), document.createTextNode("exposed communication"));
+  $("legend").append(...Object.keys(KINDS).filter(k => has.has(k)).flatMap(k => [element("i", "", {style: "background:var(--" + k + ")"}), document.createTextNode(KINDS[k])]), ...data.streams.slice(1).filter((_, s) => data.timelines.some(t => t.ranks.some(r => r.streams[s + 1].length))).flatMap(s => [element("i", "", {class: "thin", style: "background:var(--" + s + ")"}), document.createTextNode(TALK[s])]), element("i", "", {class: "thin", style: "background:var(--bad)"}), document.createTextNode("exposed communication"));
   if (data.timelines.length > 1) for (const [source, text] of [["both", "both"], ["measured", "measured"], ["predicted", "predicted"]]) {
     const button = element("button", text, {"aria-pressed": String(view.source === source)});
     button.onclick = () => { view.source = source; for (const b of $("choice").children) b.setAttribute("aria-pressed", String(b === button)); makeRows(); fillRanks(); view.top = 0; choose(0); };

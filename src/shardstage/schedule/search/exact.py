@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 from shardstage.schedule.search.bound import Margins, margins_of, releases
 from shardstage.schedule.search.problem import Problem, Rows
+from shardstage.schedule.search.stdout import stdout_to_stderr
 
 __all__ = ["Answer", "solve_exactly"]
 
@@ -86,13 +87,14 @@ class _Model:
         numbers, columns, values = zip(*self.entries, strict=True)
         shape = (len(self.floors), num_ops + num_open + 1)
         matrix = coo_array((values, (numbers, columns)), shape=shape).tocsr()
-        found = milp(
-            numpy.array([0.0] * (num_ops + num_open) + [1.0]),
-            integrality=numpy.array([0] * num_ops + [1] * num_open + [0]),
-            bounds=Bounds(numpy.array(least), numpy.array(most)),
-            constraints=LinearConstraint(matrix, lb=numpy.array(self.floors)),
-            options={"time_limit": max_seconds, "mip_rel_gap": PRECISION_RATIO / 10},
-        )
+        with stdout_to_stderr():
+            found = milp(
+                numpy.array([0.0] * (num_ops + num_open) + [1.0]),
+                integrality=numpy.array([0] * num_ops + [1] * num_open + [0]),
+                bounds=Bounds(numpy.array(least), numpy.array(most)),
+                constraints=LinearConstraint(matrix, lb=numpy.array(self.floors)),
+                options={"time_limit": max_seconds, "mip_rel_gap": PRECISION_RATIO / 10},
+            )
         if found.status == 2:
             return Answer(rows=None, bound_s=max(bound_s, self.limit_s))
         dual = getattr(found, "mip_dual_bound", None)

@@ -82,7 +82,8 @@ def optimal(
     if len(proved) == len(placements):
         bound_s = max(bound_s, min(proved.values()))
     search.fuse()
-    bound_s = min(bound_s, search.best.makespan_s)
+    assert bound_s <= search.best.makespan_s * (1 + PRECISION_RATIO), "no schedule beats the bound"
+    bound_s = min(bound_s, search.best.makespan_s)  # but for rounding
     return OptimalSchedule(
         schedule=search.best.schedule,
         makespan_s=search.best.makespan_s,
