@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import typer
@@ -21,10 +22,11 @@ GRAPH = toy_graph(num_layers=6, width=64, hidden=256)
 def captured(monkeypatch: pytest.MonkeyPatch) -> None:
     """The toy stands for any model: capture has tests of its own."""
 
-    def capture(_model: str, _sequence: int, _precision: str) -> tuple[ModelGraph, int | None]:
-        return GRAPH, 1024
+    def capture(_source: object, _sequence: int, _precision: str) -> ModelGraph:
+        return GRAPH
 
-    monkeypatch.setattr(verb, "_capture", capture)
+    monkeypatch.setattr(verb, "load_source", lambda _model: SimpleNamespace(max_sequence=1024))
+    monkeypatch.setattr(verb, "capture_model", capture)
 
 
 def said(*arguments: str) -> str:

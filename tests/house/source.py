@@ -33,6 +33,7 @@ ORDER = (
     "checkpoint",
     "training",
     "parity",
+    "rehearsal",
     "inference",
     "report",
     "cli",

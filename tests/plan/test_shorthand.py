@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shardstage.errors import PlanError
-from shardstage.plan import Request, format_request, parse_request
+from shardstage.layout import Mesh
+from shardstage.plan import Plan, Request, StageRange, format_request, parse_request, shorthand
 
 COUNT = st.integers(1, 4096)
 
@@ -72,3 +73,23 @@ def test_a_wrong_shorthand_is_refused_with_what_to_type(text: str, message: str,
     with pytest.raises(PlanError, match=message) as caught:
         parse_request(text)
     assert caught.value.hint is not None and hint in caught.value.hint
+
+
+def test_a_plan_is_written_as_one_would_type_it() -> None:
+    plan = Plan(
+        mesh=Mesh(dp=2, pp=2),
+        stages=tuple(StageRange(first=f"op_{n}", last=f"op_{n}") for n in range(4)),
+        global_batch=8,
+        sequence=None,
+        shares=(4, 4),
+        microbatch=2,
+        zero=1,
+        recompute="full",
+        schedule="zb-v",
+        precision="bfloat16",
+        is_sequence_parallel=True,
+    )
+    assert shorthand(plan) == "dp=2,pp=2,sp,zero=1,mb=2,recompute=full,schedule=zb-v,v=2,dtype=bfloat16"
+    assert shorthand(plan, default_precision="bfloat16").endswith("v=2")
+    read = parse_request(shorthand(plan))
+    assert (read.dp, read.stages_per_rank, read.precision) == (2, 2, "bfloat16")

@@ -12,7 +12,7 @@ from shardstage.errors import CheckpointError, ConfigError, PlanError
 from shardstage.layout import Mesh
 from shardstage.plan import Plan, StageRange
 from shardstage.training import RunConfig, load_run_config
-from shardstage.training.folder import EarlierRun, RunFolder, replace_text, shorthand
+from shardstage.training.folder import EarlierRun, RunFolder, replace_text
 
 PLAN = Plan(
     mesh=Mesh(dp=2),
@@ -122,11 +122,6 @@ def test_a_run_does_not_change_its_plan() -> None:
         caught.value
     )
     assert "--resume without --plan" in str(caught.value)
-
-
-def test_a_plan_is_written_as_one_would_type_it() -> None:
-    plan = replace(PLAN, zero=3, recompute="full", precision="bfloat16", is_sequence_parallel=True)
-    assert shorthand(plan) == "dp=2,sp,zero=3,mb=2,recompute=full,dtype=bfloat16"
 
 
 def test_a_folder_that_cannot_be_made_is_refused_with_its_reason(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from rich.markup import escape
 from shardstage.cli.plan import plan
 from shardstage.cli.probe import probe
 from shardstage.cli.prove import prove
+from shardstage.cli.rehearse import rehearse
 from shardstage.cli.report import report
 from shardstage.cli.train import train
 from shardstage.errors import ParityError, RankFailedError, ShardstageError
@@ -36,7 +37,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (plan, train, prove, probe, report):
+for verb in (plan, rehearse, train, prove, probe, report):
     app.command()(verb)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,24 +10,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from shardstage.plan import (
-    Plan,
-    Precision,
-    check,
-    complete,
-    explain,
-    format_request,
-    load_plan,
-    parse_request,
-    save_plan,
-)
-from shardstage.plan.shorthand import Request
-from shardstage.units import format_bytes, format_count, format_ratio, format_s, parse_bytes
+from shardstage.cli.choosing import capture_model, choose_plan, headline, load_source, precision_of
+from shardstage.plan import Plan, check, explain, save_plan, shorthand
+from shardstage.units import format_bytes, format_ratio, format_s
 
 if TYPE_CHECKING:
     from shardstage.cluster import Cluster
     from shardstage.cost import Prediction
-    from shardstage.graph import ModelGraph
     from shardstage.planner import Candidate
 
 __all__ = ["plan"]
@@ -43,14 +31,14 @@ def plan(
     cluster: Annotated[
         str, typer.Option(help='Preset and size such as "h100:512", a cluster file, or "local"')
     ] = "local",
-    ranks: Annotated[int | None, typer.Option(help="Ranks to plan for [default: all of the cluster]")] = None,
+    ranks: Annotated[int | None, typer.Option(help="Ranks to plan for (default: all of the cluster)")] = None,
     plan: Annotated[
         str, typer.Option(help='"auto", a shorthand such as "dp=2,tp=2", or a plan file to price')
     ] = "auto",
     batch: Annotated[int, typer.Option(help="Samples of a step, over all ranks")] = 16,
     seq: Annotated[int, typer.Option(help="Tokens of a sample")] = 256,
     dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or float64 [default: bfloat16 on a GPU]")
+        str | None, typer.Option(help="float32, bfloat16 or float64 (default: bfloat16 on a GPU)")
     ] = None,
     memory: Annotated[str | None, typer.Option(help='What a rank may hold, such as "70GiB"')] = None,
     out: Annotated[Path | None, typer.Option(help="File to write the plan to")] = None,
@@ -75,15 +63,16 @@ def plan(
     with console.status("looking at the cluster"):
         machine = cluster_named(cluster, ranks=num_local)
     num_ranks = ranks or machine.num_devices
-    precision = _precision(plan, dtype, machine)
+    precision = precision_of(plan, dtype, machine)
     with console.status(f"capturing {model}"):
-        graph, max_sequence = _capture(model, seq, precision)
+        source = load_source(model)
+        graph = capture_model(source, seq, precision)
     with console.status("pricing plans"):
-        chosen, prediction, considered = _choose(
+        chosen, prediction, considered = choose_plan(
             plan, graph, machine, num_ranks, batch, seq, precision, memory
         )
-        notes = check(chosen, graph, num_ranks=num_ranks, cluster=machine, max_sequence=max_sequence)
-    console.print(_headline(model, graph, machine, num_ranks))
+        notes = check(chosen, graph, num_ranks=num_ranks, cluster=machine, max_sequence=source.max_sequence)
+    console.print(headline(model, graph, machine, num_ranks))
     console.print(_chosen_table(chosen, prediction))
     if considered:
         console.print(_alternatives_table(considered))
@@ -94,74 +83,6 @@ def plan(
     if out is not None:
         save_plan(chosen, out)
         console.print(f"written to {out}: shardstage train --model {model} --plan {out}", soft_wrap=True)
-
-
-def _capture(model: str, sequence: int, precision: Precision) -> tuple[ModelGraph, int | None]:
-    """The model's graph, and the longest sample it was made for."""
-    from shardstage.graph.capture import capture
-    from shardstage.graph.source import load_model
-
-    source = load_model(model)
-    return capture(source, sequence=sequence, dtype=precision), source.max_sequence
-
-
-def _precision(plan: str, dtype: str | None, machine: Cluster) -> Precision:
-    """The flag's, else the shorthand's or the plan file's, else what suits the device."""
-    if dtype is not None:
-        asked = parse_request(f"dtype={dtype}").precision
-    elif plan.endswith(".toml"):
-        asked = load_plan(plan).precision
-    else:
-        asked = None if plan == "auto" else parse_request(plan).precision
-    default: Precision = "bfloat16" if machine.device.kind == "cuda" else "float32"
-    return asked or default
-
-
-def _choose(
-    text: str,
-    graph: ModelGraph,
-    machine: Cluster,
-    num_ranks: int,
-    batch: int,
-    sequence: int,
-    precision: Precision,
-    memory: str | None,
-) -> tuple[Plan, Prediction, tuple[Candidate, ...]]:
-    from shardstage.graph.file import fingerprint
-    from shardstage.planner import predict, search
-
-    if text == "auto":
-        found = search(
-            graph,
-            machine,
-            num_ranks=num_ranks,
-            global_batch=batch,
-            sequence=sequence,
-            precision=precision,
-            memory_bytes=None if memory is None else parse_bytes(memory),
-        )
-        best = replace(found.best, graph_fingerprint=fingerprint(graph))
-        return best, found.prediction, found.considered
-    if text.endswith(".toml"):
-        chosen = load_plan(text)
-    else:
-        request = parse_request(text)
-        chosen = complete(
-            request,
-            graph,
-            num_ranks=num_ranks,
-            global_batch=batch,
-            sequence=sequence,
-            precision=precision,
-            cluster=machine,
-        )
-    chosen = replace(chosen, graph_fingerprint=chosen.graph_fingerprint or fingerprint(graph))
-    check(chosen, graph, num_ranks=num_ranks, cluster=machine)
-    return chosen, predict(graph, chosen, machine), ()
-
-
-def _headline(model: str, graph: ModelGraph, machine: Cluster, num_ranks: int) -> str:
-    return f"[bold]{model}[/]  {format_count(graph.num_parameters)} parameters, on {num_ranks} × {machine.device.name}"
 
 
 def _chosen_table(plan: Plan, prediction: Prediction) -> Table:
@@ -179,7 +100,7 @@ def _chosen_rows(plan: Plan, prediction: Prediction) -> Iterator[tuple[str, str]
         prediction.step_time_s,
         prediction.step_time_high_s,
     )
-    yield "plan", _shorthand(plan)
+    yield "plan", shorthand(plan)
     yield (
         "batch",
         f"{plan.global_batch} samples in {plan.num_microbatches} microbatches of {plan.microbatch} a data-parallel rank",
@@ -200,26 +121,6 @@ def _memory_note(prediction: Prediction, machine: Cluster) -> Iterator[str]:
     needed, there = prediction.peak_bytes, machine.device.memory_bytes
     if needed > there:
         yield f"the plan needs {format_bytes(needed)} a rank, and a {machine.device.name} has {format_bytes(there)}: it will not fit"
-
-
-def _shorthand(plan: Plan) -> str:
-    """The plan as one could type it, without what follows from it."""
-    return format_request(
-        Request(
-            dp=plan.mesh.dp,
-            tp=plan.mesh.tp,
-            pp=plan.mesh.pp,
-            is_sequence_parallel=plan.is_sequence_parallel,
-            zero=plan.zero,
-            microbatch=plan.microbatch,
-            recompute=plan.recompute,
-            schedule=plan.schedule,
-            stages_per_rank=None if plan.stages_per_rank == 1 else plan.stages_per_rank,
-            precision=plan.precision,
-            replicate=plan.replicate,
-            is_compiled=plan.is_compiled,
-        )
-    )
 
 
 def _alternatives_table(considered: tuple[Candidate, ...]) -> Table:

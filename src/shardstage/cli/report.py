@@ -25,7 +25,7 @@ __all__ = ["report"]
 def report(
     run: Annotated[Path, typer.Argument(help="Folder of a run, such as runs/20260101-120000")],
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Page to write [default: report.html in the folder]")
+        Path | None, typer.Option("--out", "-o", help="Page to write (default: report.html in the folder)")
     ] = None,
     text: Annotated[bool, typer.Option("--text", help="Print it here instead of writing a page")] = False,
     trace: Annotated[
@@ -96,15 +96,14 @@ def _timelines(folder: RunFolder) -> Iterator[Timeline]:
 
 
 def _about(folder: RunFolder) -> About:
-    from shardstage.plan import load_plan
+    from shardstage.plan import load_plan, shorthand
     from shardstage.report import About
-    from shardstage.training.folder import shorthand
     from shardstage.training.run_config import load_run_config
 
     config, plan = load_run_config(folder.config), load_plan(folder.plan)
     facts = [
         ("model", config.model),
-        ("plan", shorthand(plan)),
+        ("plan", shorthand(plan, default_precision="float32")),
         ("batch", f"{plan.global_batch} samples, {plan.num_microbatches} microbatches a data-parallel rank"),
         ("precision", plan.precision),
         *_losses(folder),

@@ -75,7 +75,8 @@ class OperatorContext:
     """The tensor-parallel group of this rank (None where it is alone), the random numbers of its engine, where weight gradients go.
 
     ``may_overwrite`` lets reductions work in place on what the op before made for them. It must be False where some results are kept
-    for a recomputation (selective recompute), as those must not change.
+    for a recomputation (selective recompute), as those must not change. ``device_kind`` is what operators are to be quick on: a dry run's
+    tensors lie on none.
     """
 
     tp_group: dist.ProcessGroup | None
@@ -83,6 +84,7 @@ class OperatorContext:
     tp_size: int
     random: RandomState
     may_overwrite: bool = True
+    device_kind: str = "cpu"
     weights: WeightGradients = field(default_factory=WeightGradients)
 
 

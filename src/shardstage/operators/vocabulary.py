@@ -19,8 +19,10 @@ __all__ = ["cross_entropy", "embedding"]
 
 Intervals = tuple[tuple[int, int], ...]
 
-_BLOCK_ELEMENTS = 1 << 18
-"""Logits that are worked on at a time, 1 MiB of float32: they stay in a core's cache from one pass to the next."""
+_BLOCK_ELEMENTS = {"cpu": 1 << 18}
+_LARGE_BLOCK_ELEMENTS = 1 << 26
+"""Logits that are worked on at a time. 1 MiB of float32 stays in a core's cache from one pass to the next; elsewhere every block costs
+launches, and 256 MiB keep them rare without being seen in the peak of a model whose logits are as large."""
 
 
 def embedding(weight: Tensor, ids: Tensor, intervals: Intervals, padding_row: int = -1) -> Tensor:
@@ -59,13 +61,14 @@ class _CrossEntropy(Function):
         _reduce(highest, context, dist.ReduceOp.MAX)
         sums = logits.new_zeros((2, num_targets))  # of exponentials; of the label's logit
         if num_classes:
-            for rows in _row_blocks(logits):
+            for rows in _row_blocks(logits, context.device_kind):
                 torch.sum((logits[rows] - highest[rows, None]).exp_(), 1, out=sums[0, rows])
             picked = logits.gather(1, local.unsqueeze(1)).squeeze(1)
             sums[1] = picked.masked_fill(is_elsewhere, 0)
         _reduce(sums, context, dist.ReduceOp.SUM)
         log_normaliser = sums[0].log_().add_(highest)
         is_target = labels != ignored
+        ctx.device_kind = context.device_kind
         ctx.save_for_backward(logits, log_normaliser, local, is_elsewhere, is_target)
         return ((log_normaliser - sums[1]) * is_target).sum()
 
@@ -76,7 +79,7 @@ class _CrossEntropy(Function):
         if result.numel() == 0:
             return result, None, None, None, None
         scale = gradient * is_target
-        for rows in _row_blocks(logits):
+        for rows in _row_blocks(logits, ctx.device_kind):
             block = torch.sub(logits[rows], log_normaliser[rows, None], out=result[rows])
             block.exp_().mul_(scale[rows, None])
         own = scale.masked_fill(is_elsewhere, 0).unsqueeze(1)
@@ -99,8 +102,8 @@ def _local_rows(ids: Tensor, intervals: Intervals) -> tuple[Tensor, Tensor]:
     return local, is_elsewhere
 
 
-def _row_blocks(logits: Tensor) -> list[slice]:
-    step = max(1, _BLOCK_ELEMENTS // logits.shape[1])
+def _row_blocks(logits: Tensor, device_kind: str) -> list[slice]:
+    step = max(1, _BLOCK_ELEMENTS.get(device_kind, _LARGE_BLOCK_ELEMENTS) // logits.shape[1])
     return [slice(start, start + step) for start in range(0, logits.shape[0], step)]
 
 

@@ -15,7 +15,7 @@ from shardstage.plan.complete import complete
 from shardstage.plan.explain import explain
 from shardstage.plan.file import load_plan, plan_from_toml, plan_to_toml, save_plan
 from shardstage.plan.plan import Plan, Precision, Recompute, ScheduleName, StageRange
-from shardstage.plan.shorthand import Request, format_request, parse_request
+from shardstage.plan.shorthand import Request, format_request, parse_request, shorthand
 
 __all__ = [
     "Plan",
@@ -33,4 +33,5 @@ __all__ = [
     "plan_from_toml",
     "plan_to_toml",
     "save_plan",
+    "shorthand",
 ]

@@ -9,9 +9,9 @@ from types import MappingProxyType
 from typing import Any, Final, Literal, get_args
 
 from shardstage.errors import PlanError
-from shardstage.plan.plan import Precision, Recompute, ScheduleName
+from shardstage.plan.plan import Plan, Precision, Recompute, ScheduleName
 
-__all__ = ["Request", "format_request", "parse_request"]
+__all__ = ["Request", "format_request", "parse_request", "shorthand"]
 
 EXAMPLE: Final = '--plan "dp=2,tp=2"'
 
@@ -65,6 +65,26 @@ def format_request(request: Request) -> str:
             continue
         parts.append(key if value is True else f"{key}={_as_text(value)}")
     return ",".join(parts)
+
+
+def shorthand(plan: Plan, *, default_precision: Precision | None = None) -> str:
+    """A plan as one could type it, without what follows from it; ``default_precision`` is one that need not be said."""
+    return format_request(
+        Request(
+            dp=plan.mesh.dp,
+            tp=plan.mesh.tp,
+            pp=plan.mesh.pp,
+            is_sequence_parallel=plan.is_sequence_parallel,
+            zero=plan.zero,
+            microbatch=plan.microbatch,
+            recompute=plan.recompute,
+            schedule=plan.schedule,
+            stages_per_rank=None if plan.stages_per_rank == 1 else plan.stages_per_rank,
+            precision=None if plan.precision == default_precision else plan.precision,
+            replicate=plan.replicate,
+            is_compiled=plan.is_compiled,
+        )
+    )
 
 
 def _as_text(value: Any) -> str:

@@ -7,7 +7,7 @@ result is the best of what was enumerated *under the cost model*, no more: stage
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from types import MappingProxyType
@@ -23,7 +23,15 @@ from shardstage.planner.candidates import choices
 from shardstage.planner.pricing import Priced, Pricing
 from shardstage.units import format_bytes, format_ratio, format_s
 
-__all__ = ["Candidate", "SearchResult", "search"]
+__all__ = [
+    "AS_FAST_RATIO",
+    "Candidate",
+    "SearchResult",
+    "as_plan",
+    "predict_promising",
+    "search",
+    "usable_bytes",
+]
 
 USABLE_MEMORY_RATIO: Final = MappingProxyType({"cuda": 0.92})
 """What a device's memory holds beside tensors of a step: CUDA's context, NCCL's buffers and what the allocator cannot use; our estimate."""
@@ -77,9 +85,7 @@ def search(
             f"{num_ranks} ranks need as many devices, and cluster {cluster.name!r} has {cluster.num_devices}",
             hint=f"--cluster {cluster.name}:{num_ranks}",
         )
-    limit = memory_bytes or int(
-        USABLE_MEMORY_RATIO.get(cluster.device.kind, 1.0) * cluster.device.memory_bytes
-    )
+    limit = memory_bytes or usable_bytes(cluster)
     pricing = Pricing(
         graph, cluster, num_ranks=num_ranks, global_batch=global_batch, sequence=sequence, precision=precision
     )
@@ -95,16 +101,21 @@ def search(
     fitting = [p for p in priced if p.peak_bytes <= limit]
     if not fitting:
         raise _nothing_fits(priced, limit, num_ranks)
-    predictions = _predict_promising(fitting)
+    predictions = predict_promising(fitting)
     best = _simplest_of_fastest(predictions)
     return SearchResult(
-        best=_as_plan(graph, best, precision),
+        best=as_plan(graph, best, precision),
         prediction=predictions[best],
         considered=tuple(_considered(best, predictions, fitting, priced, limit)),
     )
 
 
-def _predict_promising(fitting: list[Priced]) -> dict[Priced, Prediction]:
+def usable_bytes(cluster: Cluster) -> int:
+    """What the tensors of a step may take on a device of the cluster."""
+    return int(USABLE_MEMORY_RATIO.get(cluster.device.kind, 1.0) * cluster.device.memory_bytes)
+
+
+def predict_promising(fitting: Sequence[Priced]) -> dict[Priced, Prediction]:
     """Full prices in the order of the lower bounds, until no bound can beat the best."""
     predictions: dict[Priced, Prediction] = {}
     fastest_s = float("inf")
@@ -122,7 +133,8 @@ def _simplest_of_fastest(predictions: dict[Priced, Prediction]) -> Priced:
     return min(as_fast, key=lambda c: (c.choice.complexity, predictions[c].step_time_s))
 
 
-def _as_plan(graph: ModelGraph, priced: Priced, precision: Precision) -> Plan:
+def as_plan(graph: ModelGraph, priced: Priced, precision: Precision) -> Plan:
+    """The plan that a priced choice stands for."""
     choice = priced.choice
     return Plan(
         mesh=choice.mesh,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 import torch
 import torch.distributed as dist
@@ -190,6 +191,14 @@ class BucketedParameters:
                                 local.reshape(-1)[start - offset : stop - offset]
                             )
 
+    def pieces_of(self, dp: int) -> tuple[Piece, ...]:
+        """What data-parallel rank ``dp`` keeps of the trained parameters of these stages."""
+        alone = (leaf.pieces for leaf in self.leaves if leaf.owns_gradient)
+        shared = (
+            _pieces(b.infos, b.offsets, self._part(b.flat_parameters.numel(), dp)) for b in self._buckets
+        )
+        return tuple(chain.from_iterable((*alone, *shared)))
+
     def held(self) -> dict[str, list[Tensor]]:
         """What is kept between steps, by category of memory."""
         buckets = self._buckets
@@ -227,7 +236,7 @@ class BucketedParameters:
             _become_view(self._places[info.name], flat_parameters, offset)
             for info, offset in zip(infos, offsets, strict=True)
         )
-        part = self._part(numel)
+        part = self._part(numel, self._groups.dp)
         is_same = dtype == master_dtype
         own = flat_parameters[part.start : part.stop]
         return _Bucket(
@@ -319,13 +328,13 @@ class BucketedParameters:
         )
 
     def _own_range(self, bucket: _Bucket) -> range:
-        return self._part(bucket.flat_parameters.numel())
+        return self._part(bucket.flat_parameters.numel(), self._groups.dp)
 
-    def _part(self, numel: int) -> range:
+    def _part(self, numel: int, dp: int) -> range:
         if not self._is_sharded:
             return range(numel)
         size = numel // self._groups.mesh.dp
-        return range(self._groups.dp * size, (self._groups.dp + 1) * size)
+        return range(dp * size, (dp + 1) * size)
 
 
 def _pack(infos: Sequence[ParameterInfo]) -> tuple[tuple[int, ...], int]:

@@ -88,10 +88,12 @@ def assemble_engine(
     device: torch.device,
     allocate: Callable[[int, torch.dtype], Tensor],
     read: Callable[[Tensor], list[float]] = Tensor.tolist,
+    device_kind: str | None = None,
 ) -> Engine:
     """The engine of the rank whose ``groups`` these are, with parameters that have no values yet and buffers still on meta.
 
-    ``allocate`` makes the flat buffers in which parameters and gradients lie.
+    ``allocate`` makes the flat buffers in which parameters and gradients lie. ``device_kind`` is what operators are to be quick on, where
+    that is not the device.
     """
     graph, plan, rank = graphs.graph, graphs.plan, groups.rank
     mesh = plan.mesh
@@ -108,6 +110,7 @@ def assemble_engine(
         tp_size=mesh.tp,
         random=RandomState(seed=seed),
         may_overwrite=plan.recompute != "selective",
+        device_kind=device_kind or device.type,
     )
     precision: torch.dtype = getattr(torch, plan.precision)
     master: torch.dtype = getattr(torch, master_dtype(plan))

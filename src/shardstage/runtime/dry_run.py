@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -51,7 +51,7 @@ class DryRun:
     """What one rank did in a step: ``acts`` those of ``executed`` microbatches, ``moments`` its memory at every instruction of its row.
 
     ``twins`` are the acts by position of the whole row: of a microbatch that was not executed, that of one that is alike.
-    ``received`` are the tensors that it began to receive, in order.
+    ``received`` are the tensors that it began to receive, in order; ``inspection`` is what the caller's ``inspect`` found at the end.
     """
 
     rank: int
@@ -63,6 +63,7 @@ class DryRun:
     received: tuple[Sent, ...]
     between_steps: Mapping[str, int]
     moments: tuple[Moment, ...]
+    inspection: object = None
 
     @property
     def peak(self) -> Moment:
@@ -84,21 +85,34 @@ def dry_run(
     optimizer: OptimizerConfig,
     program: Program,
     graphs: StageGraphs | None = None,
+    device_kind: str = "cuda",
+    inspect: Callable[[Engine], object] | None = None,
 ) -> DryRun:
     """Executes a whole step of ``rank``: forwards, backwards, transfers, reductions, the optimizer. No weight is allocated.
 
-    ``program`` is the lowered plan, ``graphs`` its stage graphs where the caller has them. Of many microbatches that are alike a few are
-    executed, and all where those turn out not to be alike. Raises ``ProgramError`` in a rank of a real world.
+    ``program`` is the lowered plan, ``graphs`` its stage graphs where the caller has them, ``device_kind`` what it is to run on. Of many
+    microbatches that are alike a few are executed, and all where those turn out not to be alike. ``inspect`` gets the engine after its
+    step, while tensors are still fake. Raises ``ProgramError`` in a rank of a real world.
     """
     graphs = graphs or StageGraphs(graph, replace(plan, is_compiled=False))
     row = program.row_of(rank).instructions
     sizes = program.samples[program.mesh.coordinate(rank, "dp")]
     executed = executed_microbatches(row, sizes)
-    found = _execute(program, graphs, source, rank=rank, optimizer=optimizer, executed=executed)
+    execute = partial(
+        _execute,
+        program,
+        graphs,
+        source,
+        rank=rank,
+        optimizer=optimizer,
+        device_kind=device_kind,
+        inspect=inspect,
+    )
+    found = execute(executed=executed)
     twins = Twins.of(row, sizes, found.acts)
     if twins.unlike is not None and len(executed) < len(sizes):
         executed = frozenset(range(len(sizes)))
-        found = _execute(program, graphs, source, rank=rank, optimizer=optimizer, executed=executed)
+        found = execute(executed=executed)
         twins = Twins.of(row, sizes, found.acts)
     return DryRun(
         rank=rank,
@@ -110,6 +124,7 @@ def dry_run(
         received=found.received,
         between_steps=found.between_steps,
         moments=tuple(_moments(program, row, twins.acts, found.between_steps)),
+        inspection=found.inspection,
     )
 
 
@@ -118,6 +133,7 @@ class _Executed:
     acts: tuple[Act, ...]
     received: tuple[Sent, ...]
     between_steps: Mapping[str, int]
+    inspection: object
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -136,6 +152,8 @@ def _execute(
     *,
     rank: int,
     optimizer: OptimizerConfig,
+    device_kind: str,
+    inspect: Callable[[Engine], object] | None,
     executed: frozenset[int],
 ) -> _Executed:
     folded = _with_row(program, rank, executed)
@@ -158,6 +176,7 @@ def _execute(
                 device=DEVICE,
                 allocate=_allocate,
                 read=_read,
+                device_kind=device_kind,
             )
             _give_buffers(engine)
             batches = _batches(program, graphs, rank)
@@ -167,8 +186,9 @@ def _execute(
             engine.transfers.has_left = _has_left
             recorder.gradients = partial(_gradients, engine)
             engine.step(0, batches)
+            inspection = None if inspect is None else inspect(engine)
         acts, received = recorder.acts, tuple(recorder.received)
-    return _Executed(acts=acts, received=received, between_steps=between_steps)
+    return _Executed(acts=acts, received=received, between_steps=between_steps, inspection=inspection)
 
 
 def _with_row(program: Program, rank: int, executed: frozenset[int]) -> Program:

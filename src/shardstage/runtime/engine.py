@@ -17,7 +17,7 @@ from shardstage.plan.plan import Plan
 from shardstage.program import Instruction, Program, StageGraphs
 from shardstage.runtime.block import Block
 from shardstage.runtime.groups import RankGroups
-from shardstage.runtime.leaves import Leaf
+from shardstage.runtime.leaves import Leaf, Piece
 from shardstage.runtime.optimizer import Optimizer
 from shardstage.runtime.recorder import Observer
 from shardstage.runtime.stage import Stage
@@ -54,6 +54,7 @@ class Parameters(Protocol):
     def finish(self) -> None: ...
     def publish(self) -> None: ...
     def assign(self, name: str, local: Tensor) -> None: ...
+    def pieces_of(self, dp: int) -> tuple[Piece, ...]: ...
     def held(self) -> Mapping[str, Sequence[Tensor]]: ...
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from typing import cast
@@ -112,9 +113,13 @@ class FullyShardedParameters:
     def assign(self, name: str, local: Tensor) -> None:
         """Gives a parameter its value: ``local`` is this rank's tensor-parallel shard, of which it keeps its rows."""
         parameter = self._parameters[name]
-        start, stop = _rows(self._infos[name], self._groups)
+        start, stop = row_range(self._infos[name].local_shape, self._groups.mesh, self._groups.dp)
         with torch.no_grad():
             parameter.to_local().copy_(local[start:stop] if local.dim() else local)
+
+    def pieces_of(self, dp: int) -> tuple[Piece, ...]:
+        """What data-parallel rank ``dp`` keeps of the trained parameters of these stages."""
+        return tuple(_piece(leaf.pieces[0].parameter, self._groups, dp) for leaf in self.leaves)
 
     def held(self) -> dict[str, list[Tensor]]:
         """What is kept between steps, by category of memory; gradients come with the first backward."""
@@ -132,13 +137,11 @@ class FullyShardedParameters:
 
     def _leaf(self, info: ParameterInfo, parameter: DTensor) -> Leaf:
         groups = self._groups
-        start, stop = _rows(info, groups)
-        row = int(torch.Size(info.local_shape[1:]).numel())
         is_tp_sharded = isinstance(info.placement, Shard)
         return Leaf(
             master=parameter.to_local().detach(),
             gradient=lambda: _local_gradient(parameter),
-            pieces=(Piece(parameter=info, flat_start=start * row, flat_stop=stop * row, offset=0),),
+            pieces=(_piece(info, groups, groups.dp),),
             is_decayed=info.is_decayed,
             is_counted=(is_tp_sharded or groups.tp == 0) and (not info.ties or groups.pp == info.ties[0]),
         )
@@ -149,9 +152,11 @@ def _local_gradient(parameter: DTensor) -> Tensor | None:
     return None if gradient is None else cast("DTensor", gradient).to_local()
 
 
-def _rows(info: ParameterInfo, groups: RankGroups) -> tuple[int, int]:
-    """The rows of the local tensor that this dp rank keeps."""
-    return row_range(info.local_shape, groups.mesh, groups.dp)
+def _piece(info: ParameterInfo, groups: RankGroups, dp: int) -> Piece:
+    """The rows of the local tensor that a data-parallel rank keeps."""
+    start, stop = row_range(info.local_shape, groups.mesh, dp)
+    row = math.prod(info.local_shape[1:])
+    return Piece(parameter=info, flat_start=start * row, flat_stop=stop * row, offset=0)
 
 
 def _shard_stage(

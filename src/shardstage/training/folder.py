@@ -17,10 +17,10 @@ from typing import Any
 
 from shardstage import checkpoint
 from shardstage.errors import CheckpointError, ConfigError, PlanError
-from shardstage.plan import Plan, Request, format_request, load_plan, plan_to_toml
+from shardstage.plan import Plan, load_plan, plan_to_toml, shorthand
 from shardstage.training.run_config import RunConfig, load_run_config, run_config_to_toml
 
-__all__ = ["EarlierRun", "RunFolder", "replace_text", "shorthand"]
+__all__ = ["EarlierRun", "RunFolder", "replace_text"]
 
 _KEPT = ("model", "weights", "global_batch", "precision", "seed", "data")
 """What a run that goes on cannot change: its losses would be those of neither run."""
@@ -48,8 +48,8 @@ class EarlierRun:
         """Raises PlanError where the run would go on under another plan."""
         if plan != self.plan:
             raise PlanError(
-                f"the run in {self.folder} follows the plan {shorthand(self.plan)!r}, and it was asked to go on with "
-                f"{shorthand(plan)!r}: changing the plan of a run is not supported yet",
+                f"the run in {self.folder} follows the plan {_shown(self.plan)!r}, and it was asked to go on with "
+                f"{_shown(plan)!r}: changing the plan of a run is not supported yet",
                 hint=f"--resume without --plan, or a new run: --out {_beside(self.folder)}",
             )
 
@@ -155,23 +155,8 @@ def replace_text(path: Path, text: str) -> None:
         raise
 
 
-def shorthand(plan: Plan) -> str:
-    """The plan as one could type it, without what follows from it."""
-    return format_request(
-        Request(
-            dp=plan.mesh.dp,
-            tp=plan.mesh.tp,
-            pp=plan.mesh.pp,
-            is_sequence_parallel=plan.is_sequence_parallel,
-            zero=plan.zero,
-            microbatch=plan.microbatch,
-            recompute=plan.recompute,
-            schedule=plan.schedule,
-            precision=None if plan.precision == "float32" else plan.precision,
-            replicate=plan.replicate,
-            is_compiled=plan.is_compiled,
-        )
-    )
+def _shown(plan: Plan) -> str:
+    return shorthand(plan, default_precision="float32")
 
 
 def _kept_values(config: RunConfig) -> Iterator[tuple[str, Any]]:

@@ -1,0 +1,92 @@
+"""What ``plan`` and ``rehearse`` do first: capture the model, settle the precision, choose or read the plan."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from shardstage.plan import Plan, Precision, check, complete, load_plan, parse_request
+from shardstage.units import format_count, parse_bytes
+
+if TYPE_CHECKING:  # what imports torch is imported when it is needed: help comes at once
+    from shardstage.cluster import Cluster
+    from shardstage.cost import Prediction
+    from shardstage.graph import ModelGraph
+    from shardstage.graph.source import ModelSource
+    from shardstage.planner import Candidate
+
+__all__ = ["capture_model", "choose_plan", "headline", "load_source", "precision_of"]
+
+
+def load_source(model: str) -> ModelSource:
+    """Where a model comes from."""
+    from shardstage.graph.source import load_model
+
+    return load_model(model)
+
+
+def capture_model(source: ModelSource, sequence: int, precision: Precision) -> ModelGraph:
+    """The model's graph."""
+    from shardstage.graph.capture import capture
+
+    return capture(source, sequence=sequence, dtype=precision)
+
+
+def precision_of(plan: str, dtype: str | None, machine: Cluster) -> Precision:
+    """The flag's, else the shorthand's or the plan file's, else what suits the device."""
+    if dtype is not None:
+        asked = parse_request(f"dtype={dtype}").precision
+    elif plan.endswith(".toml"):
+        asked = load_plan(plan).precision
+    else:
+        asked = None if plan == "auto" else parse_request(plan).precision
+    default: Precision = "bfloat16" if machine.device.kind == "cuda" else "float32"
+    return asked or default
+
+
+def choose_plan(
+    text: str,
+    graph: ModelGraph,
+    machine: Cluster,
+    num_ranks: int,
+    batch: int,
+    sequence: int,
+    precision: Precision,
+    memory: str | None,
+) -> tuple[Plan, Prediction, tuple[Candidate, ...]]:
+    """The plan that ``text`` asks for (``auto``, a shorthand, a file), its price, and what a search has considered."""
+    from shardstage.graph.file import fingerprint
+    from shardstage.planner import predict, search
+
+    if text == "auto":
+        found = search(
+            graph,
+            machine,
+            num_ranks=num_ranks,
+            global_batch=batch,
+            sequence=sequence,
+            precision=precision,
+            memory_bytes=None if memory is None else parse_bytes(memory),
+        )
+        best = replace(found.best, graph_fingerprint=fingerprint(graph))
+        return best, found.prediction, found.considered
+    if text.endswith(".toml"):
+        chosen = load_plan(text)
+    else:
+        request = parse_request(text)
+        chosen = complete(
+            request,
+            graph,
+            num_ranks=num_ranks,
+            global_batch=batch,
+            sequence=sequence,
+            precision=precision,
+            cluster=machine,
+        )
+    chosen = replace(chosen, graph_fingerprint=chosen.graph_fingerprint or fingerprint(graph))
+    check(chosen, graph, num_ranks=num_ranks, cluster=machine)
+    return chosen, predict(graph, chosen, machine), ()
+
+
+def headline(model: str, graph: ModelGraph, machine: Cluster, num_ranks: int) -> str:
+    return f"[bold]{model}[/]  {format_count(graph.num_parameters)} parameters, on {num_ranks} × {machine.device.name}"
