@@ -37,9 +37,10 @@ def two_hosts(gigabits_per_s: float | None) -> Iterator[None]:
                 _run(f"ip netns exec {host} tc qdisc replace dev {interface(number)} root tbf {shape}")
         yield
     finally:
-        for host in HOSTS:
-            with suppress(subprocess.CalledProcessError):
-                _run(f"ip netns del {host}")
+        for number, host in enumerate(HOSTS):
+            for command in (f"ip netns exec {host} ip link del {interface(number)}", f"ip netns del {host}"):
+                with suppress(subprocess.CalledProcessError):
+                    _run(command)
         with suppress(subprocess.CalledProcessError):
             _run(f"ip link del {BRIDGE}")
 

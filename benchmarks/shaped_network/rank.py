@@ -9,9 +9,11 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -24,22 +26,23 @@ from shardstage.runtime.broken_group import drop_sums
 from shardstage.runtime.build import build_engine
 from shardstage.runtime.engine import Engine
 from shardstage.runtime.optimizer import OptimizerConfig
-from shardstage.runtime.process_group import register_backend
+from shardstage.runtime.process_group import BACKEND, register_backend
 from shardstage.runtime.recorder import Recorder
 
 NUM_WARM_UPS = 2
-SIZES = (1 << 12, 1 << 16, 1 << 20, 1 << 22, 1 << 24)
+SIZES = tuple(1 << power for power in (12, 16, 18, 19, 20, 21, 22, 23, 24))
 REPEATS = 5
+PAUSE_S = 0.03
+"""Between two calls: the token bucket of the slowest link fills up again, as it does while a step computes."""
 
 
 def main() -> None:
     rank, address, job, out = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), Path(sys.argv[4])
     asked = pickle.loads(job.read_bytes())
     torch.set_num_threads(1)
-    if asked["backend"] == "shardstage":
-        register_backend()
+    register_backend()
     dist.init_process_group(
-        asked["backend"],
+        "gloo",
         init_method=f"tcp://{address}:{asked['port']}",
         rank=rank,
         world_size=2,
@@ -47,8 +50,8 @@ def main() -> None:
     )
     found = {
         "steps": [measured_steps(case, asked, rank) for case in asked["cases"]],
-        "links": measured_links(rank) if asked["has_links"] else {},
-        "slowdown": measured_slowdown() if asked["has_links"] else 1.0,
+        "links": measured_links(rank),
+        "slowdown": measured_slowdown(),
     }
     everyone: list[Any] = [None, None]
     dist.all_gather_object(everyone, found)
@@ -58,32 +61,47 @@ def main() -> None:
     os._exit(0)
 
 
-def measured_steps(plan: Plan, asked: dict[str, Any], rank: int) -> list[list[tuple[Any, ...]]]:
-    """The spans of all ranks in every step, on one clock: the hosts are one machine."""
-    engine = build_engine(
-        asked["graph"],
-        plan,
-        load_model(asked["model"]),
-        rank=rank,
-        seed=0,
-        optimizer=OptimizerConfig(lr=1e-4, max_grad_norm=1.0),
-        device=torch.device("cpu"),
-    )
-    if asked["is_silent"]:
+def measured_steps(plan: Plan, asked: dict[str, Any], rank: int) -> list[tuple[Any, Any]]:
+    """The spans of all ranks in every round, of a step that is silent and of one over the network."""
+    silent, real = engine_of(plan, asked, rank, is_silent=True), engine_of(plan, asked, rank, is_silent=False)
+    batches = batches_of(real, asked["sequence"], asked["vocabulary"])
+    rounds = []
+    for number in range(NUM_WARM_UPS + asked["num_steps"]):
+        pair = tuple(recorded(engine, batches, number) for engine in (silent, real))
+        if number >= NUM_WARM_UPS:
+            rounds.append(pair)
+    return rounds
+
+
+def recorded(engine: Engine, batches: list[Microbatch], number: int) -> list[tuple[Any, ...]]:
+    """The spans of a step, on one clock: the hosts are one machine."""
+    recorder = engine.recorder = Recorder(engine.groups.rank, engine.device)
+    dist.barrier()
+    engine.step(number, batches)
+    engine.recorder = None
+    origins = engine.groups.gather(recorder.origin_s)
+    spans = engine.groups.gather(recorder.spans(min(origins)))
+    return [(s.rank, s.stream, s.name, s.start_s, s.end_s) for found in spans for s in found]
+
+
+def engine_of(plan: Plan, asked: dict[str, Any], rank: int, *, is_silent: bool) -> Engine:
+    """An engine whose groups talk over the network; a silent one's talk through memory, and what they sum stays as it is."""
+    new_group = partial(dist.new_group, backend=BACKEND) if is_silent else dist.new_group
+    with patch.object(dist, "new_group", new_group):
+        engine = build_engine(
+            asked["graph"],
+            plan,
+            load_model(asked["model"]),
+            rank=rank,
+            seed=0,
+            optimizer=OptimizerConfig(lr=1e-4, max_grad_norm=1.0),
+            device=torch.device("cpu"),
+        )
+    if is_silent:
         for group in (engine.groups.dp_group, engine.groups.tp_group):
             if group is not None:
                 drop_sums(group)
-    batches = batches_of(engine, asked["sequence"], asked["vocabulary"])
-    steps = []
-    for number in range(NUM_WARM_UPS + asked["num_steps"]):
-        recorder = engine.recorder = Recorder(rank, engine.device)
-        dist.barrier()
-        engine.step(number, batches)
-        origins = engine.groups.gather(recorder.origin_s)
-        spans = engine.groups.gather(recorder.spans(min(origins)))
-        if number >= NUM_WARM_UPS:
-            steps.append([(s.rank, s.stream, s.name, s.start_s, s.end_s) for found in spans for s in found])
-    return steps
+    return engine
 
 
 def batches_of(engine: Engine, sequence: int, vocabulary: int) -> list[Microbatch]:
@@ -122,6 +140,7 @@ def measured_links(rank: int) -> dict[str, list[tuple[int, float]]]:
 def _seconds(call: Callable[[torch.Tensor], object], num_bytes: int) -> float:
     tensor, found = torch.zeros(num_bytes // 4), []
     for _ in range(1 + REPEATS):
+        time.sleep(PAUSE_S)
         dist.barrier()
         began_s = time.perf_counter()
         call(tensor)

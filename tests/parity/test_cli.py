@@ -36,6 +36,34 @@ def test_a_run_that_is_not_equal_exits_with_1_and_says_why(
     assert list(folder.glob("runs/*-prove/plan.toml")) and not list(folder.glob("runs/*/prove-*"))
 
 
+UNET = Path(__file__).parents[2] / "examples" / "unet.py"
+
+
+@pytest.mark.parametrize(
+    ("model", "ranks", "batch"),
+    [(f"{UNET}:unet", 3, 5), ("t5-tiny", 4, 3)],
+    ids=["U-Net, 3 stages", "T5, 4 stages"],
+)
+def test_stages_that_form_a_dag_are_equal(
+    model: str, ranks: int, batch: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Skip connections and an encoder that every decoder layer reads go past stages, straight to who needs them."""
+    asked = [
+        "--ranks",
+        str(ranks),
+        "--plan",
+        f"pp={ranks},mb=1",
+        "--batch",
+        str(batch),
+        "--seq",
+        "15",
+        "--steps",
+        "2",
+    ]
+    assert run(["prove", "--model", model, *asked]) == 0
+    assert "EQUAL: the run computes what one device computes" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("more", "said", "hint"),
     [

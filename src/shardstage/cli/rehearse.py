@@ -98,13 +98,21 @@ def rehearse(
     _require_endings(out or [])
     if program is not None:
         return _prove(program)
+    from shardstage.simulator import parse_change
+
+    changes = [parse_change(change) for change in what_if or []]
+    findings = _findings(model, cluster, plan, batch, seq, dtype, _which(ranks))
+    return findings.show(changes, is_drawn=text, out=out or [])
+
+
+def _findings(
+    model: str, cluster: str, plan: str, batch: int | None, seq: int | None, dtype: str | None, which: Which
+) -> _Findings:
+    """Completes the plan, says what it is, and rehearses it."""
     from shardstage.cli.machine import cluster_named, num_default_ranks
     from shardstage.rehearsal import rehearse as try_out
     from shardstage.runtime.environment import num_usable_cores
-    from shardstage.simulator import parse_change
 
-    which = _which(ranks)
-    changes = [parse_change(change) for change in what_if or []]
     asked = _asked_of(plan)
     console = Console(highlight=False)
     with console.status("looking at the cluster"):
@@ -136,10 +144,9 @@ def rehearse(
             num_processes=num_usable_cores(),
             progress=status.update,
         )
-    findings = _Findings(
+    return _Findings(
         console=console, model=model, graph=graph, machine=machine, prediction=prediction, found=found
     )
-    return findings.show(changes, is_drawn=text, out=out or [])
 
 
 @dataclass(frozen=True, kw_only=True)

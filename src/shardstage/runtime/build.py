@@ -137,12 +137,10 @@ def assemble_engine(
             device=device,
         )
     else:
-        last = {i.stage: at for at, i in enumerate(program.row_of(rank).instructions) if i.is_computation}
-        order = sorted(own, key=lambda stage: last[stage])
-        buckets = assign_buckets([held[stage] for stage in order], plan)
+        buckets = _buckets(program, plan, rank, held)
         bucketed = BucketedParameters(
             list(stages.values()),
-            [[p.name for p in bucket] for bucket in buckets],
+            buckets,
             groups,
             zero=plan.zero,
             device=device,
@@ -171,6 +169,15 @@ def tied_ranks(program: Program) -> set[tuple[int, ...]]:
         tuple(sorted({program.stage_ranks[s] for s in parameter.stages})) for parameter in program.parameters
     }
     return {ranks for ranks in holders if len(ranks) > 1}
+
+
+def _buckets(
+    program: Program, plan: Plan, rank: int, held: Mapping[int, Sequence[HeldParameter]]
+) -> list[list[str]]:
+    """Names of parameters by bucket, in the order in which the last backwards of the rank's stages fill them."""
+    last = {i.stage: at for at, i in enumerate(program.row_of(rank).instructions) if i.is_computation}
+    order = sorted(held, key=lambda stage: last[stage])
+    return [[p.name for p in bucket] for bucket in assign_buckets([held[stage] for stage in order], plan)]
 
 
 def _held_parameters(
