@@ -52,6 +52,7 @@ PLANS: Mapping[str, tuple[str, int, str]] = {
     "pp zb-v": ("pp=2,schedule=zb-v", 2, "ScheduleZBVZeroBubble"),
     "pp dualpipe-v": ("pp=2,schedule=dualpipe-v", 2, "ScheduleDualPipeV"),
     "pp zb-h1": ("pp=2,schedule=zb-h1", 2, "Schedule1F1B, even"),
+    "pp optimal": ("pp=2,schedule=optimal", 2, "Schedule1F1B, even"),
     "pp4 zb-h1": ("pp=4,schedule=zb-h1", 4, "Schedule1F1B x4, even"),
     "pp4 gpipe": ("pp=4,schedule=gpipe", 4, "ScheduleGPipe x4"),
     "pp4 interleaved": ("pp=4,schedule=interleaved-1f1b", 4, "ScheduleInterleaved1F1B x4"),
@@ -85,7 +86,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
     "four stages": ("tp2pp2", "pp4"),
     "looped": ("pp interleaved", "pp looped-bfs"),
     "v": ("pp zb-v", "pp dualpipe-v"),
-    "even": ("pp zb-h1",),
+    "even": ("pp zb-h1", "pp optimal"),
     "looped four": ("pp4 gpipe", "pp4 interleaved"),
     "v four": ("pp4 zb-v", "pp4 zb-h1"),
 }

@@ -54,6 +54,12 @@ def test_all_executes_every_rank_and_none_executes_none() -> None:
     assert simulated.timeline.step_time_s == every.timeline.step_time_s
 
 
+def test_a_plan_that_compiles_is_tried_out_without_a_compiler() -> None:
+    plain, compiled = (rehearsed("llama", f"dp=2,mb=2{more}", 2, 4) for more in ("", ",compile"))
+    assert compiled.plan.is_compiled
+    assert [rank.held for rank in tried_out(compiled).ranks] == [rank.held for rank in tried_out(plain).ranks]
+
+
 def test_processes_find_what_one_process_finds(monkeypatch: pytest.MonkeyPatch) -> None:
     given = rehearsed("llama", "pp=3,mb=1", 3, 5)
     alone = tried_out(given)

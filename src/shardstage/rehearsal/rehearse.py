@@ -58,7 +58,7 @@ def rehearse(
     ``progress`` is told what is going on.
     """
     progress("writing down the program")
-    stages = StageGraphs(graph, plan)
+    stages = _stage_graphs(graph, plan)
     program = lower(graph, plan, stages)
     progress(f"proving it for {plan.mesh.world_size} ranks")
     verify(program)
@@ -212,4 +212,9 @@ def _execute_handed(handed: bytes, rank: int) -> RankRehearsal:
 def _unpacked(handed: bytes) -> tuple[_Work, ModelSource]:
     """What a process that was started for it executes ranks with; stage graphs are made sooner than they are read."""
     work, reload = pickle.loads(handed)
-    return replace(work, stages=StageGraphs(work.graph, work.plan)), reload()
+    return replace(work, stages=_stage_graphs(work.graph, work.plan)), reload()
+
+
+def _stage_graphs(graph: ModelGraph, plan: Plan) -> StageGraphs:
+    """Blocks run as they are: compiled ones say the same to other ranks, and a compiler needs numbers to compile for."""
+    return StageGraphs(graph, replace(plan, is_compiled=False))
