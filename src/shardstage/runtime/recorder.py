@@ -39,7 +39,8 @@ class Recorder:
     """Takes the time before and after each instruction of a step, and the memory after it.
 
     ``held_bytes`` says how much memory the rank holds now. Times are of this rank's clock; ``origin_s`` is the clock's reading at the
-    beginning of the step, so that ranks of a host can be put on one axis. Two readings of a clock cost about 0.2 µs an instruction.
+    beginning of the step, so that ranks of a host can be put on one axis. On a 2-core machine a span takes about 4 µs, and 20 µs where
+    memory is read, too: 0.1 and 0.7 % of a step of 100 ms with 30 instructions.
     """
 
     def __init__(self, rank: int, device: torch.device, held_bytes: Callable[[], int] | None = None) -> None:
