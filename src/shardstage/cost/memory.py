@@ -8,20 +8,22 @@
     gradients    e w             e w (1 + 1 / d)   e w / d + one unit      e w / d + one unit
     optimizer    2 e w           2 e w / d         2 e w / d               2 e w / d
 
-Notation as in Rajbhandari et al., "ZeRO", 2020, table 1, with the two moments of AdamW.
+Notation as in Rajbhandari et al., "ZeRO", 2020, table 1, with the two moments of AdamW. Another framework than our engine stores some
+of that otherwise: an ``Accounting`` says how.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
-from shardstage.cost.profile import Profile
+from shardstage.cost.accounting import OUR_ACCOUNTING, Accounting
+from shardstage.cost.profile import Profile, UnitCost
 from shardstage.cost.setup import StepSetup
 from shardstage.schedule import Action
 
-__all__ = ["MemoryUse", "rank_memory", "stage_elements", "stage_memory"]
+__all__ = ["MemoryUse", "rank_memory", "stage_elements", "stage_memory", "step_bytes"]
 
 MOMENTS: Final = 2
 """AdamW's: the running means of the gradient and of its square."""
@@ -29,13 +31,13 @@ MOMENTS: Final = 2
 GATHERED_UNITS: Final = 2
 """FSDP2 gathers the next block while one computes."""
 
-POSTED_RECEIVES: Final = 2
-"""The engine posts the receives of the next two computations."""
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MemoryUse:
-    """Bytes of one rank at its peak; ``recompute`` and ``transient`` come and go, the others stay through the backward."""
+    """Bytes of one rank at its peak; ``recompute`` and ``transient`` come and go, the others stay through the backward.
+
+    ``fixed`` are an ``Accounting``'s workspaces.
+    """
 
     parameters: int
     master: int
@@ -45,6 +47,7 @@ class MemoryUse:
     recompute: int
     transient: int
     communication: int
+    fixed: int = 0
 
     @property
     def total_bytes(self) -> int:
@@ -62,7 +65,9 @@ def stage_elements(profile: Profile, setup: StepSetup, stage: int) -> int:
     return sum(unit.own_elements for unit in units) + sum(profile.shared_elements[name] for name in shared)
 
 
-def stage_memory(profile: Profile, setup: StepSetup, stage: int) -> MemoryUse:
+def stage_memory(
+    profile: Profile, setup: StepSetup, stage: int, accounting: Accounting = OUR_ACCOUNTING
+) -> MemoryUse:
     """The peak of a rank of one stage: the backward of its costliest unit, with the activations of all microbatches in flight held.
 
     ``transient`` are the gradients of the unit's largest op: as large as what the op reads and writes.
@@ -72,48 +77,77 @@ def stage_memory(profile: Profile, setup: StepSetup, stage: int) -> MemoryUse:
     shared = sum(profile.shared_elements[n] for n in {name for unit in units for name in unit.shared})
     by_size = sorted((unit.own_elements for unit in units), reverse=True)
     largest = max([by_size[0], shared])
-    in_flight = setup.in_flight(stage)
-    received = units[0].input_bytes if stage else 0
-    kept = [unit.kept[setup.recompute] for unit in units]
-    recomputed, transient = max(
-        ((k.extra_bytes, unit.transient_bytes) for k, unit in zip(kept, units, strict=True)), key=sum
-    )
+    works = _works(units, setup, accounting, has_loss=stage == setup.num_stages - 1)
+    recomputed, transient = max(((work.recomputed, work.transient) for work in works), key=sum)
     level, c, w = setup.sharding_level, setup.compute_bytes, setup.master_bytes
+    g = w if accounting.gradient_bytes is None else accounting.gradient_bytes
     shards = setup.mesh.dp if level else 1
     part = -(-elements // shards)
     if level >= 2:
         whole = elements if level == 2 else min(elements, sum(by_size[:GATHERED_UNITS]) + shared)
-        gradients = part * w + largest * (c + w)
+        gradients = part * g + largest * (c + g)
     else:
         whole = elements
-        gradients = elements * w + (part * w if level else 0)
+        gradients = elements * g + (part * w if level and accounting.copies_reduced_part else 0)
     return MemoryUse(
         parameters=whole * c,
         master=part * w if level >= 2 or c != w else 0,
         gradients=gradients,
         optimizer=MOMENTS * part * w,
-        activations=in_flight * (sum(k.saved_bytes for k in kept) + received),
+        activations=setup.in_flight(stage)
+        * (sum(work.kept for work in works) + _held_at_ends(profile, setup, stage, accounting)),
         recompute=recomputed,
         transient=transient,
-        communication=_communication_bytes(setup, profile, stage, elements),
+        communication=_communication_bytes(setup, profile, stage, elements, accounting),
+        fixed=accounting.fixed_bytes,
     )
 
 
-def rank_memory(profile: Profile, setup: StepSetup, rank: int) -> MemoryUse:
+def rank_memory(
+    profile: Profile, setup: StepSetup, rank: int, accounting: Accounting = OUR_ACCOUNTING
+) -> MemoryUse:
     """The peak of a pipeline rank: of its one stage, or of several, whose activations do not peak together."""
     stages = setup.stages_of(rank)
-    uses = [stage_memory(profile, setup, stage) for stage in stages]
+    uses = [stage_memory(profile, setup, stage, accounting) for stage in stages]
     if len(stages) == 1:
         return uses[0]
     passing = max(uses, key=lambda use: use.recompute + use.transient)
     together = {name: sum(getattr(use, name) for use in uses) for name in MemoryUse.__slots__}
-    together |= {"recompute": passing.recompute, "transient": passing.transient}
+    together |= {"recompute": passing.recompute, "transient": passing.transient, "fixed": passing.fixed}
     held = {
         stage: use.activations // max(1, setup.in_flight(stage))
         for stage, use in zip(stages, uses, strict=True)
     }
     together["activations"] = _peak_activation_bytes(setup.order().actions[rank], held)
     return MemoryUse(**together)
+
+
+def step_bytes(use: MemoryUse, setup: StepSetup, accounting: Accounting) -> int:
+    """What the same rank holds in the optimizer's step, after the last backward: state, gradients and the step's own copies."""
+    part = use.optimizer // (MOMENTS * setup.master_bytes)
+    state = use.parameters + use.master + use.gradients + use.optimizer + use.fixed
+    return state + max(round(part * accounting.update_bytes), accounting.bucket_bytes)
+
+
+class _Work(NamedTuple):
+    """Bytes of a unit: kept of a microbatch, brought back by recomputing, and its backward's own."""
+
+    kept: int
+    recomputed: int
+    transient: int
+
+
+def _works(
+    units: Sequence[UnitCost], setup: StepSetup, accounting: Accounting, *, has_loss: bool
+) -> list[_Work]:
+    """What each unit of a stage holds; the last of the last stage as the framework's loss does."""
+    kept = [unit.kept[setup.recompute] for unit in units]
+    works = [
+        _Work(k.saved_bytes, k.extra_bytes, unit.transient_bytes) for k, unit in zip(kept, units, strict=True)
+    ]
+    if has_loss and accounting.loss is not None:
+        works[-1] = _Work(accounting.loss.kept_bytes, 0, accounting.loss.transient_bytes)
+    return works
 
 
 def _peak_activation_bytes(row: Sequence[Action], held: Mapping[int, int]) -> int:
@@ -128,9 +162,19 @@ def _peak_activation_bytes(row: Sequence[Action], held: Mapping[int, int]) -> in
     return most
 
 
-def _communication_bytes(setup: StepSetup, profile: Profile, stage: int, elements: int) -> int:
+def _held_at_ends(profile: Profile, setup: StepSetup, stage: int, accounting: Accounting) -> int:
+    """Bytes of a microbatch that a stage received or sent and that no unit keeps."""
+    received = profile.units[setup.starts[stage]].input_bytes if stage and accounting.has_own_receives else 0
+    is_sender = accounting.keeps_sent and stage + 1 < setup.num_stages
+    return received + (profile.units[setup.starts[stage + 1]].input_bytes if is_sender else 0)
+
+
+def _communication_bytes(
+    setup: StepSetup, profile: Profile, stage: int, elements: int, accounting: Accounting
+) -> int:
     """Receives that are posted ahead, in both directions, and the copy of a bucket's part that ZeRO-1 gathers from."""
     stages = range(stage, min(stage + 2, setup.num_stages))
-    posted = sum(POSTED_RECEIVES * profile.units[setup.starts[s]].input_bytes for s in stages if s)
+    ahead = accounting.num_posted_receives
+    posted = sum(ahead * profile.units[setup.starts[s]].input_bytes for s in stages if s)
     bucket = min(setup.bucket_bytes, elements * setup.compute_bytes) // setup.mesh.dp
-    return posted + (bucket if setup.sharding_level == 1 else 0)
+    return posted + (bucket if setup.sharding_level == 1 and accounting.copies_reduced_part else 0)
