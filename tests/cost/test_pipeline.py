@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shardstage.cost.pipeline import StageTime, least_pipeline_s, run_pipeline
+from shardstage.cost.pipeline import StageTime, pipeline_s, rank_seconds, run_pipeline
 from shardstage.schedule import one_f_one_b
 
 SECONDS = st.floats(0.01, 10)
@@ -22,13 +22,50 @@ def test_equal_stages_take_one_microbatch_for_each_and_one_for_each_further_stag
     assert max(ends) == pytest.approx((num_microbatches + num_stages - 1) * (forward_s + backward_s))
 
 
-@pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
-@given(STAGES, st.integers(1, 8))
-def test_no_schedule_beats_the_lower_bound(
-    schedule: str, stages: list[StageTime], num_microbatches: int
+FORMULAS = [("gpipe", 1), ("1f1b", 1), ("interleaved-1f1b", 2), ("interleaved-1f1b", 3), ("looped-bfs", 2)]
+
+
+@pytest.mark.parametrize(("schedule", "per_rank"), [*FORMULAS, ("zb-h1", 1), ("zb-v", 2), ("dualpipe-v", 2)])
+@pytest.mark.parametrize(("num_ranks", "num_rounds"), [(2, 2), (3, 4), (4, 2), (7, 3)])
+def test_the_formula_is_the_schedule_s_end_where_stages_are_equal(
+    schedule: str, per_rank: int, num_ranks: int, num_rounds: int
 ) -> None:
-    end_s = max(run_pipeline(stages, num_microbatches, schedule))
-    assert least_pipeline_s(stages, num_microbatches) <= end_s * (1 + 1e-12)
+    stages = [StageTime(1.0, 2.0)] * (num_ranks * per_rank)
+    m = num_ranks * num_rounds
+    end_s = max(run_pipeline(stages, m, schedule, num_ranks=num_ranks))
+    assert pipeline_s(schedule, stages, num_ranks, m) == pytest.approx(end_s)
+
+
+@given(st.lists(st.builds(StageTime, SECONDS, SECONDS), min_size=1, max_size=5), st.integers(1, 30))
+def test_uneven_stages_under_1f1b_end_no_later_than_the_formula_says_and_little_earlier(
+    stages: list[StageTime], num_microbatches: int
+) -> None:
+    """The formula lets the slowest stage wait for all others; a stage that is slow in one direction only waits a little less."""
+    end_s = max(run_pipeline(stages, num_microbatches, "1f1b"))
+    formula_s = pipeline_s("1f1b", stages, len(stages), num_microbatches)
+    slack_s = sum(max(s.forward_s, s.backward_s) for s in stages)
+    assert end_s - slack_s <= formula_s <= end_s + slack_s
+
+
+@pytest.mark.parametrize(("schedule", "per_rank"), [*FORMULAS, ("zb-h1", 1), ("zb-v", 2), ("dualpipe-v", 2)])
+@given(data=st.data())
+def test_no_formula_is_below_the_work_of_the_slowest_rank(
+    schedule: str, per_rank: int, data: st.DataObject
+) -> None:
+    num_ranks = data.draw(st.integers(1, 4))
+    build = st.lists(
+        st.builds(StageTime, SECONDS, SECONDS), min_size=num_ranks * per_rank, max_size=num_ranks * per_rank
+    )
+    stages, m = data.draw(build), data.draw(st.integers(1, 9))
+    work_s = m * max(rank_seconds(schedule, stages, num_ranks))
+    assert pipeline_s(schedule, stages, num_ranks, m) >= work_s * (1 - 1e-12)
+
+
+@pytest.mark.parametrize("schedule", ["zb-v", "dualpipe-v"])
+def test_a_v_gives_a_rank_the_first_and_the_last_stage(schedule: str) -> None:
+    stages = [StageTime(float(n), 0.0) for n in (1, 2, 4, 8)]
+    assert rank_seconds(schedule, stages, 2) == [9.0, 6.0]
+    assert rank_seconds("interleaved-1f1b", stages, 2) == [5.0, 10.0]
 
 
 @pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])

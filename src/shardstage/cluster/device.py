@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from shardstage.cluster.kernel_model import KernelModel
 from shardstage.cluster.table import Table
 from shardstage.errors import ClusterError
 
@@ -53,7 +54,8 @@ class DeviceClass:
 
     ``flops_per_s`` is the best rate of a large matrix product by dtype, dense; ``bytes_per_s`` counts reading plus
     writing of device memory; ``op_latency_s`` is what an op takes however small its tensors (0 where unknown). ``kind``
-    is torch's device type. For a CPU, the device is one rank's share of it.
+    is torch's device type. For a CPU, the device is one rank's share of it. ``kernels`` prices single kernels by their
+    shape where a model of them is known; the ``gemm`` curves serve elsewhere.
     """
 
     name: str
@@ -65,6 +67,7 @@ class DeviceClass:
     flops_source: str
     gemm: tuple[GemmCurve, ...] = ()
     op_latency_s: float = 0.0
+    kernels: KernelModel | None = None
 
     def __post_init__(self) -> None:
         rates = {"memory_bytes": self.memory_bytes, "bytes_per_s": self.bytes_per_s, **self.flops_per_s}
@@ -110,6 +113,7 @@ class DeviceClass:
             **({"op_latency_s": self.op_latency_s} if self.op_latency_s else {}),
             "source": self.source,
             "flops_per_s": {"source": self.flops_source, **self.flops_per_s},
+            **({} if self.kernels is None else {"kernels": self.kernels.to_table()}),
             "gemm": [
                 {"dtype": each.dtype, "source": each.source, "points": each.points} for each in self.gemm
             ],
@@ -129,6 +133,7 @@ class DeviceClass:
             flops_source=flops_source,
             flops_per_s=rates.remaining_numbers(),
             gemm=tuple(_curve_from(entry) for entry in table.tables("gemm")),
+            kernels=KernelModel.from_table(table.table("kernels")) if table.has("kernels") else None,
         )
         table.done()
         return device

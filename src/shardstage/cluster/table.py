@@ -45,13 +45,25 @@ class Table:
 
     def points(self, key: str) -> tuple[tuple[float, float], ...]:
         """A list of pairs of numbers."""
+        return tuple((first, second) for first, second in self.rows(key, width=2))
+
+    def rows(self, key: str, *, width: int) -> tuple[tuple[float, ...], ...]:
+        """A list of lists of ``width`` numbers each."""
         value = self._take(key)
         if not isinstance(value, list) or not all(
-            isinstance(pair, list) and len(pair) == 2 for pair in value
+            isinstance(row, list) and len(row) == width for row in value
         ):
-            raise ClusterError(f"{self._where}: {key} must be a list of pairs", hint=f"{key} = [[1e9, 2e11]]")
+            what = "pairs" if width == 2 else f"lists of {width} numbers"
+            raise ClusterError(
+                f"{self._where}: {key} must be a list of {what}",
+                hint=f"{key} = [[{', '.join(['1e9', '2e11', '0.5'][:width])}]]",
+            )
         here = f"{self._where}: {key}"
-        return tuple((_number(first, here), _number(second, here)) for first, second in value)
+        return tuple(tuple(_number(each, here) for each in row) for row in value)
+
+    def has(self, key: str) -> bool:
+        """Whether the table holds ``key``."""
+        return key in self._entries
 
     def table(self, key: str) -> Table:
         value = self._take(key)

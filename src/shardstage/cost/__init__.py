@@ -5,19 +5,23 @@ a Cluster, out come seconds and bytes. It refuses to know plans: ``StepSetup`` h
 """
 
 from shardstage.cost.balance import balanced
+from shardstage.cost.execution import OURS, Execution
 from shardstage.cost.fold import Folded, Unit, fold
 from shardstage.cost.links import Links
 from shardstage.cost.memory import MemoryUse, rank_memory, stage_memory
-from shardstage.cost.profile import Profile, UnitCost, profile
+from shardstage.cost.profile import Profile, Profiler, UnitCost, profile
 from shardstage.cost.setup import StepSetup
 from shardstage.cost.step import Prediction, StagePrediction, least_step_s, predict_step, stage_times
 
 __all__ = [
+    "OURS",
+    "Execution",
     "Folded",
     "Links",
     "MemoryUse",
     "Prediction",
     "Profile",
+    "Profiler",
     "StagePrediction",
     "StepSetup",
     "Unit",

@@ -1,10 +1,9 @@
-"""How long an op takes on a device, forward and backward.
+"""How long a kernel and an op take on a device.
 
-    time = max(flops / rate(flops), moved_bytes / bytes_per_s) + op_latency_s
+    seconds = max(arithmetic, moved_bytes / bytes reached) + launch
 
-the roofline (Williams, Waterman, Patterson, 2009) with the rate that one product of that size reaches, and the launch. The backward
-of an op with FLOPs runs one product for each operand that requires a gradient; that of any other op moves its operands twice:
-the gradient is read beside the saved input and written.
+the roofline (Williams, Waterman, Patterson, 2009). Arithmetic follows from a product's shape where the device has a model of its kernels
+(``cluster.KernelModel``), else from its FLOPs by the device's curve.
 """
 
 from __future__ import annotations
@@ -13,13 +12,10 @@ from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 from shardstage.cluster import DeviceClass
+from shardstage.cost.kernels import Kernel, KernelReader
 from shardstage.graph import ModelGraph, Op
-from shardstage.graph.flops import backward_flops, forward_flops, moved_bytes
 
-__all__ = ["RELATIVE", "OpTime", "op_time", "optimizer_s"]
-
-BACKWARD_MOVES: Final = 2
-"""Bytes of the backward of an op that is no product, over those of its forward: in + out become in + grad_out, then grad_in."""
+__all__ = ["RELATIVE", "OpTime", "dispatch_s", "kernel_s", "moved_s", "op_time", "optimizer_s"]
 
 OPTIMIZER_PASSES: Final = 9
 """AdamW (fused) reads and writes the weight and two moments and reads the gradient: 7; clipping reads the gradient for its norm and
@@ -44,37 +40,58 @@ class OpTime(NamedTuple):
 
 
 def op_time(graph: ModelGraph, op: Op, device: DeviceClass) -> OpTime:
-    """Seconds forward and backward; a view takes none."""
-    moved = moved_bytes(graph, op)
-    forward, backward = forward_flops(graph, op), backward_flops(graph, op)
-    if not moved and not forward:
-        return OpTime(0.0, 0.0)
-    dtype = _product_dtype(graph, op) if forward else ""
-    moved_s = moved / device.bytes_per_s
-    forward_s = max(device.gemm_s(forward, dtype=dtype) if forward else 0.0, moved_s) + device.op_latency_s
-    if not _has_gradient(graph, op):
-        return OpTime(forward_s, 0.0)
-    if not forward:
-        return OpTime(forward_s, BACKWARD_MOVES * moved_s + device.op_latency_s)
-    num_products = max(1, round(backward / forward))
-    product_s = device.gemm_s(backward / num_products, dtype=dtype)
-    return OpTime(forward_s, num_products * (max(product_s, moved_s) + device.op_latency_s))
+    """Seconds forward and backward at the graph's own microbatch; a view takes none."""
+    kernels = KernelReader(graph, _is_never_fixed).kernels(op)
+    return OpTime(
+        *(
+            sum(kernel_s(k, graph.microbatch, device) for k in kernels if k.is_backward is way)
+            for way in (False, True)
+        )
+    )
+
+
+def kernel_s(kernel: Kernel, microbatch: float, device: DeviceClass) -> float:
+    """Seconds of one kernel for a microbatch of so many samples, its launch on the device included."""
+    moved = moved_s(kernel.moved_bytes(microbatch), device)
+    launch_s = device.op_latency_s if device.kernels is None else device.kernels.launch_s
+    if kernel.kind == "moved":
+        return moved + launch_s
+    if device.kernels is None:
+        arithmetic_s = _by_flops_s(kernel, microbatch, device)
+    elif kernel.kind == "attention":
+        model = device.kernels
+        ratio = model.attention_backward_ratio if kernel.is_backward else model.attention_forward_ratio
+        rate = device.rate(kernel.dtype) * ratio * model.sustained_ratio
+        arithmetic_s = kernel.flops * microbatch / rate
+    else:
+        arithmetic_s = device.kernels.product_s(*kernel.sizes(microbatch), device.rate(kernel.dtype))
+    return max(arithmetic_s, moved) + launch_s
+
+
+def moved_s(num_bytes: float, device: DeviceClass) -> float:
+    """Seconds of reading and writing so many bytes of the device's memory."""
+    ratio = 1.0 if device.kernels is None else device.kernels.moved_ratio
+    return num_bytes / (device.bytes_per_s * ratio)
 
 
 def optimizer_s(num_elements: int, element_bytes: int, num_tensors: int, device: DeviceClass) -> float:
     """Seconds of a fused AdamW step with clipping over ``num_elements`` of ``element_bytes`` in ``num_tensors`` flat tensors."""
-    moved_s = OPTIMIZER_PASSES * num_elements * element_bytes / device.bytes_per_s
-    return moved_s + num_tensors * device.op_latency_s
+    launch_s = device.op_latency_s if device.kernels is None else device.kernels.launch_s
+    return moved_s(OPTIMIZER_PASSES * num_elements * element_bytes, device) + num_tensors * launch_s
 
 
-def _has_gradient(graph: ModelGraph, op: Op) -> bool:
-    return any(name is not None and graph.values[name].requires_grad for name in op.outputs)
+def _by_flops_s(kernel: Kernel, microbatch: float, device: DeviceClass) -> float:
+    flops: float = kernel.flops * microbatch
+    if kernel.kind == "product":
+        m, n, k, count = kernel.sizes(microbatch)
+        flops = 2.0 * m * n * k * count
+    return device.gemm_s(flops, dtype=kernel.dtype)
 
 
-def _product_dtype(graph: ModelGraph, op: Op) -> str:
-    """The dtype that the product is computed in: that of its first floating operand."""
-    return next(d for d in _dtypes(graph, op.inputs) if "float" in d)
+def _is_never_fixed(_: str) -> bool:
+    return False
 
 
-def _dtypes(graph: ModelGraph, names: Sequence[str]) -> list[str]:
-    return [graph.values[name].dtype for name in names]
+def dispatch_s(kernels: Sequence[Kernel], device: DeviceClass) -> float:
+    """Seconds of the host for launching these kernels from eager PyTorch."""
+    return 0.0 if device.kernels is None else len(kernels) * device.kernels.dispatch_s

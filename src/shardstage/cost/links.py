@@ -25,6 +25,7 @@ class Links:
         self.cluster = cluster
         self.hidden_ratio = HIDDEN_RATIO.get(cluster.device.kind, 0.0)
         self._dp = {kind: cluster.collective(kind, mesh.group(0, "dp")) for kind in _DP_KINDS}
+        self._tp_gather = cluster.collective("all_gather", range(mesh.tp))
         self._next_stage = cluster.collective("p2p", (0, stride) if mesh.pp > 1 else (0,))
         self._tie = cluster.collective("all_reduce", (0, last) if last else (0,))
         self._world = cluster.collective("all_reduce", range(mesh.world_size))
@@ -37,6 +38,10 @@ class Links:
     def transfer_s(self, num_bytes: int) -> float:
         """Seconds from one stage to the next."""
         return self._next_stage.seconds(num_bytes)
+
+    def tp_gather_s(self, num_bytes: float) -> float:
+        """Seconds until tensor-parallel ranks have each other's parts of so many bytes."""
+        return self._tp_gather.seconds(num_bytes)
 
     def tie_s(self, num_bytes: int) -> float:
         """Seconds of summing a parameter's gradient between the first and the last stage."""

@@ -1,13 +1,29 @@
-"""``run_pipeline``: when the stages of a named schedule are done, priced by stage."""
+"""``pipeline_s``: when a pipeline of uneven stages is done, by the published formula of its schedule.
+
+    m microbatches, p ranks with v stages each; a stage takes F forward and B = I + W backward, t is what a rank takes for one microbatch
+
+    seconds = m × max t + bubble
+
+    schedule                 bubble (of mean stages)                           source
+    gpipe, 1f1b              Σ t - max t                                       Narayanan et al. 2021, §2.2.1, for uneven stages
+    interleaved-1f1b         (p - 1)(F + B)                                    Narayanan et al. 2021, §2.2.2
+    looped-bfs               (p - 1)(F + B)                                    Lamy-Poirier 2022
+    zb-h1                    (p - 1)(F + I - W)                                Qi et al. 2023, table 2
+    zb-v, dualpipe-v         (p - 1)(F + I - W), longer where m < 2p           benchmarks/schedules
+    forward-only             (p - 1) F
+
+1F1B with stages of unlike times: the slowest is busy from the first microbatch's arrival to the last one's departure, and what comes
+before and after it passes the other stages once: (m - 1) max t + Σ t. ``benchmarks/schedules`` holds the formulas against the schedules.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from shardstage.schedule import Schedule, StageTimes, make_schedule, run_schedule
 
-__all__ = ["StageTime", "halved", "least_pipeline_s", "run_pipeline"]
+__all__ = ["StageTime", "halved", "pipeline_s", "rank_seconds", "run_pipeline"]
 
 
 class StageTime(NamedTuple):
@@ -18,14 +34,59 @@ class StageTime(NamedTuple):
     backward_s: float
     receive_s: float = 0.0
 
+    @property
+    def both_s(self) -> float:
+        return self.forward_s + self.backward_s
+
+
+def pipeline_s(schedule: str, stages: Sequence[StageTime], num_ranks: int, num_microbatches: int) -> float:
+    """Seconds from the first forward to the last backward of a named schedule, the first microbatch's transfers included."""
+    p, m = num_ranks, num_microbatches
+    ranks = rank_seconds(schedule, stages, p)
+    slowest = max(ranks)
+    if p == 1:
+        return m * slowest
+    travel_s = 2 * sum(stage.receive_s for stage in stages[1:p])
+    return m * slowest + bubble_s(schedule, stages, p, m) + travel_s
+
+
+def bubble_s(schedule: str, stages: Sequence[StageTime], num_ranks: int, num_microbatches: int) -> float:
+    """Seconds that the slowest rank idles."""
+    p, m = num_ranks, num_microbatches
+    ranks = rank_seconds(schedule, stages, p)
+    forward = sum(stage.forward_s for stage in stages) / len(stages)
+    backward = sum(stage.backward_s for stage in stages) / len(stages)
+    if schedule in ("gpipe", "1f1b"):
+        return sum(ranks) - max(ranks)
+    if schedule == "forward-only":
+        return (p - 1) * forward
+    if schedule in _SPLITTING:  # I and W take half of B each: F + I - W = F
+        late = _LATE.get(schedule, 0.0) * max(0, 2 * p - m) / p
+        return (p - 1) * forward * (1 + late)
+    return (p - 1) * (forward + backward)
+
+
+_SPLITTING: Final = frozenset({"zb-h1", "zb-v", "dualpipe-v"})
+_LATE: Final = {"zb-v": 1.0, "dualpipe-v": 2.0}
+"""How the bubble grows from 2p microbatches down to p, in its own size: measured on the schedules (``benchmarks/schedules``)."""
+
+
+def rank_seconds(schedule: str, stages: Sequence[StageTime], num_ranks: int) -> list[float]:
+    """What each rank computes for one microbatch: its stages, which lie in rounds or, under a V, there and back."""
+    p, last = num_ranks, len(stages) - 1
+    seconds = [0.0] * p
+    for number, stage in enumerate(stages):
+        is_back = schedule in ("zb-v", "dualpipe-v") and number >= p
+        seconds[last - number if is_back else number % p] += stage.both_s
+    return seconds
+
 
 def run_pipeline(
     stages: Sequence[StageTime], num_microbatches: int, schedule: str | Schedule, *, num_ranks: int = 0
 ) -> tuple[float, ...]:
     """When each stage has done its last action under a schedule, or the one of that name on ``num_ranks`` (one for each stage by default).
 
-    With equal stages and no transfers 1F1B and GPipe end at (m + p - 1)(forward + backward) (Narayanan et al., 2021, §2.2). Where a
-    schedule cuts backwards in two, the gradients of input and weights take half each: they are products of equally many FLOPs.
+    Where a schedule cuts backwards in two, the gradients of input and weights take half each: they are products of equally many FLOPs.
     """
     if isinstance(schedule, str):
         schedule = make_schedule(
@@ -41,21 +102,6 @@ def run_pipeline(
         for action, end_s in zip(row, ends, strict=True)
     }
     return tuple(last[stage] for stage in range(len(stages)))
-
-
-def least_pipeline_s(stages: Sequence[StageTime], num_microbatches: int) -> float:
-    """A lower bound on any schedule's end: each stage does all its work after what must come before, and before what must come after.
-
-    Holds for schedules that run one stage on each rank and do not cut backwards in two.
-    """
-    before = after = bound = 0.0
-    for number, stage in enumerate(stages):
-        before += stage.receive_s if number else 0.0
-        after += stage.receive_s if number else 0.0
-        bound = max(bound, before + num_microbatches * (stage.forward_s + stage.backward_s) + after)
-        before += stage.forward_s
-        after += stage.backward_s
-    return bound
 
 
 def halved(stage: StageTime) -> StageTimes:

@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Final, Literal
+from itertools import pairwise
+from typing import Final, Literal, NamedTuple
 
 from shardstage.cluster import Cluster, CollectiveKind
 from shardstage.cost.collective import calls_of, is_communication
-from shardstage.cost.compute import op_time
+from shardstage.cost.compute import dispatch_s, kernel_s
 from shardstage.cost.fold import Folded
-from shardstage.graph import ModelGraph
+from shardstage.cost.fusion import fused
+from shardstage.cost.kernels import Kernel, KernelReader
+from shardstage.graph import ModelGraph, Op
 from shardstage.graph.blocks import find_blocks
 from shardstage.graph.cuts import all_crossing_bytes
 from shardstage.graph.flops import backward_flops, forward_flops
-from shardstage.graph.saved import peak_extra_bytes, recompute_flops, saved_bytes, transient_bytes
+from shardstage.graph.saved import extra_values, is_of_batch, recompute_flops, saved_values, working_sets
 from shardstage.sharding import localize, shard
 
-__all__ = ["RECOMPUTES", "KeptOf", "Profile", "UnitCost", "profile"]
+__all__ = ["RECOMPUTES", "KeptOf", "Profile", "Profiler", "UnitCost", "profile"]
 
 RECOMPUTES: Final = ("none", "selective", "full")
 Recompute = Literal["none", "selective", "full"]
+
+REFERENCE_MICROBATCH: Final = 2
+"""Graphs are sharded at this size: with a single sample, flattening samples and positions would keep any cut of the positions."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,118 +84,253 @@ def profile(
     sequence: int | None,
     is_sequence_parallel: bool = False,
     replicate: Sequence[str] = (),
+    is_compiled: bool = False,
 ) -> Profile:
     """Prices the local graph of the first tensor-parallel rank, which has the largest shards."""
-    graph = folded.graph.at(
-        microbatch=microbatch if folded.graph.is_scalable else folded.graph.microbatch,
-        sequence=sequence if folded.graph.is_sequence_scalable else folded.graph.sequence,
-    )
-    sharding = shard(
-        graph, num_ranks=tp, is_sequence_parallel=is_sequence_parallel, replicate=tuple(replicate)
-    )
-    local = localize(sharding, 0)
-    bounds = _local_bounds(folded, local)
-    elements = {p.name: local.values[p.name].numel for p in local.parameters}
-    shared = _shared_names(folded, elements)
-    kept = _Pricing(local, cluster, tp, bounds).units(elements, shared)
-    return Profile(
-        units=tuple(kept[unit.twin] for unit in folded.units),
-        shared_elements={name: elements[name] for name in shared},
-        whole_flops=_whole_flops(folded, graph),
-    )
+    return Profiler(
+        folded,
+        cluster,
+        tp=tp,
+        sequence=sequence,
+        is_sequence_parallel=is_sequence_parallel,
+        replicate=replicate,
+        is_compiled=is_compiled,
+    ).at(microbatch)
 
 
-class _Pricing:
-    """One local graph while its units are priced."""
+class Profiler:
+    """One sharding of a model, priced at any microbatch: it is sharded once, and sizes that follow the microbatch scale with it."""
 
     def __init__(
-        self, graph: ModelGraph, cluster: Cluster, tp: int, bounds: Sequence[tuple[int, int]]
+        self,
+        folded: Folded,
+        cluster: Cluster,
+        *,
+        tp: int,
+        sequence: int | None,
+        is_sequence_parallel: bool = False,
+        replicate: Sequence[str] = (),
+        is_compiled: bool = False,
+    ) -> None:
+        graph = folded.graph.at(
+            microbatch=REFERENCE_MICROBATCH if folded.graph.is_scalable else folded.graph.microbatch,
+            sequence=sequence if folded.graph.is_sequence_scalable else folded.graph.sequence,
+        )
+        sharding = shard(
+            graph, num_ranks=tp, is_sequence_parallel=is_sequence_parallel, replicate=tuple(replicate)
+        )
+        local = localize(sharding, 0)
+        self._folded = folded
+        self._device = cluster.device
+        self._elements = {p.name: local.values[p.name].numel for p in local.parameters}
+        self._shared = _shared_names(folded, self._elements)
+        self._whole_flops = _whole_flops(folded, graph) / graph.microbatch
+        kinds: tuple[CollectiveKind, ...] = ("all_reduce", "all_gather", "reduce_scatter")
+        self._links = {kind: cluster.collective(kind, range(tp)) for kind in kinds}
+        self._works = _Reading(
+            local, _local_bounds(folded, local), _is_fixed(folded.graph), is_compiled=is_compiled
+        ).works(self._elements, self._shared)
+
+    def at(self, microbatch: int) -> Profile:
+        """Costs of all units for a microbatch of so many samples."""
+        kept = [self._unit(work, microbatch) for work in self._works]
+        return Profile(
+            units=tuple(kept[unit.twin] for unit in self._folded.units),
+            shared_elements={name: self._elements[name] for name in self._shared},
+            whole_flops=round(self._whole_flops * microbatch),
+        )
+
+    def _unit(self, work: _Work, b: int) -> UnitCost:
+        device = self._device
+        seconds = [kernel_s(kernel, b, device) for kernel in work.kernels]
+        ways = [kernel.is_backward for kernel in work.kernels]
+        device_s = [
+            sum(s for s, is_backward in zip(seconds, ways, strict=True) if is_backward is way)
+            for way in (False, True)
+        ]
+        products_s = sum(
+            s
+            for s, kernel in zip(seconds, work.kernels, strict=True)
+            if kernel.kind != "moved" and not kernel.is_backward
+        )
+        talk = [0.0, 0.0]
+        volume: Counter[CollectiveKind] = Counter()
+        counts: Counter[CollectiveKind] = Counter()
+        for kind, is_backward, moved in work.calls:
+            num_bytes = moved.at(b)
+            talk[is_backward] += self._links[kind].seconds(num_bytes)
+            volume[kind] += num_bytes
+            counts[kind] += 1
+        host = [
+            dispatch_s([k for k in work.kernels if k.is_backward is way], device) for way in (False, True)
+        ]
+        forward_s, backward_s = (max(device_s[way], host[way] - talk[way]) for way in (False, True))
+        return UnitCost(
+            forward_s=forward_s,
+            backward_s=backward_s,
+            tp_forward_s=talk[0],
+            tp_backward_s=talk[1],
+            tp_bytes=tuple((kind, counts[kind], volume[kind]) for kind in counts),
+            forward_flops=round(work.forward_flops * b),
+            backward_flops=round(work.backward_flops * b),
+            input_bytes=work.input_bytes.at(b),
+            transient_bytes=max((each.at(b) for each in work.working_sets), default=0),
+            own_elements=work.own_elements,
+            num_parameters=work.num_parameters,
+            shared=work.shared,
+            kept={
+                recompute: KeptOf(
+                    saved_bytes=kept.saved.at(b),
+                    recompute_s=forward_s + talk[0] - products_s * (1 - kept.flops_ratio)
+                    if kept.is_recomputed
+                    else 0.0,
+                    extra_bytes=max((each.at(b) for each in kept.extras), default=0),
+                )
+                for recompute, kept in work.kept.items()
+            },
+        )
+
+
+class _Bytes(NamedTuple):
+    """Bytes at any microbatch."""
+
+    fixed: float
+    sample: float
+
+    def at(self, microbatch: int) -> int:
+        return round(self.fixed + self.sample * microbatch)
+
+
+class _Kept(NamedTuple):
+    """What a recompute choice means for a unit; ``flops_ratio`` of its forward's FLOPs are computed again."""
+
+    saved: _Bytes
+    is_recomputed: bool
+    flops_ratio: float
+    extras: tuple[_Bytes, ...]
+
+
+class _Work(NamedTuple):
+    """A kept unit at any microbatch; FLOPs are of one sample."""
+
+    kernels: tuple[Kernel, ...]
+    calls: tuple[tuple[CollectiveKind, bool, _Bytes], ...]
+    forward_flops: float
+    backward_flops: float
+    input_bytes: _Bytes
+    working_sets: tuple[_Bytes, ...]
+    own_elements: int
+    num_parameters: int
+    shared: tuple[str, ...]
+    kept: dict[Recompute, _Kept]
+
+
+class _Reading:
+    """One local graph while its units are read."""
+
+    def __init__(
+        self,
+        graph: ModelGraph,
+        bounds: Sequence[tuple[int, int]],
+        is_fixed: Callable[[str], bool],
+        *,
+        is_compiled: bool,
     ) -> None:
         self.graph = graph
-        self.device = cluster.device
         self.bounds = bounds
+        self.is_compiled = is_compiled
+        self.reader = KernelReader(graph, is_fixed)
         self.blocks = find_blocks(graph)
         self.crossing = all_crossing_bytes(graph)
-        kinds: tuple[CollectiveKind, ...] = ("all_reduce", "all_gather", "reduce_scatter")
-        self.links = {kind: cluster.collective(kind, range(tp)) for kind in kinds}
 
-    def units(self, elements: dict[str, int], shared: frozenset[str]) -> list[UnitCost]:
+    def works(self, elements: dict[str, int], shared: frozenset[str]) -> list[_Work]:
         saved = {recompute: self._increments(recompute) for recompute in RECOMPUTES}
         return [
-            self._unit(
-                start,
-                stop,
-                elements,
-                shared,
-                {recompute: saved[recompute][number] for recompute in RECOMPUTES},
-            )
+            self._work(start, stop, elements, shared, {r: saved[r][number] for r in RECOMPUTES})
             for number, (start, stop) in enumerate(self.bounds)
         ]
 
-    def _unit(
+    def _work(
         self,
         start: int,
         stop: int,
         elements: dict[str, int],
         shared: frozenset[str],
-        saved: dict[Recompute, int],
-    ) -> UnitCost:
+        saved: dict[Recompute, _Bytes],
+    ) -> _Work:
         graph = self.graph
         ops = graph.ops[start:stop]
-        times = [op_time(graph, op, self.device) for op in ops if not is_communication(op)]
-        calls = [call for op in ops for call in calls_of(graph, op)]
-        talk = [
-            sum(self.links[call.kind].seconds(call.num_bytes) for call in calls if call.is_backward is way)
-            for way in (False, True)
-        ]
-        volume: Counter[CollectiveKind] = Counter()
-        for call in calls:
-            volume[call.kind] += call.num_bytes
-        counts = Counter(call.kind for call in calls)
         names = {name for op in ops for name in op.inputs if name in elements}
-        forward_s = sum(time.forward_s for time in times)
         forward = sum(forward_flops(graph, op) for op in ops)
-        return UnitCost(
-            forward_s=forward_s,
-            backward_s=sum(time.backward_s for time in times),
-            tp_forward_s=talk[0],
-            tp_backward_s=talk[1],
-            tp_bytes=tuple((kind, counts[kind], volume[kind]) for kind in counts),
-            forward_flops=forward,
-            backward_flops=sum(backward_flops(graph, op) for op in ops),
-            input_bytes=self.crossing[start],
-            transient_bytes=transient_bytes(graph, start, stop),
+        return _Work(
+            kernels=self._kernels(ops),
+            calls=tuple(
+                (call.kind, call.is_backward, _Bytes(0.0, call.num_bytes / graph.microbatch))
+                for op in ops
+                for call in calls_of(graph, op)
+            ),
+            forward_flops=forward / graph.microbatch,
+            backward_flops=sum(backward_flops(graph, op) for op in ops) / graph.microbatch,
+            input_bytes=_Bytes(0.0, self.crossing[start] / graph.microbatch),
+            working_sets=_largest(self._bytes(names) for names in working_sets(graph, start, stop)),
             own_elements=sum(elements[name] for name in names - shared),
             num_parameters=len(names),
             shared=tuple(sorted(names & shared)),
-            kept={
-                recompute: self._kept(start, stop, recompute, saved[recompute], forward, forward_s + talk[0])
-                for recompute in RECOMPUTES
-            },
+            kept={r: self._kept(start, stop, r, saved[r], forward) for r in RECOMPUTES},
         )
 
-    def _increments(self, recompute: Recompute) -> list[int]:
-        """Bytes that each unit adds to what those before it keep: a storage that two units keep counts with the first."""
-        up_to = [saved_bytes(self.graph, 0, stop, recompute, blocks=self.blocks) for _, stop in self.bounds]
-        return [stop - start for start, stop in zip([0, *up_to], up_to, strict=False)]
+    def _kernels(self, ops: Sequence[Op]) -> tuple[Kernel, ...]:
+        computing = [op for op in ops if not is_communication(op)]
+        if self.is_compiled:
+            return fused(self.graph, self.reader, computing)
+        return tuple(kernel for op in computing for kernel in self.reader.kernels(op))
 
-    def _kept(
-        self, start: int, stop: int, recompute: Recompute, num_bytes: int, forward: int, forward_s: float
-    ) -> KeptOf:
+    def _bytes(self, names: Iterable[str]) -> _Bytes:
+        return _Bytes(*self.reader.moved(names))
+
+    def _increments(self, recompute: Recompute) -> list[_Bytes]:
+        """Bytes that each unit adds to what those before it keep: a storage that two units keep counts with the first."""
+        graph = self.graph
+        up_to = [_Bytes(0.0, 0.0)]
+        for _, stop in self.bounds:
+            names = saved_values(graph, 0, stop, recompute, blocks=self.blocks)
+            up_to.append(self._bytes(name for name in names if not is_of_batch(graph, name)))
+        return [_Bytes(b.fixed - a.fixed, b.sample - a.sample) for a, b in pairwise(up_to)]
+
+    def _kept(self, start: int, stop: int, recompute: Recompute, saved: _Bytes, forward: int) -> _Kept:
         """Recomputing takes the share of the forward's time that its FLOPs are of the forward's, selective at least what is not product."""
         is_layer = any(block.is_layer and block.start < stop and start < block.stop for block in self.blocks)
         if recompute == "none" or not is_layer:
-            return KeptOf(saved_bytes=num_bytes, recompute_s=0.0, extra_bytes=0)
-        flops = recompute_flops(self.graph, start, stop, recompute, blocks=self.blocks)
-        products_s = self._products_s(start, stop)
-        again_s = forward_s - products_s * (1 - flops / forward if forward else 0.0)
-        extra = peak_extra_bytes(self.graph, start, stop, recompute, blocks=self.blocks)
-        return KeptOf(saved_bytes=num_bytes, recompute_s=again_s, extra_bytes=extra)
+            return _Kept(saved, False, 0.0, ())
+        again = recompute_flops(self.graph, start, stop, recompute, blocks=self.blocks)
+        extras = extra_values(self.graph, start, stop, recompute, blocks=self.blocks)
+        return _Kept(
+            saved, True, again / forward if forward else 1.0, _largest(self._bytes(names) for names in extras)
+        )
 
-    def _products_s(self, start: int, stop: int) -> float:
-        graph = self.graph
-        ops = (op for op in graph.ops[start:stop] if forward_flops(graph, op))
-        return sum(op_time(graph, op, self.device).forward_s for op in ops)
+
+def _largest(sizes: Iterable[_Bytes]) -> tuple[_Bytes, ...]:
+    """Those that are largest at some microbatch: none is at most another in both parts."""
+    found: list[_Bytes] = []
+    for size in sorted(set(sizes), reverse=True):
+        if not any(size.sample <= other.sample for other in found):
+            found.append(size)
+    return tuple(found)
+
+
+def _is_fixed(graph: ModelGraph) -> Callable[[str], bool]:
+    """Whether a value of a graph at marker sizes, or of a local one made of it (``name@…``, ``name#…``), stays as the microbatch grows."""
+    stored = ("parameter", "buffer", "constant")
+    fixed = {
+        name
+        for name, value in graph.values.items()
+        if value.kind in stored or (graph.is_scalable and value.numel % graph.microbatch)
+    }
+
+    def is_fixed(name: str) -> bool:
+        return name in fixed or (name not in graph.values and re.split("[@#]", name)[0] in fixed)
+
+    return is_fixed
 
 
 def _local_bounds(folded: Folded, local: ModelGraph) -> list[tuple[int, int]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from shardstage.cost.execution import OURS, Execution
 from shardstage.cost.profile import Profile, Recompute
 from shardstage.layout import Mesh
 from shardstage.schedule import Schedule, make_schedule
@@ -17,7 +18,7 @@ class StepSetup:
     """``starts`` are the first units of the stages; the other fields are those of a plan.
 
     ``microbatch`` is the size that the profile was made at, and ``num_microbatches`` run on each data-parallel rank. ``custom`` is a
-    schedule that has no name.
+    schedule that has no name. ``execution`` is how the framework at hand runs all that.
     """
 
     mesh: Mesh
@@ -32,6 +33,7 @@ class StepSetup:
     precision: str
     bucket_bytes: int
     custom: Schedule | None = None
+    execution: Execution = OURS
 
     @property
     def sharding_level(self) -> int:
@@ -47,6 +49,17 @@ class StepSetup:
     def master_bytes(self) -> int:
         """Bytes of one gradient, of one moment and of one master weight: float32, or wider where computation is."""
         return max(4, self.compute_bytes)
+
+    @property
+    def accumulation_bytes(self) -> float:
+        """Bytes moved for each parameter element to add a microbatch's gradient to the sum: read it, read and write the sum."""
+        asked = self.execution.accumulation_bytes
+        return self.compute_bytes + 2.0 * self.master_bytes if asked is None else asked
+
+    @property
+    def wire_bytes(self) -> float:
+        """Bytes of one element of a gradient on its way to be summed over data-parallel ranks."""
+        return float(self.master_bytes) if self.execution.wire_bytes is None else self.execution.wire_bytes
 
     def units_of(self, stage: int, profile: Profile) -> range:
         """Indices of the units of a stage."""

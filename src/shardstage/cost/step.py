@@ -1,28 +1,29 @@
-"""``predict_step``: a first, analytic model of how long a step takes.
+"""``predict_step``: how long a step takes, and what each rank holds.
 
-    step = calibration × ( max over stages ( end of its last backward + exposed reduction of its gradients ) + optimizer )
+    step = pipeline + exposed reduction of gradients + optimizer + the norm's sum
 
-    end        the pipeline's recurrence over the stages' forward and backward seconds (``run_pipeline``)
-    forward    Σ units: compute + talk along tp, which nothing hides
-    backward   the same, and what is recomputed
+    pipeline   the schedule's formula over the stages' forward and backward seconds (``pipeline_s``)
+    forward    Σ units: kernels, or their launches where the host is slower, and talk along tp, which nothing hides
+    backward   the same, what is recomputed, and adding a microbatch's gradients to their sums
     exposed    what of the gradients' reduction the last backward does not hide; its last bucket never is
     ZeRO-2/3   gathers and reductions of every microbatch, hidden by compute but for the first and the last unit
 
-How much hides under compute is the device's (``Links.hidden_ratio``).
+How much hides under compute is the device's (``Links.hidden_ratio``), and whether the framework lets it (``Execution``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from types import MappingProxyType
 from typing import Final, NamedTuple
 
 from shardstage.cluster import CollectiveKind
-from shardstage.cost.compute import optimizer_s
+from shardstage.cost.compute import moved_s, optimizer_s
 from shardstage.cost.links import Links
 from shardstage.cost.memory import MemoryUse, rank_memory, stage_elements, stage_memory
-from shardstage.cost.pipeline import StageTime, least_pipeline_s, run_pipeline
+from shardstage.cost.pipeline import StageTime, pipeline_s, run_pipeline
 from shardstage.cost.profile import Profile, UnitCost
 from shardstage.cost.setup import StepSetup
 
@@ -38,10 +39,9 @@ class Calibration(NamedTuple):
 
 
 CALIBRATIONS: Final = MappingProxyType(
-    {"cuda": Calibration(0.97, 1.14, 1.61), "cpu": Calibration(0.8, 1.0, 1.5)}
+    {"cuda": Calibration(0.92, 1.0, 1.15), "cpu": Calibration(0.8, 1.0, 1.5)}
 )
-"""What the formulas leave out, by kind of device. cuda: 489 published runs in 11 groups (benchmarks/prediction_sanity; ``expected`` is
-the median of the groups' medians). cpu: our estimate, for want of published runs."""
+"""What the formulas leave out, by kind of device. cuda: the spread of published runs (benchmarks/planner/step_time). cpu: our estimate."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,13 +93,11 @@ def predict_step(profile: Profile, setup: StepSetup, links: Links) -> Prediction
     cluster = links.cluster
     times = stage_times(profile, setup, links)
     m, num_stages, num_ranks = setup.num_microbatches, setup.num_stages, setup.mesh.pp
-    order = setup.custom or setup.schedule
-    ends = run_pipeline(times, m, order, num_ranks=num_ranks)
-    instant = run_pipeline([t._replace(receive_s=0.0) for t in times], m, order, num_ranks=num_ranks)
-    exposed = [_exposed_reduction_s(profile, setup, links, s, times[s]) for s in range(num_stages)]
+    end_s = _pipeline_s(setup, times)
+    travel_s = end_s - _pipeline_s(setup, [time._replace(receive_s=0.0) for time in times])
+    exposed = _exposed_s(profile, setup, links, times)
     update = _of_busiest_rank(setup, [_update_s(profile, setup, links, s) for s in range(num_stages)])
-    backward_done = max(end + wait for end, wait in zip(ends, exposed, strict=True))
-    modelled_s = backward_done + update + links.norm_s()
+    modelled_s = end_s + exposed + update + links.norm_s()
     calibration = _calibration(links)
     step_s = calibration.expected * modelled_s
     busy = [m * (time.forward_s + time.backward_s) for time in times]
@@ -107,10 +105,7 @@ def predict_step(profile: Profile, setup: StepSetup, links: Links) -> Prediction
         m * sum(u.tp_forward_s + u.tp_backward_s for u in _units(profile, setup, s))
         for s in range(num_stages)
     ]
-    gathering = [
-        time.forward_s + time.backward_s - sum(_plain_times(_units(profile, setup, s), setup))
-        for s, time in enumerate(times)
-    ]
+    gathering = [sum(_waits(profile, setup, links, s)) for s in range(num_stages)]
     rate = cluster.device.rate(setup.precision) * setup.mesh.world_size
     return Prediction(
         step_time_s=step_s,
@@ -118,10 +113,10 @@ def predict_step(profile: Profile, setup: StepSetup, links: Links) -> Prediction
         step_time_high_s=calibration.high * modelled_s,
         stages=_stages(profile, setup, times),
         ranks=tuple(rank_memory(profile, setup, rank) for rank in range(num_ranks)),
-        bubble_ratio=1 - sum(busy) / (num_ranks * max(ends)),
-        exposed_dp_s=backward_done - max(ends) + m * _of_busiest_rank(setup, gathering),
+        bubble_ratio=1 - sum(busy) / (num_ranks * end_s),
+        exposed_dp_s=exposed + m * _of_busiest_rank(setup, gathering),
         exposed_tp_s=_of_busiest_rank(setup, talk),
-        exposed_pp_s=max(ends) - max(instant),
+        exposed_pp_s=travel_s,
         optimizer_s=update,
         samples_per_s=setup.global_batch / step_s,
         tokens_per_s=setup.global_batch * (setup.sequence or 1) / step_s,
@@ -130,17 +125,34 @@ def predict_step(profile: Profile, setup: StepSetup, links: Links) -> Prediction
 
 
 def least_step_s(profile: Profile, setup: StepSetup, links: Links) -> float:
-    """A lower bound of the predicted time, without running the schedule."""
+    """A lower bound of the predicted time: the slowest rank computes all its microbatches, and updates."""
     times = stage_times(profile, setup, links)
     updates = [_update_s(profile, setup, links, s) for s in range(setup.num_stages)]
-    update = _of_busiest_rank(setup, updates)
-    pipeline_s = least_pipeline_s(times, setup.num_microbatches)
-    return _calibration(links).expected * (pipeline_s + update + links.norm_s())
+    busy_s = setup.num_microbatches * _of_busiest_rank(setup, [time.both_s for time in times])
+    return _calibration(links).expected * (busy_s + _of_busiest_rank(setup, updates) + links.norm_s())
 
 
 def stage_times(profile: Profile, setup: StepSetup, links: Links) -> tuple[StageTime, ...]:
     """Seconds of every stage for one microbatch."""
     return tuple(_stage_time(profile, setup, links, stage) for stage in range(setup.num_stages))
+
+
+def _pipeline_s(setup: StepSetup, times: Sequence[StageTime]) -> float:
+    if setup.custom is not None:
+        return max(run_pipeline(times, setup.num_microbatches, setup.custom))
+    return pipeline_s(setup.schedule, times, setup.mesh.pp, setup.num_microbatches)
+
+
+def _exposed_s(profile: Profile, setup: StepSetup, links: Links, times: Sequence[StageTime]) -> float:
+    """Seconds after the pipeline's end until all gradients are summed: those of later stages are while earlier ones still compute."""
+    waits = [_exposed_reduction_s(profile, setup, links, s, times[s]) for s in range(setup.num_stages)]
+    if setup.num_stages > setup.mesh.pp or setup.custom is not None:
+        return _of_busiest_rank(setup, waits)
+    before_s = [
+        0.0,
+        *accumulate(time.backward_s for time in times[:-1]),
+    ]  # from a stage's end to the first one's
+    return max(0.0, *(wait - earlier for wait, earlier in zip(waits, before_s, strict=True)))
 
 
 def _of_busiest_rank(setup: StepSetup, by_stage: Sequence[float]) -> float:
@@ -159,9 +171,31 @@ def _units(profile: Profile, setup: StepSetup, stage: int) -> list[UnitCost]:
 def _stage_time(profile: Profile, setup: StepSetup, links: Links, stage: int) -> StageTime:
     units = _units(profile, setup, stage)
     forward_s, backward_s = _plain_times(units, setup)
-    wait = _gathering_waits(units, setup, links, forward_s, backward_s)
-    receive_s = links.transfer_s(units[0].input_bytes) if stage else 0.0
+    wait = _waits(profile, setup, links, stage)
+    backward_s += _accumulation_s(profile, setup, links, stage)
+    receive_s = _transfer_s(setup, links, units[0].input_bytes) if stage else 0.0
+    if not setup.execution.overlaps_sends and setup.mesh.pp > 1:
+        held_s = max(receive_s, _transfer_s(setup, links, units[0].input_bytes) if stage == 0 else 0.0)
+        return StageTime(forward_s + wait[0] + held_s, backward_s + wait[1] + held_s)
     return StageTime(forward_s + wait[0], backward_s + wait[1], receive_s)
+
+
+def _transfer_s(setup: StepSetup, links: Links, num_bytes: int) -> float:
+    """Seconds from one stage to the next; scattered, a tensor-parallel rank sends its part and gathers the others' inside the node."""
+    tp = setup.mesh.tp
+    if setup.execution.scatters_sends and tp > 1:
+        return links.transfer_s(num_bytes // tp) + links.tp_gather_s(num_bytes)
+    return links.transfer_s(num_bytes)
+
+
+def _accumulation_s(profile: Profile, setup: StepSetup, links: Links, stage: int) -> float:
+    """Seconds of adding a microbatch's gradients to their sums: nothing to do for a single microbatch."""
+    if setup.num_microbatches == 1:
+        return 0.0
+    elements = stage_elements(profile, setup, stage)
+    if setup.sharding_level >= 2:
+        elements //= setup.mesh.dp
+    return moved_s(elements * setup.accumulation_bytes, links.cluster.device)
 
 
 def _plain_times(units: Sequence[UnitCost], setup: StepSetup) -> tuple[float, float]:
@@ -173,14 +207,14 @@ def _plain_times(units: Sequence[UnitCost], setup: StepSetup) -> tuple[float, fl
     return forward_s, backward_s
 
 
-def _gathering_waits(
-    units: Sequence[UnitCost], setup: StepSetup, links: Links, forward_s: float, backward_s: float
-) -> tuple[float, float]:
+def _waits(profile: Profile, setup: StepSetup, links: Links, stage: int) -> tuple[float, float]:
     """Seconds forward and backward that a microbatch waits for ZeRO-2/3: the first gather, the last reduction, what does not hide."""
     if setup.sharding_level < 2:
         return 0.0, 0.0
+    units = _units(profile, setup, stage)
+    forward_s, backward_s = _plain_times(units, setup)
     gathers = [links.dp_s("all_gather", unit.own_elements * setup.compute_bytes) for unit in units]
-    sums = [links.dp_s("reduce_scatter", unit.own_elements * setup.master_bytes) for unit in units]
+    sums = [links.dp_s("reduce_scatter", unit.own_elements * setup.wire_bytes) for unit in units]
     again = gathers if setup.sharding_level == 3 else []
     return (
         max(gathers[0], sum(gathers) - links.hidden_ratio * forward_s),
@@ -192,14 +226,15 @@ def _exposed_reduction_s(
     profile: Profile, setup: StepSetup, links: Links, stage: int, time: StageTime
 ) -> float:
     """Seconds after the last backward until a stage's gradients are summed over dp and ties."""
-    waited = links.tie_s(_tied_elements(profile, setup, stage) * setup.master_bytes)
+    waited = links.tie_s(_tied_elements(profile, setup, stage) * setup.wire_bytes)
     if setup.mesh.dp == 1 or setup.sharding_level >= 2:
         return waited
     elements = stage_elements(profile, setup, stage)
     kind: CollectiveKind = "reduce_scatter" if setup.sharding_level else "all_reduce"
     num_buckets = max(1, -(-elements * setup.compute_bytes // setup.bucket_bytes))
-    all_s = links.dp_s(kind, elements * setup.master_bytes, num_buckets)
-    return waited + max(all_s / num_buckets, all_s - links.hidden_ratio * time.backward_s)
+    all_s = links.dp_s(kind, elements * setup.wire_bytes, num_buckets)
+    hidden_s = links.hidden_ratio * time.backward_s if setup.execution.overlaps_gradients else 0.0
+    return waited + max(all_s / num_buckets, all_s - hidden_s)
 
 
 def _tied_elements(profile: Profile, setup: StepSetup, stage: int) -> int:
@@ -218,6 +253,8 @@ def _update_s(profile: Profile, setup: StepSetup, links: Links, stage: int) -> f
     if setup.sharding_level >= 2:
         num_tensors = sum(unit.num_parameters for unit in _units(profile, setup, stage))
     step_s = optimizer_s(own, setup.master_bytes, num_tensors, links.cluster.device)
+    if setup.execution.update_bytes is not None:
+        step_s = moved_s(own * setup.execution.update_bytes, links.cluster.device)
     if setup.sharding_level == 1:
         step_s += links.dp_s("all_gather", elements * setup.compute_bytes, num_buckets)
     return step_s

@@ -20,12 +20,15 @@ from shardstage.graph.model_graph import ModelGraph, Op
 
 __all__ = [
     "SELECTIVE_TARGETS",
+    "extra_values",
+    "is_of_batch",
     "peak_extra_bytes",
     "recompute_flops",
     "saved_bytes",
     "saved_input_bytes",
     "saved_values",
     "transient_bytes",
+    "working_sets",
 ]
 
 Recompute = Literal["none", "selective", "full"]
@@ -56,7 +59,7 @@ def saved_bytes(
     ``blocks`` are those of the graph, to save finding them again.
     """
     names = saved_values(graph, start, stop, recompute, blocks=blocks)
-    return sum(graph.values[name].num_bytes for name in names if not _is_of_batch(graph, name))
+    return sum(graph.values[name].num_bytes for name in names if not is_of_batch(graph, name))
 
 
 def saved_input_bytes(
@@ -64,7 +67,7 @@ def saved_input_bytes(
 ) -> int:
     """Bytes of the batch's own tensors that ops[start:stop] keep, such as token ids and labels."""
     names = saved_values(graph, start, stop, recompute, blocks=blocks)
-    return sum(graph.values[name].num_bytes for name in names if _is_of_batch(graph, name))
+    return sum(graph.values[name].num_bytes for name in names if is_of_batch(graph, name))
 
 
 def saved_values(
@@ -100,20 +103,21 @@ def peak_extra_bytes(
     graph: ModelGraph, start: int, stop: int, recompute: Recompute, *, blocks: Sequence[Block] | None = None
 ) -> int:
     """The most that recomputing one layer of ops[start:stop] brings back at once, beyond what is kept anyway."""
+    layers = extra_values(graph, start, stop, recompute, blocks=blocks)
+    return max((sum(graph.values[name].num_bytes for name in names) for names in layers), default=0)
+
+
+def extra_values(
+    graph: ModelGraph, start: int, stop: int, recompute: Recompute, *, blocks: Sequence[Block] | None = None
+) -> Iterator[tuple[str, ...]]:
+    """For each layer of ops[start:stop] the values that recomputing it brings back, beyond what is kept anyway."""
+    if recompute == "none":
+        return
     kept = set(saved_values(graph, start, stop, recompute, blocks=blocks))
-    parts = _parts(graph, start, stop, recompute, blocks)
-    return max(
-        (
-            sum(
-                graph.values[name].num_bytes
-                for name in saved_values(graph, block.start, block.stop, "none", blocks=())
-                if name not in kept and not _is_of_batch(graph, name)
-            )
-            for block in parts
-            if block.is_layer and recompute != "none"
-        ),
-        default=0,
-    )
+    for block in _parts(graph, start, stop, recompute, blocks):
+        if block.is_layer:
+            names = saved_values(graph, block.start, block.stop, "none", blocks=())
+            yield tuple(name for name in names if name not in kept and not is_of_batch(graph, name))
 
 
 def transient_bytes(graph: ModelGraph, start: int, stop: int) -> int:
@@ -121,7 +125,19 @@ def transient_bytes(graph: ModelGraph, start: int, stop: int) -> int:
 
     Its backward needs as much again for gradients: think of logits in float32 under their loss.
     """
-    return max((_working_set_bytes(graph, op) for op in graph.ops[start:stop]), default=0)
+    sets = working_sets(graph, start, stop)
+    return max((sum(graph.values[name].num_bytes for name in names) for names in sets), default=0)
+
+
+def working_sets(graph: ModelGraph, start: int, stop: int) -> Iterator[tuple[str, ...]]:
+    """For each op of ops[start:stop] what it reads, writes and saves, weights left out: one name for each storage."""
+    return (tuple(_distinct(graph, op)) for op in graph.ops[start:stop])
+
+
+def is_of_batch(graph: ModelGraph, name: str) -> bool:
+    """Whether the value came with the batch and carries no gradient, such as token ids."""
+    value = graph.values[name]
+    return value.kind == "input" and not value.requires_grad
 
 
 def _parts(
@@ -183,15 +199,6 @@ def _owner_from(graph: ModelGraph, name: str, start: int) -> str:
     while (viewed := graph.values[name].alias_of) and producer.get(name, start) >= start:
         name = viewed
     return name
-
-
-def _is_of_batch(graph: ModelGraph, name: str) -> bool:
-    value = graph.values[name]
-    return value.kind == "input" and not value.requires_grad
-
-
-def _working_set_bytes(graph: ModelGraph, op: Op) -> int:
-    return sum(graph.values[name].num_bytes for name in _distinct(graph, op))
 
 
 def _distinct(graph: ModelGraph, op: Op) -> Iterable[str]:

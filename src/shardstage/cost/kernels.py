@@ -1,0 +1,249 @@
+"""``kernels_of``: what a device runs for one op, forward and backward, as eager PyTorch runs it.
+
+    op                          forward                     backward
+    product                     one product                 one for each operand that requires a gradient (+ the bias's sum)
+    fused attention             one                         one, 2.5 times the FLOPs
+    view                        nothing                     nothing; a slice's gradient is written into zeros of the whole, those of
+                                                            a split are put together
+    add, sub                    reads both, writes one      nothing, but a sum where an operand was broadcast
+    mul                         reads both, writes one      one for each operand that requires a gradient
+    embedding                   reads and writes the rows   zeros of the whole table, and the rows
+    anything else               reads inputs, writes        reads the output's gradient and what was saved, writes the inputs' gradients
+                                outputs and what it saves
+    a value read by c ops                                   c - 1 sums of gradients
+
+Sizes are taken from one local graph and scale with the microbatch (``Kernel.at``), so that a graph is sharded once for all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Final, Literal, NamedTuple
+
+from shardstage.graph import ModelGraph, Op, Ref, Value
+from shardstage.graph.flops import backward_flops, forward_flops
+
+__all__ = ["Kernel", "KernelReader"]
+
+NORM_KERNELS: Final = 2
+"""Layer norm's backward runs one kernel for its input's gradient and one for its weight's and bias's."""
+
+
+class Kernel(NamedTuple):
+    """One launch. ``fixed_bytes`` and ``sample_bytes`` are moved, the latter for each sample of the microbatch.
+
+    A product is [m, k] · [k, n], ``count`` times; ``scaled`` is the one of its sizes that is given for one sample. Attention has ``flops``
+    for one sample. ``is_weight`` marks the product that yields a weight's gradient.
+    """
+
+    kind: Literal["product", "attention", "moved"]
+    is_backward: bool
+    fixed_bytes: float
+    sample_bytes: float
+    dtype: str = ""
+    m: int = 0
+    n: int = 0
+    k: int = 0
+    count: int = 1
+    scaled: Literal["m", "n", "k", "count", ""] = ""
+    flops: float = 0.0
+    is_weight: bool = False
+
+    def moved_bytes(self, microbatch: float) -> float:
+        return self.fixed_bytes + microbatch * self.sample_bytes
+
+    def sizes(self, microbatch: float) -> tuple[int, int, int, int]:
+        """(m, n, k, count) of a product at a microbatch."""
+        sizes = {"m": self.m, "n": self.n, "k": self.k, "count": self.count}
+        if self.scaled:
+            sizes[self.scaled] = max(1, round(sizes[self.scaled] * microbatch))
+        return sizes["m"], sizes["n"], sizes["k"], sizes["count"]
+
+
+class KernelReader:
+    """Reads the kernels of a local graph's ops; ``is_fixed`` tells of a value's name whether it stays as the microbatch grows."""
+
+    def __init__(self, graph: ModelGraph, is_fixed: Callable[[str], bool]) -> None:
+        self._graph = graph
+        self._is_fixed = is_fixed
+        self._num_readers = _gradient_readers(graph)
+
+    def kernels(self, op: Op) -> tuple[Kernel, ...]:
+        """Forward kernels, then backward ones."""
+        return (*self._forward(op), *self._backward(op), *self.gradient_sums(op.outputs))
+
+    def moved(self, names: Iterable[str]) -> tuple[float, float]:
+        """Fixed bytes and bytes a sample of the values named, each as often as it is named."""
+        fixed = sample = 0.0
+        for name in names:
+            num_bytes = self._graph.values[name].num_bytes
+            if self._is_fixed(name):
+                fixed += num_bytes
+            else:
+                sample += num_bytes / self._graph.microbatch
+        return fixed, sample
+
+    def _forward(self, op: Op) -> Iterator[Kernel]:
+        if _is_view(self._graph, op):
+            return
+        outputs = [name for name in op.outputs if name is not None]
+        saved = [name for name in op.saved if self._graph.values[name].kind == "saved"]
+        read = op.inputs[1:] if _family(op) in _LOOK_UPS else op.inputs
+        written = [*outputs, *outputs] if _family(op) in _LOOK_UPS else outputs  # the rows are read, too
+        moved = self.moved((*read, *written, *saved))
+        if flops := forward_flops(self._graph, op):
+            yield self._product(op, flops, moved, is_backward=False)
+        elif any(moved):
+            yield Kernel("moved", False, *moved)
+
+    def _backward(self, op: Op) -> Iterator[Kernel]:
+        values = self._graph.values
+        outputs = [name for name in op.outputs if name is not None and values[name].requires_grad]
+        inputs = [name for name in op.inputs if values[name].requires_grad]
+        if not outputs or not inputs:
+            return
+        family = _family(op)
+        if backward_flops(self._graph, op):
+            yield from self._product_backward(op, outputs, inputs)
+        elif _is_view(self._graph, op):
+            if family in _PARTS:
+                yield self._moves([*inputs, *outputs])
+            elif family in _CUTS and values[outputs[0]].numel < values[inputs[0]].numel:
+                yield self._moves([*inputs, *outputs, *outputs])
+        elif family in _SUMS:
+            size = values[outputs[0]].numel
+            yield from (self._moves([*outputs, name]) for name in inputs if values[name].numel < size)
+        elif family in ("aten.mul", "aten.div"):
+            for name in inputs:
+                others = [other for other in op.inputs if other != name] or [name]
+                yield self._moves([*outputs, *others, name])
+        elif family in _LOOK_UPS:
+            yield self._moves([*inputs, *outputs, *outputs])
+        else:
+            yield self._moves(list(dict.fromkeys((*outputs, *op.saved))) + _activations(values, inputs))
+            if family in _NORMS:
+                yield self._moves([*outputs, *_activations(values, list(op.inputs))])
+
+    def _product_backward(self, op: Op, outputs: list[str], inputs: list[str]) -> Iterator[Kernel]:
+        values = self._graph.values
+        forward = forward_flops(self._graph, op)
+        if _is_attention(op):
+            moved = self.moved((*outputs, *op.saved, *inputs))
+            yield self._product(op, backward_flops(self._graph, op), moved, is_backward=True)
+            return
+        product = self._product(op, forward, (0.0, 0.0), is_backward=True)
+        operands = _operands(op)
+        for place, name in enumerate(operands):
+            if not values[name].requires_grad:
+                continue
+            others = [other for other in operands if other != name] or [name]
+            fixed, sample = self.moved((*outputs, *others, name))
+            is_weight = values[name].kind == "parameter"
+            yield _turned(product, place)._replace(
+                fixed_bytes=fixed, sample_bytes=sample, is_weight=is_weight
+            )
+        for name in op.inputs:
+            if name not in operands and values[name].requires_grad:
+                yield self._moves([*outputs, name])  # the bias's sum
+
+    def _product(self, op: Op, flops: int, moved: tuple[float, float], *, is_backward: bool) -> Kernel:
+        values = self._graph.values
+        dtype = next(values[name].dtype for name in op.inputs if "float" in values[name].dtype)
+        if _is_attention(op):
+            causal = 0.5 if dict(op.kwargs).get("is_causal") is True or True in op.args[5:6] else 1.0
+            a_sample = causal * flops / self._graph.microbatch
+            return Kernel("attention", is_backward, *moved, dtype=dtype, flops=a_sample)
+        m, n, k, count = _shape(values, op, flops)
+        first = next(name for name in op.inputs if "float" in values[name].dtype)
+        if self._is_fixed(first):
+            return Kernel("product", is_backward, *moved, dtype=dtype, m=m, n=n, k=k, count=count)
+        b = self._graph.microbatch
+        if count > 1 and count % b == 0:
+            return Kernel(
+                "product", is_backward, *moved, dtype=dtype, m=m, n=n, k=k, count=count // b, scaled="count"
+            )
+        return Kernel(
+            "product", is_backward, *moved, dtype=dtype, m=m // b, n=n, k=k, count=count, scaled="m"
+        )
+
+    def gradient_sums(self, names: Iterable[str | None]) -> Iterator[Kernel]:
+        """A value that several ops read gets as many gradients, which are added pair by pair."""
+        for name in names:
+            if name is not None and self._graph.values[name].requires_grad:
+                for _ in range(self._num_readers.get(name, 1) - 1):
+                    yield self._moves([name, name, name])
+
+    def _moves(self, names: list[str]) -> Kernel:
+        return Kernel("moved", True, *self.moved(names))
+
+
+def _turned(product: Kernel, place: int) -> Kernel:
+    """The product [m, k] · [k, n] whose operand at ``place`` is wanted: [m, n] · [n, k] or [k, m] · [m, n]."""
+    m, n, k = product.m, product.n, product.k
+    if place == 0:
+        return product._replace(m=m, n=k, k=n)
+    moved = {"m": "k", "k": "m"}.get(product.scaled, product.scaled)
+    return product._replace(m=k, n=n, k=m, scaled=moved)  # type: ignore[arg-type]
+
+
+def _shape(values: Mapping[str, Value], op: Op, flops: int) -> tuple[int, int, int, int]:
+    """(m, n, k, count) of a product from its operands; of any other op with FLOPs, what gives as many with the weight's rows as n."""
+    family = _family(op)
+    operands = _operands(op)
+    a, b = values[operands[0]], values[operands[1]]
+    if family == "aten.linear":
+        k = b.shape[-1]
+        return a.numel // k, b.numel // k, k, 1
+    if family in ("aten.mm", "aten.addmm") or (family == "aten.matmul" and len(b.shape) == 2):
+        k = b.shape[0]
+        return a.numel // k, b.shape[1], k, 1
+    if family in ("aten.bmm", "aten.baddbmm", "aten.matmul"):
+        m, k, n = (a.shape[-2] if len(a.shape) > 1 else 1), a.shape[-1], b.shape[-1]
+        return m, n, k, max(1, flops // (2 * m * k * n))
+    n = max(1, b.shape[0] if b.shape else 1)
+    k = max(1, b.numel // n)
+    return max(1, flops // (2 * n * k)), n, k, 1
+
+
+def _operands(op: Op) -> tuple[str, ...]:
+    """The two factors, without a summand or bias."""
+    tensors = [argument.name for argument in op.args if isinstance(argument, Ref)]
+    if _family(op) in ("aten.addmm", "aten.baddbmm"):
+        return tuple(tensors[1:3])
+    return tuple(tensors[:2]) if len(tensors) > 1 else tuple(op.inputs[:2])
+
+
+def _gradient_readers(graph: ModelGraph) -> dict[str, int]:
+    """For each value how many ops send a gradient back to it."""
+    readers: dict[str, int] = {}
+    for op in graph.ops:
+        if any(name is not None and graph.values[name].requires_grad for name in op.outputs):
+            for name in op.inputs:
+                if graph.values[name].kind == "activation":
+                    readers[name] = readers.get(name, 0) + 1
+    return readers
+
+
+def _activations(values: Mapping[str, Value], names: list[str]) -> list[str]:
+    return [name for name in names if values[name].kind != "parameter"]
+
+
+def _is_view(graph: ModelGraph, op: Op) -> bool:
+    outputs = [graph.values[name] for name in op.outputs if name is not None]
+    return bool(outputs) and all(value.alias_of for value in outputs) and not _family(op).endswith("_")
+
+
+def _is_attention(op: Op) -> bool:
+    return _family(op) in ("aten.scaled_dot_product_attention", "shardstage.attention")
+
+
+def _family(op: Op) -> str:
+    """``aten.linear.default`` → ``aten.linear``."""
+    return ".".join(op.target.split(".")[:2])
+
+
+_LOOK_UPS: Final = frozenset({"aten.embedding", "aten.index_select", "aten.gather", "shardstage.embedding"})
+_SUMS: Final = frozenset({"aten.add", "aten.sub"})
+_CUTS: Final = frozenset({"aten.slice", "aten.select", "aten.narrow"})
+_PARTS: Final = frozenset({"aten.split", "aten.split_with_sizes", "aten.chunk", "aten.unbind"})
+_NORMS: Final = frozenset({"aten.layer_norm", "aten.rms_norm", "aten.group_norm", "aten.batch_norm"})
