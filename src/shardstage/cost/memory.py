@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, NamedTuple
+from typing import Final, Literal, NamedTuple
 
 from shardstage.cost.accounting import OUR_ACCOUNTING, Accounting
 from shardstage.cost.profile import Profile, UnitCost
@@ -77,7 +77,8 @@ def stage_memory(
     shared = sum(profile.shared_elements[n] for n in {name for unit in units for name in unit.shared})
     by_size = sorted((unit.own_elements for unit in units), reverse=True)
     largest = max([by_size[0], shared])
-    works = _works(units, setup, accounting, has_loss=stage == setup.num_stages - 1)
+    has_loss = stage == setup.num_stages - 1
+    works = _works(units, setup, accounting, has_loss=has_loss)
     recomputed, transient = max(((work.recomputed, work.transient) for work in works), key=sum)
     level, c, w = setup.sharding_level, setup.compute_bytes, setup.master_bytes
     g = w if accounting.gradient_bytes is None else accounting.gradient_bytes
@@ -95,7 +96,8 @@ def stage_memory(
         gradients=gradients,
         optimizer=MOMENTS * part * w,
         activations=setup.in_flight(stage)
-        * (sum(work.kept for work in works) + _held_at_ends(profile, setup, stage, accounting)),
+        * (sum(work.kept for work in works) + _held_at_ends(profile, setup, stage, accounting))
+        + (accounting.loss.kept_bytes * (_losses_held(setup) - 1) if has_loss and accounting.loss else 0),
         recompute=recomputed,
         transient=transient,
         communication=_communication_bytes(setup, profile, stage, elements, accounting),
@@ -146,18 +148,29 @@ def _works(
         _Work(k.saved_bytes, k.extra_bytes, unit.transient_bytes) for k, unit in zip(kept, units, strict=True)
     ]
     if has_loss and accounting.loss is not None:
-        works[-1] = _Work(accounting.loss.kept_bytes, 0, accounting.loss.transient_bytes)
+        works[-1] = _Work(0, 0, accounting.loss.kept_bytes + accounting.loss.transient_bytes)
     return works
 
 
-def _peak_activation_bytes(row: Sequence[Action], held: Mapping[int, int]) -> int:
-    """Most bytes of a rank's microbatches in flight, ``held`` by each on a stage from its F to the end of its B or W."""
+def _losses_held(setup: StepSetup) -> int:
+    """Most microbatches of the last stage between their F and their B or I: what a loss keeps, the gradients of weights do not need."""
+    if setup.schedule == "1f1b" and setup.custom is None:
+        return 1
+    order, last = setup.order(), setup.num_stages - 1
+    row = order.actions[order.stage_ranks[last]]
+    return _peak_activation_bytes([a for a in row if a.stage == last and a.kind != "W"], {last: 1}, "I")
+
+
+def _peak_activation_bytes(
+    row: Sequence[Action], held: Mapping[int, int], last_half: Literal["I", "W"] = "W"
+) -> int:
+    """Most bytes of a rank's microbatches in flight, ``held`` by each on a stage from its F to the end of its B or of ``last_half``."""
     now = most = 0
     for action in row:
         if action.kind == "F":
             now += held[action.stage]
             most = max(most, now)
-        elif action.kind != "I":
+        elif action.kind in ("B", last_half):
             now -= held[action.stage]
     return most
 
