@@ -35,9 +35,12 @@ class Shape:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Kernels:
-    """What ran as one kernel: ``attention`` fused (flash) or written out, ``norm`` fused or eager in float32, rotary positions."""
+    """What ran as one kernel: all of attention (flash), its scale, mask and softmax, or none of these; the norm or its parts.
 
-    attention: Literal["flash", "written-out"] = "flash"
+    ``flash-1`` and ``flash-triton`` are FlashAttention before its second version, which compute the same more slowly.
+    """
+
+    attention: Literal["flash", "flash-1", "flash-triton", "fused-softmax", "written-out"] = "flash"
     norm: Literal["layer", "rms", "eager-rms"] = "layer"
     is_rotary: bool = False
     dropout: float = 0.0
@@ -104,10 +107,11 @@ class _Attention(nn.Module):
         width = shape.kv_heads * (self.per_group + 2) * shape.head_dim
         self.qkv = nn.Linear(shape.hidden, width, bias=kernels.has_bias)
         self.out = nn.Linear(shape.heads * shape.head_dim, shape.hidden, bias=kernels.has_bias)
+        self.is_flash = kernels.attention.startswith("flash")
         self.dropout = kernels.dropout
 
     def forward(self, x: Tensor, angles: Tensor | None, ahead: Tensor | None) -> Tensor:
-        """``ahead`` [s, s] is true where a position may not look; None for fused attention."""
+        """``ahead`` [s, s] is true where a position may not look; None where a kernel knows."""
         b, s, _ = x.shape
         grouped = self.qkv(x).view(b, s, self.groups, self.per_group + 2, self.head_dim)
         queries, k, v = grouped.split((self.per_group, 1, 1), dim=3)
@@ -115,17 +119,21 @@ class _Attention(nn.Module):
         k, v = (each.squeeze(3).transpose(1, 2) for each in (k, v))  # [b, groups, s, d]
         if angles is not None:
             q, k = _rotated(q, angles), _rotated(k, angles)
-        if ahead is None:
+        if self.is_flash:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.per_group > 1)
         else:
             y = self._written_out(q, k, v, ahead)
         return self.out(y.transpose(1, 2).reshape(b, s, -1))
 
-    def _written_out(self, q: Tensor, k: Tensor, v: Tensor, ahead: Tensor) -> Tensor:
+    def _written_out(self, q: Tensor, k: Tensor, v: Tensor, ahead: Tensor | None) -> Tensor:
         if self.per_group > 1:
             k, v = (each.repeat_interleave(self.per_group, dim=1) for each in (k, v))
         scores = q @ k.transpose(-1, -2)  # [b, a, s, s]
-        weights = torch.softmax((scores * self.head_dim**-0.5).masked_fill(ahead, -1e4), dim=-1)
+        if ahead is None:  # one kernel scales, masks and normalises
+            weights = torch.softmax(scores, dim=-1)
+        else:
+            masked = (scores * self.head_dim**-0.5).masked_fill(ahead, -1e4)
+            weights = torch.softmax(masked.float(), dim=-1).to(q.dtype)
         if self.dropout:
             weights = F.dropout(weights, self.dropout)
         return weights @ v

@@ -38,7 +38,9 @@ def main() -> None:
                 f"{row['id']:62} {measured_s(row):8.3f} s {p.step_time_s:8.3f} s {100 * error:6.1f} %  "
                 f"dp {p.exposed_dp_s:.2f} tp {p.exposed_tp_s:.2f} pp {p.exposed_pp_s:.2f} opt {p.optimizer_s:.3f} bubble {p.bubble_ratio:.2f}"
             )
-    print("| runs | number | median error | mean of absolute errors | median of absolute errors |\n|---|---|---|---|---|")
+    print(
+        "| runs | number | median error | mean of absolute errors | median of absolute errors |\n|---|---|---|---|---|"
+    )
     for name, group in errors.items():
         absolute = [abs(error) for error in group]
         print(
@@ -66,7 +68,7 @@ def _is_ours(row: dict) -> bool:
         and plan.get("cp") in (1, None)
         and "fp8" not in plan["dtype"]
         and bool(plan["microbatch"])
-        and plan["zero"] in (0, 1, 2, 3)
+        and plan["zero"] in (0, 1, 2, 3, "hsdp")
         and plan["recompute"] in ("none", "full", None)
         and not math.isnan(measured_s(row))
     )

@@ -20,7 +20,10 @@ from typing import Any, NamedTuple
 from shardstage.cluster.table import Table
 from shardstage.errors import ClusterError
 
-__all__ = ["KernelModel", "Tile"]
+__all__ = ["ALIGNED_BYTES", "KernelModel", "Tile"]
+
+ALIGNED_BYTES = 16
+"""Tensor cores load rows in such pieces (NVIDIA, "Matrix Multiplication Background User's Guide", tensor core requirements)."""
 
 
 class Tile(NamedTuple):
@@ -36,7 +39,7 @@ class KernelModel:
     """Ratios are of the device's ``flops_per_s`` and ``bytes_per_s``.
 
     ``sustained_ratio``: what products reach over hours, with all devices of a job under load, of what they reach in a benchmark.
-    ``dispatch_s``: what the host takes for one kernel of eager PyTorch, autograd and the framework's Python included.
+    ``misaligned_ratio``: what is left of a product's rate where rows are no multiple of ``ALIGNED_BYTES``. ``dispatch_s``: what the host takes for one kernel of eager PyTorch, autograd and the framework's Python included.
     """
 
     num_sms: int
@@ -45,6 +48,7 @@ class KernelModel:
     attention_forward_ratio: float
     attention_backward_ratio: float
     moved_ratio: float
+    misaligned_ratio: float
     launch_s: float
     dispatch_s: float
     sustained_ratio: float
@@ -65,10 +69,16 @@ class KernelModel:
                 hint="num_sms = 108\nwave_ratio = 0.34",
             )
 
-    def product_s(self, m: int, n: int, k: int, count: int, flops_per_s: float) -> float:
-        """Seconds of ``count`` products under load, without the launch; ``flops_per_s`` is the device's best rate."""
+    def product_s(
+        self, m: int, n: int, k: int, count: int, flops_per_s: float, *, row_bytes: int = 16
+    ) -> float:
+        """Seconds of ``count`` products under load, without the launch; ``flops_per_s`` is the device's best rate.
+
+        ``row_bytes`` divides the length in bytes of all rows of the operands and of the result.
+        """
         best = _least_area(self, m, n, count)
-        return best * 2.0 * k * self.num_sms / (flops_per_s * self.sustained_ratio)
+        ratio = self.sustained_ratio * (self.misaligned_ratio if row_bytes % ALIGNED_BYTES else 1.0)
+        return best * 2.0 * k * self.num_sms / (flops_per_s * ratio)
 
     def to_table(self) -> dict[str, Any]:
         numbers = {name: getattr(self, name) for name in ("num_sms", "wave_ratio", *_RATIOS, *_SECONDS)}
@@ -87,7 +97,13 @@ class KernelModel:
         return model
 
 
-_RATIOS = ("attention_forward_ratio", "attention_backward_ratio", "moved_ratio", "sustained_ratio")
+_RATIOS = (
+    "attention_forward_ratio",
+    "attention_backward_ratio",
+    "moved_ratio",
+    "misaligned_ratio",
+    "sustained_ratio",
+)
 _SECONDS = ("launch_s", "dispatch_s")
 
 

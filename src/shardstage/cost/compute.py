@@ -9,11 +9,13 @@ the roofline (Williams, Waterman, Patterson, 2009). Arithmetic follows from a pr
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import gcd
 from typing import Final, NamedTuple
 
 from shardstage.cluster import DeviceClass
 from shardstage.cost.kernels import Kernel, KernelReader
 from shardstage.graph import ModelGraph, Op
+from shardstage.units import dtype_bytes
 
 __all__ = ["RELATIVE", "OpTime", "dispatch_s", "kernel_s", "moved_s", "op_time", "optimizer_s"]
 
@@ -64,7 +66,11 @@ def kernel_s(kernel: Kernel, microbatch: float, device: DeviceClass) -> float:
         rate = device.rate(kernel.dtype) * ratio * model.sustained_ratio
         arithmetic_s = kernel.flops * microbatch / rate
     else:
-        arithmetic_s = device.kernels.product_s(*kernel.sizes(microbatch), device.rate(kernel.dtype))
+        m, n, k, count = kernel.sizes(microbatch)
+        row_bytes = gcd(n, k) * dtype_bytes(kernel.dtype)
+        arithmetic_s = device.kernels.product_s(
+            m, n, k, count, device.rate(kernel.dtype), row_bytes=row_bytes
+        )
     return max(arithmetic_s, moved) + launch_s
 
 
