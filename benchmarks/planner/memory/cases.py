@@ -85,9 +85,17 @@ def peak_bytes(case: Case) -> tuple[int, ...]:
 
 
 def state_bytes(case: Case) -> tuple[int, ...]:
-    """Allocated bytes of every pipeline rank between two steps."""
+    """Allocated bytes of every pipeline rank after a step, before the optimizer's own copies of gradients are freed."""
+    per_element = 2 * case.setup().master_bytes
     return tuple(
-        use.parameters + use.master + use.gradients + use.optimizer + use.fixed for use in case.ranks()
+        use.parameters
+        + use.master
+        + use.gradients
+        + use.optimizer
+        + use.communication
+        + use.fixed
+        + round(use.optimizer / per_element * case.accounting.update_bytes)
+        for use in case.ranks()
     )
 
 
