@@ -25,11 +25,14 @@ and all_to_all are given by each rank, what broadcast and p2p send.
 
 from __future__ import annotations
 
+from shardstage.cluster.calibration import CAUSES, Calibration
 from shardstage.cluster.cluster import Cluster, load, preset_names, save
 from shardstage.cluster.device import DeviceClass, GemmCurve
 from shardstage.cluster.links import CollectiveCurve, CollectiveKind, LinearCost, LinkLevel
 
 __all__ = [
+    "CAUSES",
+    "Calibration",
     "Cluster",
     "CollectiveCurve",
     "CollectiveKind",

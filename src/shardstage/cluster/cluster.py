@@ -12,6 +12,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Final
 
+from shardstage.cluster.calibration import Calibration
 from shardstage.cluster.device import DeviceClass
 from shardstage.cluster.links import (
     CollectiveCurve,
@@ -38,7 +39,8 @@ class Cluster:
 
         levels = (node of 8, network of 64)     ranks 0..7 share a node, ranks 0..511 the network
 
-    ``levels`` are innermost first and may join more devices than are used.
+    ``levels`` are innermost first and may join more devices than are used. ``calibration`` is what this cluster's own
+    runs say about predictions.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Cluster:
     num_devices: int
     levels: tuple[LinkLevel, ...]
     collectives: tuple[CollectiveCurve, ...] = ()
+    calibration: Calibration | None = None
 
     def __post_init__(self) -> None:
         if not self.levels:
@@ -59,6 +62,12 @@ class Cluster:
         for key in sorted({key for key in keys if keys.count(key) > 1}):
             raise ClusterError(
                 f"cluster {self.name!r} has two {key[0]} curves of {key[1]} ranks", hint="remove one"
+            )
+        if self.calibration is not None and self.calibration.device_kind != self.device.kind:
+            raise ClusterError(
+                f"cluster {self.name!r} has devices of kind {self.device.kind}, and a calibration from runs on "
+                f"{self.calibration.device_kind}",
+                hint="remove [calibration], or: shardstage calibrate RUN --cluster cluster.toml",
             )
 
     @property
@@ -105,6 +114,7 @@ class Cluster:
                 "device": self.device.to_table(),
                 "level": [level.to_table() for level in self.levels],
                 "collective": [curve.to_table() for curve in self.collectives],
+                **({} if self.calibration is None else {"calibration": self.calibration.to_table()}),
             }
         )
 
@@ -123,6 +133,9 @@ class Cluster:
             device=DeviceClass.from_table(table.table("device")),
             levels=tuple(LinkLevel.from_table(entry) for entry in table.tables("level")),
             collectives=tuple(CollectiveCurve.from_table(entry) for entry in table.tables("collective")),
+            calibration=Calibration.from_table(table.table("calibration"))
+            if table.has("calibration")
+            else None,
         )
         table.done()
         return cluster
