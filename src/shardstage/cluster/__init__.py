@@ -7,8 +7,13 @@ here imports ``probe.py``.
     cluster = load("h100:512")                  a preset's name or a file's path, and optionally a number of devices
     cluster.num_devices, cluster.levels         levels are innermost first
     cluster.with_devices(64)                    the same machine, another number of its devices
+    load("a100-40:8+h100:8")                    several classes of devices: presets or files joined by a network
+    cluster.parts, cluster.is_mixed             (Part(name, device, num_devices, first_rank), …) in rank order
+    cluster.part(1), cluster.part_of(rank)      a part as a Cluster of one class with ranks from 0; the index of a rank's
+    cluster.device_at(rank)                     the rank's DeviceClass; cluster.device is the first part's
     cluster.level_for(8)                        innermost LinkLevel that joins ranks 0..7; or any sequence of ranks
     cluster.collective("all_reduce", 8)         → LinearCost(latency_s, bytes_per_s); or any sequence of ranks
+    cluster.collective_strided("all_reduce", stride=8, count=1000)      ranks 0, 8, 16, …: in O(levels)
     cluster.collective(...).seconds(num_bytes)  latency_s + num_bytes / bytes_per_s
     cluster.device.memory_bytes                 of one device (of one rank, for a CPU)
     cluster.device.flops_per_s["bfloat16"]      best rate of a large matrix product
@@ -16,6 +21,8 @@ here imports ``probe.py``.
     cluster.device.gemm_s(flops, dtype=...)     seconds of one matrix product
     cluster.device.bytes_per_s                  reading plus writing of device memory
     cluster.device.op_latency_s                 what an op takes however small its tensors; 0 where unknown
+    cluster.device.price_per_hour, cluster.price_per_hour       USD of one device, of all; None where unknown
+    cluster.notes                               what was assumed to make the cluster up
     cluster.to_toml(), Cluster.from_toml(text), save(cluster, path)     exact round trip
     shardstage.cluster.probe.probe(4)           → Cluster: this machine as measured; imports torch
 
@@ -26,8 +33,9 @@ and all_to_all are given by each rank, what broadcast and p2p send.
 from __future__ import annotations
 
 from shardstage.cluster.calibration import CAUSES, Calibration
-from shardstage.cluster.cluster import Cluster, load, preset_names, save
+from shardstage.cluster.cluster import Cluster, Part
 from shardstage.cluster.device import DeviceClass, GemmCurve
+from shardstage.cluster.files import join, load, preset_names, save
 from shardstage.cluster.links import CollectiveCurve, CollectiveKind, LinearCost, LinkLevel
 
 __all__ = [
@@ -40,6 +48,8 @@ __all__ = [
     "GemmCurve",
     "LinearCost",
     "LinkLevel",
+    "Part",
+    "join",
     "load",
     "preset_names",
     "save",

@@ -55,7 +55,7 @@ class DeviceClass:
     ``flops_per_s`` is the best rate of a large matrix product by dtype, dense; ``bytes_per_s`` counts reading plus
     writing of device memory; ``op_latency_s`` is what an op takes however small its tensors (0 where unknown). ``kind``
     is torch's device type. For a CPU, the device is one rank's share of it. ``kernels`` prices single kernels by their
-    shape where a model of them is known; the ``gemm`` curves serve elsewhere.
+    shape where a model of them is known; the ``gemm`` curves serve elsewhere. ``price_per_hour`` is USD for one device.
     """
 
     name: str
@@ -68,9 +68,13 @@ class DeviceClass:
     gemm: tuple[GemmCurve, ...] = ()
     op_latency_s: float = 0.0
     kernels: KernelModel | None = None
+    price_per_hour: float | None = None
+    price_source: str = ""
 
     def __post_init__(self) -> None:
         rates = {"memory_bytes": self.memory_bytes, "bytes_per_s": self.bytes_per_s, **self.flops_per_s}
+        if self.price_per_hour is not None:
+            rates["price_per_hour"] = self.price_per_hour
         for name, value in rates.items():
             if not value > 0:
                 raise ClusterError(
@@ -112,6 +116,7 @@ class DeviceClass:
             "bytes_per_s": self.bytes_per_s,
             **({"op_latency_s": self.op_latency_s} if self.op_latency_s else {}),
             "source": self.source,
+            **self._price(),
             "flops_per_s": {"source": self.flops_source, **self.flops_per_s},
             **({} if self.kernels is None else {"kernels": self.kernels.to_table()}),
             "gemm": [
@@ -123,6 +128,7 @@ class DeviceClass:
     def from_table(table: Table) -> DeviceClass:
         rates = table.table("flops_per_s")
         flops_source = rates.text("source")
+        price = table.number("price_per_hour") if table.has("price_per_hour") else None
         device = DeviceClass(
             name=table.text("name"),
             kind=table.text("kind"),
@@ -134,9 +140,16 @@ class DeviceClass:
             flops_per_s=rates.remaining_numbers(),
             gemm=tuple(_curve_from(entry) for entry in table.tables("gemm")),
             kernels=KernelModel.from_table(table.table("kernels")) if table.has("kernels") else None,
+            price_per_hour=price,
+            price_source="" if price is None else table.text("price_source"),
         )
         table.done()
         return device
+
+    def _price(self) -> dict[str, Any]:
+        if self.price_per_hour is None:
+            return {}
+        return {"price_per_hour": self.price_per_hour, "price_source": self.price_source}
 
     def _curve(self, dtype: str | None) -> GemmCurve | None:
         exact = (curve for curve in self.gemm if curve.dtype == dtype)

@@ -17,7 +17,6 @@ its own link:
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal, NamedTuple, get_args
@@ -129,22 +128,6 @@ class Crossing(NamedTuple):
     depth: int
     parts: int
     lanes: int
-
-
-def crossings(ranks: Sequence[int], levels: Sequence[LinkLevel]) -> tuple[Crossing, ...]:
-    """The levels that a group of distinct ranks crosses, innermost first; where parts are uneven, the worst counts."""
-    found = []
-    inside = Counter(ranks)  # ranks of the group by part
-    for depth, level in enumerate(levels):
-        lanes = min(inside.values())
-        parts = max(Counter(part // level.size for part in inside).values())
-        if parts > 1:
-            found.append(Crossing(level, depth, parts, lanes))
-        joined: Counter[int] = Counter()
-        for part, count in inside.items():
-            joined[part // level.size] += count
-        inside = joined
-    return tuple(found)
 
 
 def derived_cost(kind: CollectiveKind, num_ranks: int, crossed: Sequence[Crossing]) -> LinearCost:

@@ -30,6 +30,14 @@ class Table:
             raise ClusterError(f"{self._where}: {key} must be text, not {value!r}", hint=f'{key} = "…"')
         return value
 
+    def texts(self, key: str) -> tuple[str, ...]:
+        """A list of texts; none when the key is absent."""
+        self._known.add(key)
+        value = self._entries.get(key, [])
+        if not isinstance(value, list) or not all(isinstance(entry, str) for entry in value):
+            raise ClusterError(f"{self._where}: {key} must be a list of texts", hint=f'{key} = ["…"]')
+        return tuple(value)
+
     def number(self, key: str, *, default: float | None = None) -> float:
         if default is not None and key not in self._entries:
             return default
