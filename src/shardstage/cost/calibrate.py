@@ -1,0 +1,166 @@
+"""``calibrate``: the factors by which the formulas miss on one cluster, from its own runs.
+
+    log measured_r = log Σ_c f_c P_rc + ε_r          P_rc modelled seconds of run r that go to cause c
+    log f_c ~ N(0, τ²),  ε_r ~ N(0, σ²)              f_c factors, six at most; both independent
+
+The factors are the most probable ones: least squares of the logarithms with a ridge (σ / τ)² towards factors of 1, by Gauss and Newton.
+A run moves a factor by the share that its cause has of the run, a cause that no run has keeps 1.
+
+τ   95 % of factors lie within [0.5, 2]: log 2 / 1.96. They may not leave it before there are two runs for each factor.
+σ   what no factor explains: the built-in spread of predictions counts as one run, beside the residuals,
+    σ² = (σ₀² + Σ ε_r²) / (1 + n - γ), where γ is how many factors the runs determine (MacKay, "Bayesian Interpolation", 1992, eq. 4.10)
+
+The spread of a prediction is that of runs which the factors were not fitted from: each is predicted by the runs of other parts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from scipy.optimize import lsq_linear
+
+from shardstage.cluster import CAUSES, Calibration, Cluster
+from shardstage.cluster.calibration import TENTH_PERCENTILE
+from shardstage.cost.step import CALIBRATIONS
+from shardstage.errors import ClusterError
+
+__all__ = ["Observation", "calibrate", "predicted_by_others"]
+
+PRIOR_SPREAD: Final = math.log(2) / 1.959964
+"""τ: standard deviation of the logarithm of a factor before any run."""
+
+MANY_RUNS: Final = 2 * len(CAUSES)
+"""From here on factors may leave [0.5, 2]."""
+
+MAX_ROUNDS: Final = 100
+CONVERGED: Final = 1e-9
+
+Vector = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Observation:
+    """A run: seconds of a step by cause (``Prediction.parts``, made without a calibration) and as measured, on devices of ``device_kind``."""
+
+    name: str
+    parts: Mapping[str, float] = field(hash=False)
+    measured_s: float
+    device_kind: str
+
+    @property
+    def modelled_s(self) -> float:
+        """The step before calibration."""
+        return sum(self.parts.values())
+
+
+class _Fit(NamedTuple):
+    """Logarithms of the factors, their covariance, and how each run's log seconds follow them: [runs, causes]."""
+
+    logs: Vector
+    covariance: Vector
+    slopes: Vector
+
+
+def calibrate(observations: Sequence[Observation], cluster: Cluster, *, date: str) -> Calibration:
+    """Factors of ``cluster`` from its runs. Raises ClusterError without runs, or where one was on devices of another kind."""
+    _check(observations, cluster)
+    fit = _fit(observations, _built_in_spread(cluster))
+    misses = [
+        math.log(seen.measured_s / predicted_s)
+        for seen, predicted_s in zip(observations, predicted_by_others(observations, cluster), strict=True)
+    ]
+    squares = _built_in_spread(cluster) ** 2 + sum(miss**2 for miss in misses)
+    known = np.einsum("rc,cd,rd->r", fit.slopes, fit.covariance, fit.slopes)
+    return Calibration(
+        factors=_factors(fit),
+        covariance=tuple(tuple(round(float(entry), 9) for entry in row) for row in fit.covariance),
+        known_variance=float(known.mean()),
+        spread=math.sqrt(squares / (1 + len(misses))),
+        num_runs=len(observations),
+        device_kind=cluster.device.kind,
+        cluster=cluster.name,
+        date=date,
+    )
+
+
+def predicted_by_others(observations: Sequence[Observation], cluster: Cluster) -> tuple[float, ...]:
+    """Seconds of each run by factors fitted from those runs whose parts are not the same; by the formulas alone where there is none."""
+    _check(observations, cluster)
+    predicted_s = []
+    for seen in observations:
+        others = [other for other in observations if other.parts != seen.parts]
+        factors = _factors(_fit(others, _built_in_spread(cluster))) if others else dict.fromkeys(CAUSES, 1.0)
+        predicted_s.append(sum(factors[cause] * modelled_s for cause, modelled_s in seen.parts.items()))
+    return tuple(predicted_s)
+
+
+def _check(observations: Sequence[Observation], cluster: Cluster) -> None:
+    if not observations:
+        raise ClusterError("there is no run to calibrate from", hint="shardstage calibrate runs/*")
+    for seen in observations:
+        if seen.device_kind != cluster.device.kind:
+            raise ClusterError(
+                f"the run {seen.name} was on {seen.device_kind}, and cluster {cluster.name!r} has devices of kind "
+                f"{cluster.device.kind}",
+                hint=f"leave out {seen.name}, or --cluster with the file of the machine that it ran on",
+            )
+        if not (seen.measured_s > 0 and seen.modelled_s > 0 and min(seen.parts.values()) >= 0):
+            raise ClusterError(
+                f"the run {seen.name} has a step of {seen.measured_s} s, modelled {dict(seen.parts)}: both must be above zero",
+                hint=f"leave out {seen.name}",
+            )
+
+
+def _built_in_spread(cluster: Cluster) -> float:
+    """σ₀: standard deviation of log(measured / predicted) of predictions on devices of this kind."""
+    known = CALIBRATIONS.get(cluster.device.kind, CALIBRATIONS["cpu"])
+    return math.log(known.high / known.low) / (2 * TENTH_PERCENTILE)
+
+
+def _factors(fit: _Fit) -> dict[str, float]:
+    return {cause: round(math.exp(log), 9) for cause, log in zip(CAUSES, fit.logs, strict=True)}
+
+
+def _fit(observations: Sequence[Observation], built_in_spread: float) -> _Fit:
+    """The most probable factors, and σ together with them."""
+    modelled = np.array([[seen.parts.get(cause, 0.0) for cause in CAUSES] for seen in observations])
+    measured = np.log([seen.measured_s for seen in observations])
+    reach = math.log(2) if len(observations) < MANY_RUNS else math.inf
+    logs, variance = np.zeros(len(CAUSES)), built_in_spread**2
+    for _ in range(MAX_ROUNDS):
+        slopes, residuals = _linear(modelled, measured, logs)
+        change = _newton_step(slopes, residuals, logs, variance, reach)
+        logs = logs + change
+        slopes, residuals = _linear(modelled, measured, logs)
+        covariance = _covariance(slopes, variance)
+        determined = float(np.trace(covariance @ slopes.T @ slopes)) / variance
+        before = variance
+        variance = (built_in_spread**2 + float(residuals @ residuals)) / (1 + len(residuals) - determined)
+        if np.abs(change).max() < CONVERGED and abs(variance / before - 1) < CONVERGED:
+            break
+    return _Fit(logs, _covariance(slopes, variance), slopes)
+
+
+def _linear(modelled: Vector, measured: Vector, logs: Vector) -> tuple[Vector, Vector]:
+    """How log predicted seconds follow log factors, which is by the shares of the causes, and what is missing to the measured ones."""
+    seconds = modelled * np.exp(logs)  # [runs, causes]
+    predicted = seconds.sum(axis=1)
+    return seconds / predicted[:, None], measured - np.log(predicted)
+
+
+def _newton_step(slopes: Vector, residuals: Vector, logs: Vector, variance: float, reach: float) -> Vector:
+    """The change of the log factors that is best for the linear model, within their bounds."""
+    noise = math.sqrt(variance)
+    rows = np.vstack((slopes / noise, np.eye(len(logs)) / PRIOR_SPREAD))
+    wanted = np.concatenate((residuals / noise, -logs / PRIOR_SPREAD))
+    found: Vector = lsq_linear(rows, wanted, bounds=(-reach - logs - CONVERGED, reach - logs + CONVERGED)).x
+    return found
+
+
+def _covariance(slopes: Vector, variance: float) -> Vector:
+    return np.linalg.inv(slopes.T @ slopes / variance + np.eye(slopes.shape[1]) / PRIOR_SPREAD**2)
