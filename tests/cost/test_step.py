@@ -31,12 +31,14 @@ def step(cluster: Cluster | None = None, **changes: Any) -> Prediction:
     return prediction
 
 
-def test_one_rank_computes_and_updates() -> None:
+def test_one_rank_computes_adds_its_gradients_up_and_updates() -> None:
     cluster = round_machine(1)
     alone = step(cluster, mesh=Mesh())
-    compute_s = 3 * sum(unit.forward_s + unit.backward_s for unit in priced(cluster).units)
+    units = priced(cluster).units
+    compute_s = 3 * sum(unit.forward_s + unit.backward_s for unit in units)
+    adding_s = 3 * sum(unit.own_elements for unit in units) * (4 + 2 * 4) / 1e9
     expected = CALIBRATIONS["cuda"].expected
-    assert alone.step_time_s == pytest.approx(expected * (compute_s + alone.optimizer_s))
+    assert alone.step_time_s == pytest.approx(expected * (compute_s + adding_s + alone.optimizer_s))
     assert (alone.exposed_dp_s, alone.exposed_tp_s, alone.exposed_pp_s) == (0, 0, 0)
     assert alone.bubble_ratio == pytest.approx(0)
 

@@ -62,8 +62,7 @@ def _of_chain(
     gradients = [name for name in leaving if values[name].requires_grad]
     wanted = [name for name in read if values[name].requires_grad and values[name].kind != "parameter"]
     if gradients and wanted:
-        again = [name for name in kept if name not in gradients]
-        yield Kernel("moved", True, *reader.moved((*gradients, *again, *wanted)))
+        yield Kernel("moved", True, *reader.moved((*gradients, *kept, *wanted)))
     yield from reader.gradient_sums(leaving)
 
 

@@ -120,7 +120,7 @@ class KernelReader:
         elif family in _LOOK_UPS:
             yield self._moves([*inputs, *outputs, *outputs])
         else:
-            yield self._moves(list(dict.fromkeys((*outputs, *op.saved))) + _activations(values, inputs))
+            yield self._moves([*outputs, *dict.fromkeys(op.saved), *_activations(values, inputs)])
             if family in _NORMS:
                 yield self._moves([*outputs, *_activations(values, list(op.inputs))])
 
