@@ -23,7 +23,7 @@ from typing import Final, Literal, NamedTuple
 from shardstage.graph import ModelGraph, Op, Ref, Value
 from shardstage.graph.flops import backward_flops, forward_flops
 
-__all__ = ["Kernel", "KernelReader"]
+__all__ = ["Kernel", "KernelReader", "is_attention", "is_expert"]
 
 NORM_KERNELS: Final = 2
 """Layer norm's backward runs one kernel for its input's gradient and one for its weight's and bias's."""
@@ -32,8 +32,9 @@ NORM_KERNELS: Final = 2
 class Kernel(NamedTuple):
     """One launch. ``fixed_bytes`` and ``sample_bytes`` are moved, the latter for each sample of the microbatch.
 
-    A product is [m, k] · [k, n], ``count`` times; ``scaled`` is the one of its sizes that is given for one sample. Attention has ``flops``
-    for one sample. ``is_weight`` marks the product that yields a weight's gradient.
+    A product is [m, k] · [k, n], ``num_products`` times; ``scaled`` is the one of its sizes that is given for one sample, as attention's
+    ``flops`` are. ``is_weight`` marks the product that yields a weight's gradient, ``is_expert`` one that is run for each of
+    ``num_products`` experts on the tokens that it is given.
     """
 
     kind: Literal["product", "attention", "moved"]
@@ -44,17 +45,18 @@ class Kernel(NamedTuple):
     m: int = 0
     n: int = 0
     k: int = 0
-    count: int = 1
+    num_products: int = 1
     scaled: Literal["m", "n", "k", "count", ""] = ""
     flops: float = 0.0
     is_weight: bool = False
+    is_expert: bool = False
 
     def moved_bytes(self, microbatch: float) -> float:
         return self.fixed_bytes + microbatch * self.sample_bytes
 
     def sizes(self, microbatch: float) -> tuple[int, int, int, int]:
         """(m, n, k, count) of a product at a microbatch."""
-        sizes = {"m": self.m, "n": self.n, "k": self.k, "count": self.count}
+        sizes = {"m": self.m, "n": self.n, "k": self.k, "count": self.num_products}
         if self.scaled:
             sizes[self.scaled] = max(1, round(sizes[self.scaled] * microbatch))
         return sizes["m"], sizes["n"], sizes["k"], sizes["count"]
@@ -127,7 +129,7 @@ class KernelReader:
     def _product_backward(self, op: Op, outputs: list[str], inputs: list[str]) -> Iterator[Kernel]:
         values = self._graph.values
         forward = forward_flops(self._graph, op)
-        if _is_attention(op):
+        if is_attention(op):
             moved = self.moved((*outputs, *op.saved, *inputs))
             yield self._product(op, backward_flops(self._graph, op), moved, is_backward=True)
             return
@@ -149,21 +151,42 @@ class KernelReader:
     def _product(self, op: Op, flops: int, moved: tuple[float, float], *, is_backward: bool) -> Kernel:
         values = self._graph.values
         dtype = next(values[name].dtype for name in op.inputs if "float" in values[name].dtype)
-        if _is_attention(op):
+        if is_attention(op):
             causal = 0.5 if dict(op.kwargs).get("is_causal") is True or True in op.args[5:6] else 1.0
             a_sample = causal * flops / self._graph.microbatch
             return Kernel("attention", is_backward, *moved, dtype=dtype, flops=a_sample)
         m, n, k, count = _shape(values, op, flops)
         first = next(name for name in op.inputs if "float" in values[name].dtype)
+        if is_expert(op):
+            num_experts = values[op.inputs[1]].shape[0]
+            rows = max(1, m // (num_experts * self._graph.microbatch))
+            return Kernel(
+                *("product", is_backward, *moved),
+                dtype=dtype,
+                m=rows,
+                n=n,
+                k=k,
+                num_products=num_experts,
+                scaled="m",
+                is_expert=True,
+            )
         if self._is_fixed(first):
-            return Kernel("product", is_backward, *moved, dtype=dtype, m=m, n=n, k=k, count=count)
+            return Kernel("product", is_backward, *moved, dtype=dtype, m=m, n=n, k=k, num_products=count)
         b = self._graph.microbatch
         if count > 1 and count % b == 0:
             return Kernel(
-                "product", is_backward, *moved, dtype=dtype, m=m, n=n, k=k, count=count // b, scaled="count"
+                "product",
+                is_backward,
+                *moved,
+                dtype=dtype,
+                m=m,
+                n=n,
+                k=k,
+                num_products=count // b,
+                scaled="count",
             )
         return Kernel(
-            "product", is_backward, *moved, dtype=dtype, m=m // b, n=n, k=k, count=count, scaled="m"
+            "product", is_backward, *moved, dtype=dtype, m=m // b, n=n, k=k, num_products=count, scaled="m"
         )
 
     def gradient_sums(self, names: Iterable[str | None]) -> Iterator[Kernel]:
@@ -191,6 +214,8 @@ def _shape(values: Mapping[str, Value], op: Op, flops: int) -> tuple[int, int, i
     family = _family(op)
     operands = _operands(op)
     a, b = values[operands[0]], values[operands[1]]
+    if is_expert(op):
+        return a.numel // a.shape[-1], b.shape[-1], a.shape[-1], 1
     if family == "aten.linear":
         k = b.shape[-1]
         return a.numel // k, b.numel // k, k, 1
@@ -233,8 +258,14 @@ def _is_view(graph: ModelGraph, op: Op) -> bool:
     return bool(outputs) and all(value.alias_of for value in outputs) and not _family(op).endswith("_")
 
 
-def _is_attention(op: Op) -> bool:
+def is_attention(op: Op) -> bool:
+    """Whether one kernel computes all of attention."""
     return _family(op) in ("aten.scaled_dot_product_attention", "shardstage.attention")
+
+
+def is_expert(op: Op) -> bool:
+    """Whether the op is a product of tokens with an expert's matrix each: rows sorted by expert, [E, k, n]."""
+    return "grouped_mm" in op.target
 
 
 def _family(op: Op) -> str:

@@ -1,4 +1,13 @@
-"""``Links``: what talking along each axis of a mesh costs on a cluster."""
+"""``Links``: what talking along each axis of a mesh costs on a cluster.
+
+    axis         group of rank 0, as (how many ranks, how far apart)
+    tp           (tp, stride of tp)
+    replicas     (dp × cp, …): ranks of equal parameters, whose gradients are summed
+    shards       the first of these, as many as ZeRO cuts over; their likes in other groups are copies
+    ep           the first of the replicas, as many as an expert layer's experts are dealt out to
+
+All groups of an axis talk at once; the cluster's links say what that costs.
+"""
 
 from __future__ import annotations
 
@@ -6,47 +15,101 @@ from types import MappingProxyType
 from typing import Final
 
 from shardstage.cluster import Cluster, CollectiveKind
+from shardstage.cluster.links import LinearCost
 from shardstage.layout import Mesh
 
-__all__ = ["Links"]
+__all__ = ["LinkCosts", "Links"]
 
 HIDDEN_RATIO: Final = MappingProxyType({"cuda": 1.0, "cpu": 0.0})
 """Share of compute that communication can run beside, by kind of device. A collective over CPU ranks is computed by their own cores."""
 
-_DP_KINDS: Final[tuple[CollectiveKind, ...]] = ("all_reduce", "all_gather", "reduce_scatter")
+
+class LinkCosts:
+    """What collectives over evenly spaced groups of a cluster cost; what was asked once is kept."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster = cluster
+        self._known: dict[tuple[CollectiveKind, int, int], LinearCost] = {}
+
+    def cost(self, kind: CollectiveKind, count: int, stride: int) -> LinearCost:
+        """Of ``count`` ranks, each ``stride`` further than the one before."""
+        key = (kind, count, stride)
+        if key not in self._known:
+            self._known[key] = self._cluster.collective(kind, range(0, count * stride, stride))
+        return self._known[key]
 
 
 class Links:
-    """Costs of the groups of the mesh's first rank; the others are alike."""
+    """Costs of the groups of the mesh's first rank; the others are alike. ``num_shards`` ranks share what ZeRO cuts (default: all)."""
 
-    def __init__(self, cluster: Cluster, mesh: Mesh) -> None:
-        stride = mesh.dp * mesh.tp  # ranks from one stage to the next
-        last = (mesh.pp - 1) * stride
+    def __init__(
+        self,
+        cluster: Cluster,
+        mesh: Mesh,
+        *,
+        num_shards: int | None = None,
+        ep: int = 1,
+        costs: LinkCosts | None = None,
+    ) -> None:
+        self._costs = costs or LinkCosts(cluster)
         self.cluster = cluster
+        self.mesh = mesh
         self.hidden_ratio = HIDDEN_RATIO.get(cluster.device.kind, 0.0)
-        self._dp = {kind: cluster.collective(kind, mesh.group(0, "dp")) for kind in _DP_KINDS}
-        self._tp_gather = cluster.collective("all_gather", range(mesh.tp))
-        self._next_stage = cluster.collective("p2p", (0, stride) if mesh.pp > 1 else (0,))
-        self._tie = cluster.collective("all_reduce", (0, last) if last else (0,))
-        self._world = cluster.collective("all_reduce", range(mesh.world_size))
+        self.num_shards = num_shards or mesh.num_replicas
+        self.ep = ep
 
     def dp_s(self, kind: CollectiveKind, num_bytes: float, num_calls: int = 1) -> float:
-        """Seconds of ``num_calls`` collectives over dp that share ``num_bytes``."""
-        cost = self._dp[kind]
+        """Seconds of ``num_calls`` collectives over the ranks of equal parameters that share ``num_bytes``."""
+        cost = self._group(kind, self.mesh.num_replicas, self._replica_stride)
         return num_calls * cost.latency_s + num_bytes / cost.bytes_per_s if num_bytes else 0.0
+
+    def shards_s(self, kind: CollectiveKind, num_bytes: float, num_calls: int = 1) -> float:
+        """The same over the ranks that ZeRO cuts over."""
+        cost = self._group(kind, self.num_shards, self._replica_stride)
+        return num_calls * cost.latency_s + num_bytes / cost.bytes_per_s if num_bytes else 0.0
+
+    def copies_s(self, num_bytes: float, num_calls: int = 1) -> float:
+        """Seconds of summing parts of ``num_bytes`` in all between the groups that ZeRO cuts over."""
+        num_copies = self.mesh.num_replicas // self.num_shards
+        cost = self._group("all_reduce", num_copies, self._replica_stride * self.num_shards)
+        part = num_bytes / self.num_shards
+        return num_calls * cost.latency_s + part / cost.bytes_per_s if num_bytes else 0.0
 
     def transfer_s(self, num_bytes: int) -> float:
         """Seconds from one stage to the next."""
-        return self._next_stage.seconds(num_bytes)
+        return self._group("p2p", min(2, self.mesh.pp), self.mesh.stride("pp")).seconds(num_bytes)
 
     def tp_gather_s(self, num_bytes: float) -> float:
         """Seconds until tensor-parallel ranks have each other's parts of so many bytes."""
-        return self._tp_gather.seconds(num_bytes)
+        return self._group("all_gather", self.mesh.tp, self.mesh.stride("tp")).seconds(num_bytes)
 
-    def tie_s(self, num_bytes: int) -> float:
+    def tp_cost(self, kind: CollectiveKind) -> LinearCost:
+        return self._group(kind, self.mesh.tp, self.mesh.stride("tp"))
+
+    def ring_step_s(self, num_bytes: float) -> float:
+        """Seconds of passing a part of keys and values on to the next context-parallel rank."""
+        return self._group("p2p", min(2, self.mesh.cp), self.mesh.stride("cp")).seconds(num_bytes)
+
+    def cp_exchange_s(self, num_bytes: float) -> float:
+        """Seconds of dealing out sequence parts by heads over the context-parallel ranks, each of which sends ``num_bytes``."""
+        return self._group("all_to_all", self.mesh.cp, self.mesh.stride("cp")).seconds(num_bytes)
+
+    def ep_exchange_s(self, num_bytes: float) -> float:
+        """Seconds of sending tokens to their experts' ranks, ``num_bytes`` from each."""
+        return self._group("all_to_all", self.ep, self._replica_stride).seconds(num_bytes)
+
+    def tie_s(self, num_bytes: float) -> float:
         """Seconds of summing a parameter's gradient between the first and the last stage."""
-        return self._tie.seconds(num_bytes) if num_bytes else 0.0
+        last = (self.mesh.pp - 1) * self.mesh.stride("pp")
+        return self._group("all_reduce", 2 if last else 1, last or 1).seconds(num_bytes) if num_bytes else 0.0
 
     def norm_s(self) -> float:
         """The one number that all ranks sum before clipping."""
-        return self._world.latency_s
+        return self._group("all_reduce", self.mesh.world_size, 1).latency_s
+
+    @property
+    def _replica_stride(self) -> int:
+        return self.mesh.stride("cp" if self.mesh.cp > 1 else "dp")
+
+    def _group(self, kind: CollectiveKind, count: int, stride: int) -> LinearCost:
+        return self._costs.cost(kind, count, stride)

@@ -78,12 +78,11 @@ def stage_memory(
     by_size = sorted((unit.own_elements for unit in units), reverse=True)
     largest = max([by_size[0], shared])
     has_loss = stage == setup.num_stages - 1
-    works = _works(units, setup, accounting, has_loss=has_loss)
+    works = _works(units, setup, stage, accounting, has_loss=has_loss)
     recomputed, transient = max(((work.recomputed, work.transient) for work in works), key=sum)
     level, c, w = setup.sharding_level, setup.compute_bytes, setup.master_bytes
     g = w if accounting.gradient_bytes is None else accounting.gradient_bytes
-    shards = setup.mesh.dp if level else 1
-    part = -(-elements // shards)
+    part = setup.part_elements(elements, sum(unit.expert_elements for unit in units))
     if level >= 2:
         whole = elements if level == 2 else min(elements, sum(by_size[:GATHERED_UNITS]) + shared)
         gradients = part * g + largest * (c + g)
@@ -120,7 +119,7 @@ def rank_memory(
         stage: use.activations // max(1, setup.in_flight(stage))
         for stage, use in zip(stages, uses, strict=True)
     }
-    together["activations"] = _peak_activation_bytes(setup.order().actions[rank], held)
+    together["activations"] = _peak_activation_bytes(setup.short_order().actions[rank], held)
     return MemoryUse(**together)
 
 
@@ -140,10 +139,10 @@ class _Work(NamedTuple):
 
 
 def _works(
-    units: Sequence[UnitCost], setup: StepSetup, accounting: Accounting, *, has_loss: bool
+    units: Sequence[UnitCost], setup: StepSetup, stage: int, accounting: Accounting, *, has_loss: bool
 ) -> list[_Work]:
     """What each unit of a stage holds; the last of the last stage as the framework's loss does."""
-    kept = [unit.kept[setup.recompute] for unit in units]
+    kept = [unit.kept[setup.recompute_of(stage)] for unit in units]
     works = [
         _Work(k.saved_bytes, k.extra_bytes, unit.transient_bytes) for k, unit in zip(kept, units, strict=True)
     ]
@@ -156,7 +155,7 @@ def _losses_held(setup: StepSetup) -> int:
     """Most microbatches of the last stage between their F and their B or I: what a loss keeps, the gradients of weights do not need."""
     if setup.schedule == "1f1b" and setup.custom is None:
         return 1
-    order, last = setup.order(), setup.num_stages - 1
+    order, last = setup.short_order(), setup.num_stages - 1
     row = order.actions[order.stage_ranks[last]]
     return _peak_activation_bytes([a for a in row if a.stage == last and a.kind != "W"], {last: 1}, "I")
 
@@ -189,5 +188,5 @@ def _communication_bytes(
     stages = range(stage, min(stage + 2, setup.num_stages))
     ahead = accounting.num_posted_receives
     posted = sum(ahead * profile.units[setup.starts[s]].input_bytes for s in stages if s)
-    bucket = min(setup.bucket_bytes, elements * setup.compute_bytes) // setup.mesh.dp
+    bucket = min(setup.bucket_bytes, elements * setup.compute_bytes) // setup.num_shards
     return posted + (bucket if setup.sharding_level == 1 and accounting.copies_reduced_part else 0)

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Final, Literal, NamedTuple
 
-from shardstage.cluster import Cluster, CollectiveKind
+from shardstage.cluster import Cluster, CollectiveKind, DeviceClass
 from shardstage.cost.collective import calls_of, is_communication
 from shardstage.cost.compute import dispatch_s, kernel_s
 from shardstage.cost.fold import Folded
 from shardstage.cost.fusion import fused
-from shardstage.cost.kernels import Kernel, KernelReader
+from shardstage.cost.kernels import Kernel, KernelReader, is_attention, is_expert
+from shardstage.cost.links import Links
 from shardstage.graph import ModelGraph, Op
 from shardstage.graph.blocks import find_blocks
 from shardstage.graph.cuts import all_crossing_bytes
@@ -26,6 +27,9 @@ __all__ = ["RECOMPUTES", "KeptOf", "Profile", "Profiler", "UnitCost", "profile"]
 
 RECOMPUTES: Final = ("none", "selective", "full")
 Recompute = Literal["none", "selective", "full"]
+
+EXPERT_SKEW: Final = 1.1
+"""The fullest expert's tokens over the mean: routers with a balancing loss stay near it; our estimate."""
 
 REFERENCE_MICROBATCH: Final = 2
 """Graphs are sharded at this size: with a single sample, flattening samples and positions would keep any cut of the positions."""
@@ -44,12 +48,16 @@ class KeptOf:
 class UnitCost:
     """One unit on one tensor-parallel rank, for one microbatch.
 
-    ``tp_*_s`` is talk along tp, which compute waits for. ``input_bytes`` is what travels to the unit where it begins a stage.
-    ``own_elements`` counts the local parameters that no other unit uses, ``shared`` names the others.
+    ``tp_*_s`` is talk along tp, ``cp_*_s`` what of context parallelism's talk attention does not hide, ``ep_*_s`` tokens on their way to
+    experts and back; compute waits for all of it. ``input_bytes`` is what travels to the unit where it begins a stage.
+    ``own_elements`` counts the local parameters that no other unit uses, ``expert_elements`` of them an expert layer's experts; ``shared``
+    names the others.
     """
 
     forward_s: float
     backward_s: float
+    memory_s: tuple[float, float]
+    host_s: tuple[float, float]
     tp_forward_s: float
     tp_backward_s: float
     tp_bytes: tuple[tuple[CollectiveKind, int, int], ...]
@@ -61,6 +69,17 @@ class UnitCost:
     num_parameters: int
     shared: tuple[str, ...]
     kept: dict[Recompute, KeptOf]
+    expert_elements: int = 0
+    cp_forward_s: float = 0.0
+    cp_backward_s: float = 0.0
+    ep_forward_s: float = 0.0
+    ep_backward_s: float = 0.0
+
+    def talk_s(self, *, forward: bool) -> float:
+        """Seconds of one direction in which the unit waits for other ranks."""
+        if forward:
+            return self.tp_forward_s + self.cp_forward_s + self.ep_forward_s
+        return self.tp_backward_s + self.cp_backward_s + self.ep_backward_s
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,28 +150,32 @@ class Profiler:
             local, _local_bounds(folded, local), _is_fixed(folded.graph), is_compiled=is_compiled
         ).works(self._elements, self._shared)
 
-    def at(self, microbatch: int) -> Profile:
-        """Costs of all units for a microbatch of so many samples."""
-        kept = [self._unit(work, microbatch) for work in self._works]
+    def at(self, microbatch: int, links: Links | None = None) -> Profile:
+        """Costs of all units for a microbatch of so many samples.
+
+        ``links`` say which ranks share its sequences (cp) and its experts (ep). A rank's part of the sequences costs what so many fewer
+        samples do, attention included: its queries meet all keys.
+        """
+        cp = 1 if links is None else links.mesh.cp
+        kept = [self._unit(work, microbatch / cp, links) for work in self._works]
         return Profile(
             units=tuple(kept[unit.twin] for unit in self._folded.units),
             shared_elements={name: self._elements[name] for name in self._shared},
             whole_flops=round(self._whole_flops * microbatch),
         )
 
-    def _unit(self, work: _Work, b: int) -> UnitCost:
+    def _unit(self, work: _Work, b: float, links: Links | None) -> UnitCost:
         device = self._device
-        seconds = [kernel_s(kernel, b, device) for kernel in work.kernels]
-        ways = [kernel.is_backward for kernel in work.kernels]
-        device_s = [
-            sum(s for s, is_backward in zip(seconds, ways, strict=True) if is_backward is way)
-            for way in (False, True)
-        ]
-        products_s = sum(
-            s
-            for s, kernel in zip(seconds, work.kernels, strict=True)
-            if kernel.kind != "moved" and not kernel.is_backward
-        )
+        ep = 1 if links is None else links.ep
+        kernels = work.kernels if ep == 1 else tuple(_dealt_out(kernel, ep) for kernel in work.kernels)
+        seconds = [kernel_s(kernel, b, device) for kernel in kernels]
+        device_s, host_s = [0.0, 0.0], [0.0, 0.0]
+        products_s = 0.0
+        for kernel, kernel_seconds in zip(kernels, seconds, strict=True):
+            device_s[kernel.is_backward] += kernel_seconds
+            host_s[kernel.is_backward] += dispatch_s(device)
+            if kernel.kind != "moved" and not kernel.is_backward:
+                products_s += kernel_seconds
         talk = [0.0, 0.0]
         volume: Counter[CollectiveKind] = Counter()
         counts: Counter[CollectiveKind] = Counter()
@@ -161,13 +184,16 @@ class Profiler:
             talk[is_backward] += self._links[kind].seconds(num_bytes)
             volume[kind] += num_bytes
             counts[kind] += 1
-        host = [
-            dispatch_s([k for k in work.kernels if k.is_backward is way], device) for way in (False, True)
-        ]
-        forward_s, backward_s = (max(device_s[way], host[way] - talk[way]) for way in (False, True))
+        forward_s, backward_s = (max(device_s[way], host_s[way] - talk[way]) for way in (False, True))
+        cp_s = (0.0, 0.0) if links is None else _context_s(kernels, seconds, work, b, links)
+        ep_s = 0.0 if links is None else _expert_s(work, b, links)
+        expert_elements = work.expert_elements // ep
+        memory_s, launches_s = _bound_s(work.kernels, seconds, device)
         return UnitCost(
             forward_s=forward_s,
             backward_s=backward_s,
+            memory_s=memory_s,
+            host_s=(launches_s[0] + forward_s - device_s[0], launches_s[1] + backward_s - device_s[1]),
             tp_forward_s=talk[0],
             tp_backward_s=talk[1],
             tp_bytes=tuple((kind, counts[kind], volume[kind]) for kind in counts),
@@ -175,20 +201,82 @@ class Profiler:
             backward_flops=round(work.backward_flops * b),
             input_bytes=work.input_bytes.at(b),
             transient_bytes=max((each.at(b) for each in work.working_sets), default=0),
-            own_elements=work.own_elements,
+            own_elements=work.own_elements - work.expert_elements + expert_elements,
+            expert_elements=expert_elements,
             num_parameters=work.num_parameters,
             shared=work.shared,
             kept={
                 recompute: KeptOf(
                     saved_bytes=kept.saved.at(b),
-                    recompute_s=forward_s + talk[0] - products_s * (1 - kept.flops_ratio)
+                    recompute_s=forward_s + talk[0] + cp_s[0] + ep_s - products_s * (1 - kept.flops_ratio)
                     if kept.is_recomputed
                     else 0.0,
                     extra_bytes=max((each.at(b) for each in kept.extras), default=0),
                 )
                 for recompute, kept in work.kept.items()
             },
+            cp_forward_s=cp_s[0],
+            cp_backward_s=cp_s[1],
+            ep_forward_s=ep_s,
+            ep_backward_s=ep_s,
         )
+
+
+def _dealt_out(kernel: Kernel, ep: int) -> Kernel:
+    """The same product where a rank has its share of the experts, and the tokens of ``ep`` ranks for them."""
+    if not kernel.is_expert:
+        return kernel
+    rows = {kernel.scaled: ep * getattr(kernel, kernel.scaled)} if kernel.scaled in ("m", "k") else {}
+    return kernel._replace(num_products=max(1, kernel.num_products // ep), **rows)
+
+
+def _context_s(
+    kernels: Sequence[Kernel], seconds: Sequence[float], work: _Work, b: float, links: Links
+) -> tuple[float, float]:
+    """Seconds forward and backward that a unit waits for keys and values of other parts of its sequences.
+
+    Ring: they are passed on cp - 1 times beside attention (Liu et al., "Ring Attention", 2023), with their gradients on the way back.
+    Ulysses: q, k, v and the result are dealt out by heads and back (Jacobs et al., "DeepSpeed Ulysses", 2023) where each gets a head.
+    """
+    cp = links.mesh.cp
+    if cp == 1 or not work.attention:
+        return 0.0, 0.0
+    attention_s = [
+        sum(
+            s for s, k in zip(seconds, kernels, strict=True) if k.kind == "attention" and k.is_backward is way
+        )
+        for way in (False, True)
+    ]
+    beside = [links.hidden_ratio * each * (cp - 1) / cp for each in attention_s]
+    keys = sum(each.keys.at(b) for each in work.attention)
+    whole = sum(each.whole.at(b) for each in work.attention)
+    step_s = links.ring_step_s(keys)
+    ring = ((cp - 1) * step_s, 2 * (cp - 1) * step_s)
+    rings = tuple(max(0.0, ring_s - hidden_s) for ring_s, hidden_s in zip(ring, beside, strict=True))
+    if min(each.num_heads for each in work.attention) % cp:
+        return rings[0], rings[1]
+    exchange_s = links.cp_exchange_s(whole)
+    return min(rings, (exchange_s, exchange_s), key=sum)  # type: ignore[return-value]
+
+
+def _expert_s(work: _Work, b: float, links: Links) -> float:
+    """Seconds of one direction in which tokens travel to their experts and back."""
+    if links.ep == 1 or not work.dispatched.sample:
+        return 0.0
+    return 2 * links.ep_exchange_s(EXPERT_SKEW * work.dispatched.at(b))
+
+
+def _bound_s(
+    kernels: Sequence[Kernel], seconds: Sequence[float], device: DeviceClass
+) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Seconds, forward and backward, of memory-bound kernels, and of launches where a kernel's time holds the host's."""
+    launch_s = device.op_latency_s if device.kernels is None else 0.0
+    memory_s, launches_s = [0.0, 0.0], [0.0, 0.0]
+    for kernel, kernel_time_s in zip(kernels, seconds, strict=True):
+        launches_s[kernel.is_backward] += launch_s
+        if kernel.kind == "moved":
+            memory_s[kernel.is_backward] += kernel_time_s - launch_s
+    return (memory_s[0], memory_s[1]), (launches_s[0], launches_s[1])
 
 
 class _Bytes(NamedTuple):
@@ -197,7 +285,7 @@ class _Bytes(NamedTuple):
     fixed: float
     sample: float
 
-    def at(self, microbatch: int) -> int:
+    def at(self, microbatch: float) -> int:
         return round(self.fixed + self.sample * microbatch)
 
 
@@ -210,8 +298,16 @@ class _Kept(NamedTuple):
     extras: tuple[_Bytes, ...]
 
 
+class _Attention(NamedTuple):
+    """A fused attention: its keys and values, and these with its queries and its result."""
+
+    keys: _Bytes
+    whole: _Bytes
+    num_heads: int
+
+
 class _Work(NamedTuple):
-    """A kept unit at any microbatch; FLOPs are of one sample."""
+    """A kept unit at any microbatch; FLOPs are of one sample, ``dispatched`` are the tokens that its experts are given."""
 
     kernels: tuple[Kernel, ...]
     calls: tuple[tuple[CollectiveKind, bool, _Bytes], ...]
@@ -223,6 +319,9 @@ class _Work(NamedTuple):
     num_parameters: int
     shared: tuple[str, ...]
     kept: dict[Recompute, _Kept]
+    expert_elements: int
+    dispatched: _Bytes
+    attention: tuple[_Attention, ...]
 
 
 class _Reading:
@@ -277,6 +376,29 @@ class _Reading:
             num_parameters=len(names),
             shared=tuple(sorted(names & shared)),
             kept={r: self._kept(start, stop, r, saved[r], forward) for r in RECOMPUTES},
+            expert_elements=sum(elements[name] for name in self._experts(ops) if name in elements),
+            dispatched=self._bytes(op.inputs[0] for op in [op for op in ops if is_expert(op)][:1]),
+            attention=tuple(self._attention(op) for op in ops if is_attention(op)),
+        )
+
+    def _experts(self, ops: Sequence[Op]) -> set[str]:
+        """Parameters that hold an expert at each index: what grouped products multiply with, or a view of it."""
+        values = self.graph.values
+        found = set()
+        for op in filter(is_expert, ops):
+            name = op.inputs[1]
+            while values[name].alias_of:
+                name = values[name].alias_of
+            found.add(name)
+        return found
+
+    def _attention(self, op: Op) -> _Attention:
+        query, key, value = op.inputs[:3]
+        outputs = [name for name in op.outputs if name is not None]
+        return _Attention(
+            keys=self._bytes((key, value)),
+            whole=self._bytes((query, key, value, *outputs)),
+            num_heads=self.graph.values[key].shape[-3],
         )
 
     def _kernels(self, ops: Sequence[Op]) -> tuple[Kernel, ...]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Final
 
 from shardstage.cost.execution import OURS, Execution
 from shardstage.cost.profile import Profile, Recompute
@@ -12,13 +14,17 @@ from shardstage.units import dtype_bytes
 
 __all__ = ["StepSetup"]
 
+STEADY_ROUNDS: Final = 4
+"""After so many rounds of microbatches over all ranks every schedule of ours has held as much as it ever will."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepSetup:
     """``starts`` are the first units of the stages; the other fields are those of a plan.
 
     ``microbatch`` is the size that the profile was made at, and ``num_microbatches`` run on each data-parallel rank. ``custom`` is a
-    schedule that has no name. ``execution`` is how the framework at hand runs all that.
+    schedule that has no name. ``ep`` ranks deal the experts out among them, ``zero_ranks`` share what ZeRO cuts (default: all replicas);
+    ``recompute_of_stages`` says for each stage what ``recompute`` says for all. ``execution`` is how the framework at hand runs all that.
     """
 
     mesh: Mesh
@@ -33,12 +39,29 @@ class StepSetup:
     precision: str
     bucket_bytes: int
     custom: Schedule | None = None
+    ep: int = 1
+    zero_ranks: int | None = None
+    recompute_of_stages: tuple[Recompute, ...] = ()
     execution: Execution = OURS
 
     @property
     def sharding_level(self) -> int:
         """The ZeRO level that has an effect: none with a single data-parallel rank."""
-        return self.zero if self.mesh.dp > 1 else 0
+        return self.zero if self.num_shards > 1 else 0
+
+    @property
+    def num_shards(self) -> int:
+        """How many ranks share what ZeRO cuts."""
+        return self.zero_ranks or self.mesh.num_replicas
+
+    def recompute_of(self, stage: int) -> Recompute:
+        return self.recompute_of_stages[stage] if self.recompute_of_stages else self.recompute
+
+    def part_elements(self, elements: int, expert_elements: int) -> int:
+        """Of a rank's elements those that it owns under ZeRO; the ranks that share experts are ``ep`` times fewer."""
+        shards = self.num_shards if self.sharding_level else 1
+        expert_shards = max(1, shards // self.ep)
+        return -(-(elements - expert_elements) // shards) + -(-expert_elements // expert_shards)
 
     @property
     def compute_bytes(self) -> int:
@@ -74,7 +97,7 @@ class StepSetup:
         """The stages that a pipeline rank runs."""
         if self.num_stages == self.mesh.pp and self.custom is None:
             return (rank,)
-        return self.order().stages_of(rank)
+        return self.short_order().stages_of(rank)
 
     def in_flight(self, stage: int) -> int:
         """Microbatches whose activations a stage holds at most: all under GPipe, one for each stage from here to the end under 1F1B.
@@ -85,7 +108,14 @@ class StepSetup:
             return self.num_microbatches
         if self.schedule == "1f1b":
             return min(len(self.starts) - stage, self.num_microbatches)
-        return self.order().max_held(stage)
+        return self.short_order().max_held(stage)
+
+    def short_order(self) -> Schedule:
+        """The schedule of fewer microbatches: what is held at most is held by the time that the pipeline runs steadily."""
+        if self.custom is not None:
+            return self.custom
+        enough = min(self.num_microbatches, STEADY_ROUNDS * self.mesh.pp)
+        return _made(self.schedule, len(self.starts), self.mesh.pp, enough)
 
     def order(self) -> Schedule:
         """The schedule; ``ProgramError`` if the named one does not take so many stages on so many ranks."""
@@ -95,3 +125,8 @@ class StepSetup:
             num_ranks=self.mesh.pp,
             num_microbatches=self.num_microbatches,
         )
+
+
+@lru_cache(maxsize=256)
+def _made(name: str, num_stages: int, num_ranks: int, num_microbatches: int) -> Schedule:
+    return make_schedule(name, num_stages=num_stages, num_ranks=num_ranks, num_microbatches=num_microbatches)

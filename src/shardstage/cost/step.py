@@ -13,16 +13,16 @@ How much hides under compute is the device's (``Links.hidden_ratio``), and wheth
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import accumulate
 from types import MappingProxyType
 from typing import Final, NamedTuple
 
-from shardstage.cluster import CollectiveKind
 from shardstage.cost.compute import moved_s, optimizer_s
 from shardstage.cost.links import Links
 from shardstage.cost.memory import MemoryUse, rank_memory, stage_elements, stage_memory
+from shardstage.cost.parts import Parts, compute_parts
 from shardstage.cost.pipeline import StageTime, pipeline_s, run_pipeline
 from shardstage.cost.profile import Profile, UnitCost
 from shardstage.cost.setup import StepSetup
@@ -30,7 +30,7 @@ from shardstage.cost.setup import StepSetup
 __all__ = ["Prediction", "StagePrediction", "least_step_s", "predict_step", "stage_times"]
 
 
-class Calibration(NamedTuple):
+class Spread(NamedTuple):
     """Measured over modelled step time: 10th percentile, median, 90th percentile."""
 
     low: float
@@ -38,10 +38,9 @@ class Calibration(NamedTuple):
     high: float
 
 
-CALIBRATIONS: Final = MappingProxyType(
-    {"cuda": Calibration(0.92, 1.0, 1.15), "cpu": Calibration(0.8, 1.0, 1.5)}
-)
-"""What the formulas leave out, by kind of device. cuda: the spread of published runs (benchmarks/planner/step_time). cpu: our estimate."""
+CALIBRATIONS: Final = MappingProxyType({"cuda": Spread(0.92, 1.0, 1.15), "cpu": Spread(0.8, 1.0, 1.5)})
+"""What the formulas leave out on a cluster whose own runs were not looked at, by kind of device. cuda: the spread of published runs
+(benchmarks/planner/step_time). cpu: our estimate."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,6 +58,7 @@ class StagePrediction:
 class Prediction:
     """What a step is expected to take, calibrated; its parts (stages, ``exposed_*_s``, ``optimizer_s``) are as the formulas give them.
 
+    ``parts`` are the seconds by cause (``cluster.CAUSES``) that add up to the step, before calibration.
     ``exposed_*_s`` are seconds of the slowest stage that wait for an axis, ``bubble_ratio`` is the share of the pipeline's time in
     which the average stage idles. ``mfu`` counts three forwards a sample (Chowdhery et al., "PaLM", 2022, appendix B), attention in
     full, over the device's best rate.
@@ -67,6 +67,7 @@ class Prediction:
     step_time_s: float
     step_time_low_s: float
     step_time_high_s: float
+    parts: Mapping[str, float] = field(hash=False)
     stages: tuple[StagePrediction, ...]
     ranks: tuple[MemoryUse, ...]
     bubble_ratio: float
@@ -97,9 +98,9 @@ def predict_step(profile: Profile, setup: StepSetup, links: Links) -> Prediction
     travel_s = end_s - _pipeline_s(setup, [time._replace(receive_s=0.0) for time in times])
     exposed = _exposed_s(profile, setup, links, times)
     update = _of_busiest_rank(setup, [_update_s(profile, setup, links, s) for s in range(num_stages)])
-    modelled_s = end_s + exposed + update + links.norm_s()
-    calibration = _calibration(links)
-    step_s = calibration.expected * modelled_s
+    least = _least_parts(profile, setup, links, times)
+    parts = least._replace(dp=least.dp + exposed, pp=max(0.0, end_s + update + links.norm_s() - sum(least)))
+    low_s, step_s, high_s = _range_s(parts, links)
     busy = [m * (time.forward_s + time.backward_s) for time in times]
     talk = [
         m * sum(u.tp_forward_s + u.tp_backward_s for u in _units(profile, setup, s))
@@ -109,8 +110,9 @@ def predict_step(profile: Profile, setup: StepSetup, links: Links) -> Prediction
     rate = cluster.device.rate(setup.precision) * setup.mesh.world_size
     return Prediction(
         step_time_s=step_s,
-        step_time_low_s=calibration.low * modelled_s,
-        step_time_high_s=calibration.high * modelled_s,
+        step_time_low_s=low_s,
+        step_time_high_s=high_s,
+        parts=parts._asdict(),
         stages=_stages(profile, setup, times),
         ranks=tuple(rank_memory(profile, setup, rank) for rank in range(num_ranks)),
         bubble_ratio=1 - sum(busy) / (num_ranks * end_s),
@@ -127,9 +129,11 @@ def predict_step(profile: Profile, setup: StepSetup, links: Links) -> Prediction
 def least_step_s(profile: Profile, setup: StepSetup, links: Links) -> float:
     """A lower bound of the predicted time: the slowest rank computes all its microbatches, and updates."""
     times = stage_times(profile, setup, links)
+    if links.cluster.calibration is not None:
+        return _range_s(_least_parts(profile, setup, links, times), links)[1]
     updates = [_update_s(profile, setup, links, s) for s in range(setup.num_stages)]
     busy_s = setup.num_microbatches * _of_busiest_rank(setup, [time.both_s for time in times])
-    return _calibration(links).expected * (busy_s + _of_busiest_rank(setup, updates) + links.norm_s())
+    return _built_in(links).expected * (busy_s + _of_busiest_rank(setup, updates) + links.norm_s())
 
 
 def stage_times(profile: Profile, setup: StepSetup, links: Links) -> tuple[StageTime, ...]:
@@ -157,10 +161,47 @@ def _exposed_s(profile: Profile, setup: StepSetup, links: Links, times: Sequence
 
 def _of_busiest_rank(setup: StepSetup, by_stage: Sequence[float]) -> float:
     """The most that the stages of one pipeline rank add up to."""
-    return max(sum(by_stage[stage] for stage in setup.stages_of(rank)) for rank in range(setup.mesh.pp))
+    return max(_by_rank(setup, by_stage))
 
 
-def _calibration(links: Links) -> Calibration:
+def _busiest_rank(setup: StepSetup, by_stage: Sequence[float]) -> int:
+    by_rank = _by_rank(setup, by_stage)
+    return by_rank.index(max(by_rank))
+
+
+def _by_rank(setup: StepSetup, by_stage: Sequence[float]) -> list[float]:
+    return [sum(by_stage[stage] for stage in setup.stages_of(rank)) for rank in range(setup.mesh.pp)]
+
+
+def _least_parts(profile: Profile, setup: StepSetup, links: Links, times: Sequence[StageTime]) -> Parts:
+    """Seconds by cause that no schedule can spare: the slowest rank computes all its microbatches, and updates."""
+    stages = range(setup.num_stages)
+    slowest = _busiest_rank(setup, [time.both_s for time in times])
+    busy = Parts()
+    for stage in setup.stages_of(slowest):
+        computed = compute_parts(_units(profile, setup, stage), setup.recompute_of(stage))
+        added_s = _accumulation_s(profile, setup, links, stage)
+        waits_s = sum(_waits(profile, setup, links, stage))
+        busy = busy.plus(computed._replace(memory=computed.memory + added_s, dp=waits_s))
+    updates_s = [_update_s(profile, setup, links, stage) for stage in stages]
+    updating = setup.stages_of(_busiest_rank(setup, updates_s))
+    gathers_s = sum(_new_parameters_s(profile, setup, links, stage) for stage in updating)
+    busy = busy.times(setup.num_microbatches)
+    return busy._replace(
+        memory=busy.memory + sum(updates_s[stage] for stage in updating) - gathers_s,
+        dp=busy.dp + gathers_s + links.norm_s(),
+    )
+
+
+def _range_s(parts: Parts, links: Links) -> tuple[float, float, float]:
+    """Low, expected and high seconds: by the cluster's own runs where it was calibrated."""
+    if links.cluster.calibration is not None:
+        return links.cluster.calibration.range_s(parts._asdict())
+    spread = _built_in(links)
+    return spread.low * sum(parts), spread.expected * sum(parts), spread.high * sum(parts)
+
+
+def _built_in(links: Links) -> Spread:
     return CALIBRATIONS.get(links.cluster.device.kind, CALIBRATIONS["cpu"])
 
 
@@ -170,7 +211,7 @@ def _units(profile: Profile, setup: StepSetup, stage: int) -> list[UnitCost]:
 
 def _stage_time(profile: Profile, setup: StepSetup, links: Links, stage: int) -> StageTime:
     units = _units(profile, setup, stage)
-    forward_s, backward_s = _plain_times(units, setup)
+    forward_s, backward_s = _plain_times(units, setup, stage)
     wait = _waits(profile, setup, links, stage)
     backward_s += _accumulation_s(profile, setup, links, stage)
     receive_s = _transfer_s(setup, links, units[0].input_bytes) if stage else 0.0
@@ -194,15 +235,16 @@ def _accumulation_s(profile: Profile, setup: StepSetup, links: Links, stage: int
         return 0.0
     elements = stage_elements(profile, setup, stage)
     if setup.sharding_level >= 2:
-        elements //= setup.mesh.dp
+        elements = setup.part_elements(elements, _expert_elements(profile, setup, stage))
     return moved_s(elements * setup.accumulation_bytes, links.cluster.device)
 
 
-def _plain_times(units: Sequence[UnitCost], setup: StepSetup) -> tuple[float, float]:
-    """Seconds forward and backward of compute, talk along tp and recomputation."""
-    forward_s = sum(unit.forward_s + unit.tp_forward_s for unit in units)
+def _plain_times(units: Sequence[UnitCost], setup: StepSetup, stage: int) -> tuple[float, float]:
+    """Seconds forward and backward of compute, talk that nothing hides, and recomputation."""
+    recompute = setup.recompute_of(stage)
+    forward_s = sum(unit.forward_s + unit.talk_s(forward=True) for unit in units)
     backward_s = sum(
-        unit.backward_s + unit.tp_backward_s + unit.kept[setup.recompute].recompute_s for unit in units
+        unit.backward_s + unit.talk_s(forward=False) + unit.kept[recompute].recompute_s for unit in units
     )
     return forward_s, backward_s
 
@@ -212,9 +254,9 @@ def _waits(profile: Profile, setup: StepSetup, links: Links, stage: int) -> tupl
     if setup.sharding_level < 2:
         return 0.0, 0.0
     units = _units(profile, setup, stage)
-    forward_s, backward_s = _plain_times(units, setup)
-    gathers = [links.dp_s("all_gather", unit.own_elements * setup.compute_bytes) for unit in units]
-    sums = [links.dp_s("reduce_scatter", unit.own_elements * setup.wire_bytes) for unit in units]
+    forward_s, backward_s = _plain_times(units, setup, stage)
+    gathers = [links.shards_s("all_gather", unit.own_elements * setup.compute_bytes) for unit in units]
+    sums = [_scatter_s(links, unit.own_elements * setup.wire_bytes) for unit in units]
     again = gathers if setup.sharding_level == 3 else []
     return (
         max(gathers[0], sum(gathers) - links.hidden_ratio * forward_s),
@@ -227,14 +269,26 @@ def _exposed_reduction_s(
 ) -> float:
     """Seconds after the last backward until a stage's gradients are summed over dp and ties."""
     waited = links.tie_s(_tied_elements(profile, setup, stage) * setup.wire_bytes)
-    if setup.mesh.dp == 1 or setup.sharding_level >= 2:
+    if setup.mesh.num_replicas == 1 or setup.sharding_level >= 2:
         return waited
     elements = stage_elements(profile, setup, stage)
-    kind: CollectiveKind = "reduce_scatter" if setup.sharding_level else "all_reduce"
-    num_buckets = max(1, -(-elements * setup.compute_bytes // setup.bucket_bytes))
-    all_s = links.dp_s(kind, elements * setup.wire_bytes, num_buckets)
+    num_buckets = _num_buckets(setup, elements)
+    num_bytes = elements * setup.wire_bytes
+    if setup.sharding_level:
+        all_s = _scatter_s(links, num_bytes, num_buckets)
+    else:
+        all_s = links.dp_s("all_reduce", num_bytes, num_buckets)
     hidden_s = links.hidden_ratio * time.backward_s if setup.execution.overlaps_gradients else 0.0
     return waited + max(all_s / num_buckets, all_s - hidden_s)
+
+
+def _scatter_s(links: Links, num_bytes: float, num_calls: int = 1) -> float:
+    """Seconds until gradients are summed and cut among the ranks that ZeRO cuts over, and summed with those of its copies."""
+    return links.shards_s("reduce_scatter", num_bytes, num_calls) + links.copies_s(num_bytes, num_calls)
+
+
+def _expert_elements(profile: Profile, setup: StepSetup, stage: int) -> int:
+    return sum(unit.expert_elements for unit in _units(profile, setup, stage))
 
 
 def _tied_elements(profile: Profile, setup: StepSetup, stage: int) -> int:
@@ -247,17 +301,26 @@ def _tied_elements(profile: Profile, setup: StepSetup, stage: int) -> int:
 def _update_s(profile: Profile, setup: StepSetup, links: Links, stage: int) -> float:
     """The optimizer over what a rank owns, and under ZeRO-1 the gather of the new parameters."""
     elements = stage_elements(profile, setup, stage)
-    own = elements // (setup.mesh.dp if setup.sharding_level else 1)
-    num_buckets = max(1, -(-elements * setup.compute_bytes // setup.bucket_bytes))
-    num_tensors = num_buckets
+    own = setup.part_elements(elements, _expert_elements(profile, setup, stage))
+    num_tensors = _num_buckets(setup, elements)
     if setup.sharding_level >= 2:
         num_tensors = sum(unit.num_parameters for unit in _units(profile, setup, stage))
     step_s = optimizer_s(own, setup.master_bytes, num_tensors, links.cluster.device)
     if setup.execution.update_bytes is not None:
         step_s = moved_s(own * setup.execution.update_bytes, links.cluster.device)
-    if setup.sharding_level == 1:
-        step_s += links.dp_s("all_gather", elements * setup.compute_bytes, num_buckets)
-    return step_s
+    return step_s + _new_parameters_s(profile, setup, links, stage)
+
+
+def _new_parameters_s(profile: Profile, setup: StepSetup, links: Links, stage: int) -> float:
+    """The gather of the new parameters under ZeRO-1."""
+    if setup.sharding_level != 1:
+        return 0.0
+    elements = stage_elements(profile, setup, stage)
+    return links.shards_s("all_gather", elements * setup.compute_bytes, _num_buckets(setup, elements))
+
+
+def _num_buckets(setup: StepSetup, elements: int) -> int:
+    return max(1, -(-elements * setup.compute_bytes // setup.bucket_bytes))
 
 
 def _stages(profile: Profile, setup: StepSetup, times: Sequence[StageTime]) -> tuple[StagePrediction, ...]:

@@ -125,6 +125,12 @@ def _broadcast_numel(a: tuple[int, ...], b: tuple[int, ...]) -> int:
     return math.prod(max(i, j) if min(i, j) else 0 for i, j in zip(*padded, strict=True))
 
 
+def _grouped(call: _Call) -> _Flops:
+    """Rows sorted by expert meet their expert's matrix: [rows, k] · [experts, k, n]."""
+    a, b = call.value(0), call.value(1)
+    return _product(2 * a.numel * b.shape[-1], a, b)
+
+
 def _einsum(call: _Call) -> _Flops:
     """Operands are contracted from left to right, as torch does without opt_einsum; a plain outer product costs no product."""
     equation = str(call.argument(0)).replace(" ", "")
@@ -224,6 +230,7 @@ _FORMULAS: Final[Mapping[str, Callable[[_Call], _Flops]]] = {
     "aten.baddbmm": _matrix_product(1),
     "aten.matmul": _matmul,
     "aten.einsum": _einsum,
+    **dict.fromkeys(("aten._grouped_mm", "transformers.grouped_mm_fallback"), _grouped),
     **{
         f"aten.{name}": _convolution
         for name in (

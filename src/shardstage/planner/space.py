@@ -1,0 +1,236 @@
+"""``Space``: everything that a search may choose, declared, counted and enumerated.
+
+    tp × sp × cp × ep × microbatch      a *group*: what a unit of the model costs one rank follows from these
+    pp, schedule, stages a rank         how the units lie in a pipeline
+    dp                                  the ranks that are left, or the fewest that run as few microbatches
+    ZeRO level, ranks that it cuts over how parameters, gradients and optimizer state lie over the replicas
+    order of the axes                   pipeline outside data parallelism, or inside
+
+Inside a choice the cut into stages and what each stage recomputes are solved exactly (``stages``), not enumerated.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final, Literal, NamedTuple
+
+from shardstage.cluster import Cluster
+from shardstage.graph import ModelGraph
+from shardstage.layout import AXES, Mesh
+from shardstage.layout.mesh import Axis
+from shardstage.plan import Request
+from shardstage.plan.plan import ScheduleName
+
+__all__ = ["Choice", "Group", "Schedule", "Space", "Zero", "declared_space"]
+
+MAX_MICROBATCH_TOKENS: Final = 65_536
+"""A larger microbatch is not tried: products of this many rows reach the best rate of every device we know."""
+
+MAX_STAGES_PER_RANK: Final = 8
+"""More stages a rank send more often than any pipeline gains: its bubble is already an eighth of 1F1B's."""
+
+MAX_CP: Final = 32
+"""Llama 3 trained with 16 at most (Dubey et al., 2024, table 4)."""
+
+ZeroLevel = Literal[0, 1, 2, 3]
+
+
+class Zero(NamedTuple):
+    """A ZeRO level and the ranks that it cuts over; None for all replicas."""
+
+    level: ZeroLevel
+    num_ranks: int | None = None
+
+
+class Schedule(NamedTuple):
+    """A schedule and how many stages it gives each rank."""
+
+    name: ScheduleName
+    per_rank: int
+
+
+class Group(NamedTuple):
+    """Choices whose units cost the same."""
+
+    tp: int
+    is_sequence_parallel: bool
+    cp: int
+    ep: int
+    microbatch: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Choice:
+    """One point of the space; ``shares`` are the samples of each data-parallel rank."""
+
+    mesh: Mesh
+    group: Group
+    zero: Zero
+    schedule: Schedule
+
+
+DP_OUTSIDE: Final[tuple[Axis, ...]] = ("dp", "pp", "cp", "tp")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Space:
+    """What is enumerated for ``num_ranks`` devices and a batch; each field lists the values of one decision."""
+
+    num_ranks: int
+    global_batch: int
+    tps: tuple[int, ...]
+    pps: tuple[int, ...]
+    cps: tuple[int, ...]
+    eps: tuple[int, ...]
+    sequence_parallel: tuple[bool, ...]
+    microbatches: tuple[int, ...]
+    zeros: tuple[ZeroLevel, ...]
+    schedules: tuple[Schedule, ...]
+    orders: tuple[tuple[Axis, ...], ...]
+    dps: tuple[int, ...] = ()
+    node_size: int = 1
+    uses_all_ranks: bool = False
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the declaration."""
+        return hashlib.sha256(repr(self).encode()).hexdigest()[:16]
+
+    def groups(self) -> Iterator[Group]:
+        for tp in self.tps:
+            for cp in self.cps:
+                if tp * cp > self.num_ranks:
+                    continue
+                for is_sp in self.sequence_parallel if tp > 1 else (False,):
+                    for ep in self.eps:
+                        for microbatch in self.microbatches:
+                            yield Group(tp, is_sp, cp, ep, microbatch)
+
+    def meshes(self, group: Group) -> Iterator[Mesh]:
+        """Meshes of a group, without their orders, each with a largest share that makes microbatches of exactly the group's size."""
+        for pp in self.pps:
+            for dp in self._dps(self.num_ranks // (group.tp * group.cp * pp)):
+                share = -(-self.global_batch // dp)
+                num_microbatches = -(-share // group.microbatch)
+                if (
+                    -(-share // num_microbatches) != group.microbatch
+                    or self.global_batch // dp < num_microbatches
+                ):
+                    continue
+                if (dp * group.cp) % group.ep:
+                    continue
+                mesh = Mesh(pp=pp, dp=dp, tp=group.tp, cp=group.cp)
+                if not self.uses_all_ranks or mesh.world_size == self.num_ranks:
+                    yield mesh
+
+    def zeros_of(self, mesh: Mesh) -> tuple[Zero, ...]:
+        """ZeRO over all replicas, or over those of a node where more nodes hold copies."""
+        replicas = mesh.num_replicas
+        if replicas == 1:
+            return (Zero(0),) if 0 in self.zeros else (Zero(self.zeros[0]),)
+        near = max(1, self.node_size // mesh.tp)
+        levels = [Zero(level) for level in self.zeros]
+        if 1 < near < replicas and replicas % near == 0:
+            levels += [Zero(level, near) for level in self.zeros if level]
+        return tuple(levels)
+
+    def schedules_of(self, pp: int) -> tuple[Schedule, ...]:
+        if pp == 1:
+            return (Schedule("1f1b", 1),) if Schedule("1f1b", 1) in self.schedules else self.schedules[:1]
+        return self.schedules
+
+    def orders_of(self, mesh: Mesh) -> tuple[tuple[Axis, ...], ...]:
+        """Which axis lies outside matters where both have ranks; with cp the replicas must be neighbours."""
+        if mesh.pp == 1 or mesh.dp == 1 or mesh.cp > 1:
+            return self.orders[:1]
+        return self.orders
+
+    def _dps(self, most: int) -> tuple[int, ...]:
+        if self.dps:
+            return tuple(dp for dp in self.dps if dp <= min(most, self.global_batch))
+        most = min(most, self.global_batch)
+        if most < 1:
+            return ()
+        fewest = -(-self.global_batch // (-(-self.global_batch // most)))
+        return (most,) if fewest == most or self.uses_all_ranks else (most, fewest)
+
+
+def declared_space(
+    graph: ModelGraph,
+    cluster: Cluster,
+    *,
+    num_ranks: int,
+    global_batch: int,
+    sequence: int | None,
+    num_units: int,
+    num_experts: int,
+    has_attention: bool,
+    fix: Request | None = None,
+    fixed: frozenset[str] = frozenset(),
+    is_runnable: bool = False,
+) -> Space:
+    """The whole space of a model on a cluster, or what is left of it where ``fixed`` names decisions that ``fix`` has taken.
+
+    ``is_runnable`` leaves out what this release prices but cannot run: context and expert parallelism, ZeRO over a part of the replicas,
+    another order of the axes and idle ranks.
+    """
+    request = fix or Request()
+    node = cluster.devices_per(cluster.levels[0])
+    tps = tuple(tp for tp in (*range(1, node + 1), 2 * node) if tp <= num_ranks)
+    may_cut = sequence is not None and graph.is_sequence_scalable and has_attention and not is_runnable
+    cps = [
+        cp
+        for cp in (1 << n for n in range(MAX_CP.bit_length()))
+        if cp == 1 or (may_cut and not (sequence or 1) % cp)
+    ]
+    eps = (
+        [n for n in range(1, num_experts + 1) if num_experts % n == 0]
+        if num_experts and not is_runnable
+        else [1]
+    )
+    schedules = [
+        *(Schedule("1f1b", 1), Schedule("gpipe", 1), Schedule("zb-h1", 1), Schedule("zb-v", 2)),
+        Schedule("dualpipe-v", 2),
+        *(Schedule("interleaved-1f1b", v) for v in range(2, MAX_STAGES_PER_RANK + 1)),
+        *(Schedule("looped-bfs", v) for v in range(2, MAX_STAGES_PER_RANK + 1)),
+    ]
+    if "schedule" in fixed:
+        schedules = [s for s in schedules if s.name == request.schedule]
+    if "stages_per_rank" in fixed:
+        schedules = [s for s in schedules if s.per_rank == request.stages_per_rank]
+    return Space(
+        num_ranks=num_ranks,
+        global_batch=global_batch,
+        tps=(request.tp,) if "tp" in fixed else tps,
+        pps=(request.pp,) if "pp" in fixed else tuple(range(1, min(num_units, num_ranks) + 1)),
+        cps=(request.cp,) if "cp" in fixed else tuple(cps),
+        eps=(request.ep,) if "ep" in fixed else tuple(eps),
+        sequence_parallel=(request.is_sequence_parallel,)
+        if "is_sequence_parallel" in fixed
+        else (False, True),
+        microbatches=(request.microbatch or 1,)
+        if "microbatch" in fixed
+        else tuple(_microbatches(graph, global_batch, sequence)),
+        zeros=(request.zero,) if "zero" in fixed else (0, 1, 2, 3),
+        schedules=tuple(schedules),
+        orders=(AXES,) if is_runnable else (AXES, DP_OUTSIDE),
+        dps=(request.dp or 1,) if "dp" in fixed else (),
+        node_size=1 if is_runnable else node,
+        uses_all_ranks=is_runnable,
+    )
+
+
+def _microbatches(graph: ModelGraph, global_batch: int, sequence: int | None) -> Iterator[int]:
+    """One to eight samples, then four steps to each doubling, as far as a microbatch's tokens go."""
+    if not graph.is_scalable:
+        yield graph.microbatch
+        return
+    limit = min(global_batch, max(1, MAX_MICROBATCH_TOKENS // (sequence or 1)))
+    size = 1
+    while size <= limit:
+        yield size
+        size += max(1, 1 << max(0, size.bit_length() - 3))
+    if size - max(1, 1 << max(0, (size - 1).bit_length() - 3)) != limit and limit & (limit - 1):
+        yield limit

@@ -1,0 +1,210 @@
+"""``best_cut``: the fastest cut of a chain of units into pipeline stages, with what each stage recomputes, under a memory limit.
+
+    n units, p stages; t(s, i, j) are the seconds of units i..j-1 as stage s for one microbatch, by the least that it must recompute to fit
+
+    minimise   (m - 1) max_s t_s + Σ_s t_s                     1F1B and GPipe with m microbatches (``cost.pipeline``)
+
+For a cap on the slowest stage, how far s stages reach is greedy: a stage that takes more units never hurts those after it, which hold fewer
+microbatches. The least cap is found by bisection and then step by step from cut to cut, until none is feasible below it. Where that cut
+recomputes anything, the sum matters too:
+
+    least(s, j) = min over i of  least(s - 1, i) + t(s, i, j)   where t(s, i, j) <= cap
+
+by dynamic programming, for each cap whose product alone could still win. The result is exact up to the last bit of the sums.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Final, NamedTuple, Protocol
+
+from shardstage.cost.profile import RECOMPUTES, Recompute
+
+__all__ = ["Cut", "StageCosts", "best_cut"]
+
+CAP_PRECISION: Final = 1e-4
+"""Relative precision of the bisection; the last step to the least cap goes from cut to cut."""
+
+
+class Cut(NamedTuple):
+    """First units of the stages, what each recomputes, the slowest stage's seconds and those of all."""
+
+    starts: tuple[int, ...]
+    recompute: tuple[Recompute, ...]
+    slowest_s: float
+    total_s: float
+
+    def pipeline_s(self, num_microbatches: int) -> float:
+        return (num_microbatches - 1) * self.slowest_s + self.total_s
+
+
+class StageCosts(Protocol):
+    """Seconds and bytes of any run of units as any stage."""
+
+    @property
+    def num_units(self) -> int: ...
+    def seconds(self, stage: int, start: int, stop: int, mode: Recompute) -> float:
+        """Of one microbatch; never less with more units."""
+        ...
+
+    def fits(self, stage: int, start: int, stop: int, mode: Recompute) -> bool:
+        """Whether the stage's rank has the memory; never with more units if not with fewer."""
+        ...
+
+
+def best_cut(
+    costs: StageCosts,
+    num_stages: int,
+    num_microbatches: int,
+    modes: Sequence[Recompute] = RECOMPUTES,
+    *,
+    below_s: float = math.inf,
+) -> Cut | None:
+    """The best cut, or None where no cut fits into memory; one that cannot come below ``below_s`` need not be the best."""
+    found = _least_cap(costs, num_stages, modes)
+    if found is None:
+        return None
+    unavoidable_s = sum(costs.seconds(0, unit, unit + 1, modes[0]) for unit in range(costs.num_units))
+    least_s = (num_microbatches - 1) * found.slowest_s + min(unavoidable_s, found.total_s)
+    if least_s >= below_s or found.total_s <= unavoidable_s * (1 + 1e-12):
+        return found
+    return _with_least_sum(costs, num_stages, num_microbatches, modes, found, unavoidable_s)
+
+
+def _least_cap(costs: StageCosts, num_stages: int, modes: Sequence[Recompute]) -> Cut | None:
+    """The cut whose slowest stage is fastest."""
+    best = _reach(costs, num_stages, math.inf, modes)
+    if best is None:
+        return None
+    low, high = costs.seconds(0, 0, costs.num_units, modes[0]) / num_stages, best.slowest_s
+    exact = _reach(costs, num_stages, low * (1 + 1e-12), modes)
+    if exact is not None:
+        return exact
+    while high - low > CAP_PRECISION * high:
+        middle = (low + high) / 2
+        cut = _reach(costs, num_stages, middle, modes)
+        if cut is None:
+            low = middle
+        else:
+            best, high = cut, min(middle, cut.slowest_s)
+    while (cut := _reach(costs, num_stages, best.slowest_s * (1 - 1e-12), modes)) is not None:
+        best = cut
+    return best
+
+
+def _reach(costs: StageCosts, num_stages: int, cap: float, modes: Sequence[Recompute]) -> Cut | None:
+    """Stages that take as many units as the cap and memory let them, leaving one for each stage after; None where that is not all."""
+    start, starts, recompute = 0, [], []
+    slowest = total = 0.0
+    for stage in range(num_stages):
+        last = costs.num_units - (num_stages - stage - 1)
+        stop, mode = start, modes[0]
+        for each in modes:
+            reached = _farthest(costs, stage, start, last, cap, each)
+            if reached > stop:
+                stop, mode = reached, each
+        if stop == start:
+            return None
+        mode = next(m for m in modes if m == mode or _is_possible(costs, stage, start, stop, cap, m))
+        seconds = costs.seconds(stage, start, stop, mode)
+        slowest, total = max(slowest, seconds), total + seconds
+        starts.append(start)
+        recompute.append(mode)
+        start = stop
+    return Cut(tuple(starts), tuple(recompute), slowest, total) if start == costs.num_units else None
+
+
+def _is_possible(costs: StageCosts, stage: int, start: int, stop: int, cap: float, mode: Recompute) -> bool:
+    return costs.seconds(stage, start, stop, mode) <= cap and costs.fits(stage, start, stop, mode)
+
+
+def _farthest(costs: StageCosts, stage: int, start: int, last: int, cap: float, mode: Recompute) -> int:
+    """The farthest end of a stage, by bisection over what is monotone."""
+    if not _is_possible(costs, stage, start, start + 1, cap, mode):
+        return start
+    low, high = start + 1, last + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        if _is_possible(costs, stage, start, middle, cap, mode):
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+def _with_least_sum(
+    costs: StageCosts,
+    num_stages: int,
+    num_microbatches: int,
+    modes: Sequence[Recompute],
+    found: Cut,
+    unavoidable_s: float,
+) -> Cut:
+    """The best of all caps: a larger one may let stages recompute less."""
+    most = (found.pipeline_s(num_microbatches) - unavoidable_s) / max(1, num_microbatches - 1)
+    table = _table(costs, num_stages, modes, most if num_microbatches > 1 else math.inf)
+    best, best_s = found, found.pipeline_s(num_microbatches)
+    caps = sorted({s for rows in table for row in rows for s, _ in row.values() if s >= found.slowest_s})
+    for cap in caps:
+        if (num_microbatches - 1) * cap + unavoidable_s >= best_s:
+            break
+        cut = _least_sum(table, costs.num_units, cap)
+        if cut is not None and cut.pipeline_s(num_microbatches) < best_s:
+            best, best_s = cut, cut.pipeline_s(num_microbatches)
+    return best
+
+
+_Row = dict[int, tuple[float, Recompute]]
+
+
+def _table(costs: StageCosts, num_stages: int, modes: Sequence[Recompute], most_s: float) -> list[list[_Row]]:
+    """For each stage and reachable start the seconds, at most ``most_s``, of every end that fits, by the least recomputation."""
+    n = costs.num_units
+    table, reached = [], {0}
+    for stage in range(num_stages):
+        rows: list[_Row] = [{} for _ in range(n)]
+        last = n - (num_stages - stage - 1)
+        following: set[int] = set()
+        for start in sorted(reached):
+            for stop in range(start + 1, last + 1):
+                mode = next((m for m in modes if costs.fits(stage, start, stop, m)), None)
+                if mode is None:
+                    break
+                seconds = costs.seconds(stage, start, stop, mode)
+                if seconds > most_s * (1 + 1e-12):
+                    break
+                rows[start][stop] = (seconds, mode)
+                following.add(stop)
+        table.append(rows)
+        reached = following
+    return table
+
+
+def _least_sum(table: list[list[_Row]], num_units: int, cap: float) -> Cut | None:
+    """The cut under a cap whose stages take least in all."""
+    least = [0.0] + [math.inf] * num_units
+    came: list[list[int]] = []
+    for rows in table:
+        following, origin = [math.inf] * (num_units + 1), [-1] * (num_units + 1)
+        for start, row in enumerate(rows):
+            if least[start] == math.inf:
+                continue
+            for stop, (seconds, _) in row.items():
+                if seconds > cap * (1 + 1e-12):
+                    continue
+                if least[start] + seconds < following[stop]:
+                    following[stop], origin[stop] = least[start] + seconds, start
+        least = following
+        came.append(origin)
+    if least[num_units] == math.inf:
+        return None
+    stop, starts, modes, slowest = num_units, [], [], 0.0
+    for stage in range(len(table) - 1, -1, -1):
+        start = came[stage][stop]
+        seconds, mode = table[stage][start][stop]
+        starts.append(start)
+        modes.append(mode)
+        slowest = max(slowest, seconds)
+        stop = start
+    return Cut(tuple(reversed(starts)), tuple(reversed(modes)), slowest, least[num_units])
