@@ -18,6 +18,10 @@ def device(**changes: object) -> DeviceClass:
     return DeviceClass(**{**fields, **changes})  # type: ignore[arg-type]
 
 
+def level(name: str, size: int, latency_s: float, bytes_per_s: float) -> LinkLevel:
+    return LinkLevel(name=name, size=size, latency_s=latency_s, bytes_per_s=bytes_per_s, source="made up")
+
+
 def two_level(num_devices: int = 16, *curves: CollectiveCurve) -> Cluster:
     """Nodes of 4 devices (1 s a hop, 100 bytes/s) on a network of 4 nodes (10 s a hop, 10 bytes/s)."""
     return Cluster(
@@ -25,8 +29,8 @@ def two_level(num_devices: int = 16, *curves: CollectiveCurve) -> Cluster:
         device=device(),
         num_devices=num_devices,
         levels=(
-            LinkLevel(name="node", size=4, latency_s=1.0, bytes_per_s=100.0, source="made up"),
-            LinkLevel(name="network", size=4, latency_s=10.0, bytes_per_s=10.0, source="made up"),
+            level("node", 4, 1.0, 100.0),
+            level("network", 4, 10.0, 10.0),
         ),
         collectives=curves,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,26 @@ def test_a_cluster_with_everything_survives_its_file(tmp_path: Path) -> None:
 def test_a_preset_is_cut_to_any_number_of_devices() -> None:
     assert load("h100:512").num_devices == 512
     assert load("h100:3").with_devices(512) == load("h100:512")
+
+
+def test_a_preset_grows_with_the_devices_that_are_asked_of_it_and_says_so() -> None:
+    cluster = load("h100:100000")
+    assert cluster.num_devices == cluster.capacity == 100_000
+    assert replace(cluster.levels[-1], size=3072) == load("h100").levels[-1]
+    assert cluster.notes == (
+        "h100: its network is sourced for 24576 devices and taken to join 100000 with the same latency and bandwidth",
+    )
+    assert Cluster.from_toml(cluster.to_toml()) == cluster
+    assert load("h100:24576").notes == ()
+
+
+def test_a_single_host_and_a_file_do_not_grow(tmp_path: Path) -> None:
+    with pytest.raises(ClusterError, match="cluster 'cpu' joins at most 64 devices, not 65"):
+        load("cpu:65")
+    save(full_cluster(), tmp_path / "toy.toml")
+    with pytest.raises(ClusterError, match="cluster 'toy' joins at most 16 devices, not 17") as caught:
+        load(f"{tmp_path / 'toy.toml'}:17")
+    assert "raise `size` of the level 'network'" in str(caught.value.hint)
 
 
 def test_equal_clusters_have_equal_hashes() -> None:

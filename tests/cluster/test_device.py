@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -68,3 +70,21 @@ def test_a_device_without_memory_or_rates_is_refused() -> None:
         device(flops_per_s={"bfloat16": -1})
     with pytest.raises(ClusterError, match="device 'toy' has no flops_per_s"):
         device(flops_per_s={})
+
+
+def test_every_gpu_preset_has_a_price_with_its_source_and_a_newer_gpu_costs_more() -> None:
+    devices = [load(name).device for name in ("a100-40", "a100-80", "h100", "h200", "b200")]
+    prices = [each.price_per_hour or 0.0 for each in devices]
+    assert prices == sorted(prices)
+    assert 1 < prices[0] < prices[-1] < 20
+    assert all("AWS" in each.price_source for each in devices)
+
+
+def test_a_price_is_optional_and_cannot_be_zero_or_without_a_source() -> None:
+    assert device().price_per_hour is None
+    with pytest.raises(ClusterError, match="device 'toy': price_per_hour must be above zero, not 0"):
+        device(price_per_hour=0.0, price_source="made up")
+    priced = replace(load("cpu"), device=device(price_per_hour=1.5, price_source="made up"))
+    assert Cluster.from_toml(priced.to_toml()) == priced
+    with pytest.raises(ClusterError, match=r"\[device\]: price_source is missing"):
+        Cluster.from_toml(priced.to_toml().replace('price_source = "made up"\n', ""))

@@ -39,7 +39,8 @@ class KernelModel:
     """Ratios are of the device's ``flops_per_s`` and ``bytes_per_s``.
 
     ``sustained_ratio``: what products reach over hours, with all devices of a job under load, of what they reach in a benchmark.
-    ``misaligned_ratio``: what is left of a product's rate where rows are no multiple of ``ALIGNED_BYTES``. ``dispatch_s``: what the host takes for one kernel of eager PyTorch, autograd and the framework's Python included.
+    ``misaligned_ratio``: what is left of a product's rate where rows are no multiple of ``ALIGNED_BYTES``.
+    ``dispatch_s``: what the host takes for one kernel of eager PyTorch, autograd and the framework's Python included.
     """
 
     num_sms: int
