@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.cluster.machines import curve, device, level, two_level
 
-from shardstage.cluster import Cluster, LinearCost, load
+from shardstage.cluster import Cluster, CollectiveKind, LinearCost, load
 from shardstage.cluster.groups import Spread, cut, most_parts, rising, spread
 from shardstage.errors import ClusterError
 
@@ -57,7 +57,14 @@ def ragged() -> Cluster:
 def test_a_strided_group_costs_what_its_ranks_do_one_by_one() -> None:
     draw = random.Random(4)
     clusters = (ragged(), two_level(), load("h100:200"), load("a100-40:37+h100:20+a100-80:64"))
-    kinds = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "p2p")
+    kinds: tuple[CollectiveKind, ...] = (
+        "all_reduce",
+        "all_gather",
+        "reduce_scatter",
+        "all_to_all",
+        "broadcast",
+        "p2p",
+    )
     for _ in range(1500):
         cluster, kind = draw.choice(clusters), draw.choice(kinds)
         stride, start = draw.randint(1, 40), draw.randrange(cluster.num_devices)
