@@ -1,8 +1,9 @@
 """Which device runs which node of a graph that is not a chain.
 
 Owns PlacementGraph, Placement and the search between them. In go the seconds and bytes of every node, the seconds that moving each tensor
-takes, and the number of devices; out come the device of every node, the stage time, a bound that no placement can beat, and how it was found.
-It refuses to know what the nodes compute, what the devices are called, and in which order a device runs its nodes; it imports no torch.
+takes, and the number of devices; out come the device of every node, the stage time, a bound that no placement can beat, and how it was
+found. It refuses to know what the nodes compute, what the devices are called, and in which order a device runs its nodes; it imports no
+torch.
 
     place_contiguous(graph, num_devices)    each device runs a contiguous set: exact, over ideals
     place(graph, num_devices)               any set: never slower than the former
@@ -10,8 +11,9 @@ It refuses to know what the nodes compute, what the devices are called, and in w
 
     graph.py       the objective                      ideals.py      sets that a pipeline can have done
     clusters.py    what must or may stay together     contiguous.py  dynamic programming over ideals
-    limits.py      devices, lower bound               refine.py      tabu search on the objective
-    anywhere.py    starts, best of all                multilevel.py  the same on coarser graphs
+    weld.py        what any faster one keeps together refine.py      tabu search on the objective
+    starts.py      placements to begin from           multilevel.py  the same on coarser graphs
+    limits.py      the devices                        anywhere.py    best of all starts
 """
 
 from shardstage.planner.placement.anywhere import place
@@ -24,7 +26,7 @@ from shardstage.planner.placement.graph import (
     device_memory_bytes,
     stage_time_s,
 )
-from shardstage.planner.placement.limits import lower_bound
+from shardstage.planner.placement.weld import lower_bound
 
 __all__ = [
     "Placement",

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
-import numpy.typing as npt
 
 from shardstage.errors import PlanError
-from shardstage.planner.placement.clusters import Clusters, cluster
-from shardstage.planner.placement.contiguous import place_contiguous
+from shardstage.planner.placement.clusters import Clusters, Ints
 from shardstage.planner.placement.graph import Placement, PlacementGraph, stage_time_s
-from shardstage.planner.placement.limits import Limits, lower_bound_s
+from shardstage.planner.placement.limits import Limits
 from shardstage.planner.placement.multilevel import v_cycle
 from shardstage.planner.placement.refine import Standing, standing
+from shardstage.planner.placement.starts import first_placements
+from shardstage.planner.placement.weld import lower_bound_s, weld
 
 __all__ = ["place"]
-
-Ints = npt.NDArray[np.int64]
 
 
 def place(
@@ -40,7 +39,7 @@ def place(
     """
     deadline_s = time.perf_counter() + time_limit_s
     limits = Limits(num_devices=num_devices, num_hosts=num_hosts, memory_limit_bytes=memory_limit_bytes)
-    clusters = cluster(graph, is_memory_tight=limits.is_memory_tight(graph), is_ordered=False)
+    clusters = limits.clusters(graph, is_ordered=False)
     search = _Search(
         clusters=clusters,
         limits=limits,
@@ -48,8 +47,8 @@ def place(
         moves_left=max_moves,
         rng=np.random.default_rng(seed),
     )
-    for name, device_of in _starts(graph, clusters, limits, starts or {}, seed):
-        search.improve(name, device_of)
+    for name, start in first_placements(graph, clusters, limits, starts or {}, seed):
+        search.improve(name, start)
     search.iterate()
     best = search.best
     if best.excess_bytes > 0:
@@ -84,14 +83,13 @@ class _Search:
             rng,
         )
         self.results: list[tuple[str, Standing]] = []
-        self.moves_per_cycle = max(200, moves_left // 25)
+        self.moves_per_cycle = max(200, moves_left // 40)
+        self.welded: tuple[Clusters, Ints] | None = (clusters, np.arange(len(clusters)))
+        self.welded_below_s = math.inf
 
     @property
     def best_index(self) -> int:
-        return min(
-            range(len(self.results)),
-            key=lambda i: (self.results[i][1].excess_bytes, self.results[i][1].stage_time_s),
-        )
+        return min(range(len(self.results)), key=lambda index: self.results[index][1].rank)
 
     @property
     def best(self) -> Standing:
@@ -110,13 +108,10 @@ class _Search:
         self.results.append((name, self._cycle(found) if self.has_budget() else found))
 
     def iterate(self) -> None:
-        """Cycles from the three best results in turn, every other time from a shaken copy."""
+        """Cycles from the three best results in turn, every other time from a shaken copy; ends early where the best is proved optimal."""
         turn = 0
-        while self.has_budget() and len(self.clusters) > 1:
-            ranked = sorted(
-                range(len(self.results)),
-                key=lambda i: (self.results[i][1].excess_bytes, self.results[i][1].stage_time_s),
-            )
+        while self.has_budget() and self._weld():
+            ranked = sorted(range(len(self.results)), key=lambda index: self.results[index][1].rank)
             index = ranked[(turn // 2) % min(3, len(ranked))]
             name, known = self.results[index]
             found = self._cycle(known if turn % 2 == 0 else self._shaken(known))
@@ -124,13 +119,26 @@ class _Search:
                 self.results[index] = (name, found)
             turn += 1
 
+    def _weld(self) -> bool:
+        """Joins what every placement faster than the best keeps together; False where there is none."""
+        best = self.best
+        if best.excess_bytes == 0 and best.stage_time_s < self.welded_below_s:
+            self.welded_below_s = best.stage_time_s
+            self.welded = weld(self.clusters, self.limits, below_s=best.stage_time_s)
+        return self.welded is not None and len(self.welded[0]) > 1
+
     def _cycle(self, start: Standing) -> Standing:
+        """The better of ``start`` and what a V-cycle makes of it."""
+        if self.welded is None:
+            return start
+        graph, parent = self.welded
         coarsest = int(self.rng.choice([10, 20, 40])) * (self.limits.num_devices + self.limits.num_hosts)
         most = min(self.moves_per_cycle, self.moves_left)
-        found, made = v_cycle(
-            self.clusters, self.limits, start.device_of, max_moves=most, coarsest=coarsest, rng=self.rng
-        )
+        projected = np.zeros(len(graph), dtype=np.int64)
+        projected[parent] = start.device_of
+        found, made = v_cycle(graph, self.limits, projected, max_moves=most, coarsest=coarsest, rng=self.rng)
         self.moves_left -= max(made, 1)
+        found = replace(found, device_of=found.device_of[parent])
         return found if found.is_better_than(start) else start
 
     def _shaken(self, known: Standing) -> Standing:
@@ -149,95 +157,3 @@ class _Search:
             if self.clusters.on_accelerator[one]:
                 device_of[one] = target
         return standing(self.clusters, self.limits, device_of)
-
-
-def _starts(
-    graph: PlacementGraph, clusters: Clusters, limits: Limits, given: Mapping[str, Sequence[int]], seed: int
-) -> Iterator[tuple[str, Ints]]:
-    """Named placements of the clusters: contiguous, those given, METIS where installed, longest first, random."""
-    firsts = [nodes[0] for nodes in clusters.members]
-    try:
-        contiguous = place_contiguous(
-            graph,
-            limits.num_devices,
-            memory_limit_bytes=limits.memory_limit_bytes,
-            num_hosts=limits.num_hosts,
-            max_ideals=6_000,
-            seed=seed,
-        )
-        yield "contiguous", np.array([contiguous.device_of[node] for node in firsts], dtype=np.int64)
-    except PlanError:
-        pass  # contiguity and memory together can be impossible where a scattered placement is not
-    for name, device_of in given.items():
-        yield name, np.array([device_of[node] for node in firsts], dtype=np.int64)
-    yield "longest first", _longest_first(clusters, limits, weigh_nets=False)
-    yield "longest first with communication", _longest_first(clusters, limits, weigh_nets=True)
-    metis = _metis(clusters, limits, seed)
-    if metis is not None:
-        yield "METIS", metis
-    rng = np.random.default_rng(seed)
-    for index in range(3):
-        scattered = rng.integers(limits.num_devices, size=len(clusters))
-        yield f"random {index + 1}", np.where(clusters.on_accelerator, scattered, limits.num_devices)
-
-
-def _longest_first(clusters: Clusters, limits: Limits, *, weigh_nets: bool) -> Ints:
-    """Clusters by falling compute, each to the accelerator where its load, with the nets it brings if asked, is then least."""
-    device_of = np.full(len(clusters), limits.num_devices, dtype=np.int64)
-    loads_s = np.zeros(limits.num_devices)
-    held_bytes = np.zeros(limits.num_devices)
-    touched = np.zeros((len(clusters.nets), limits.num_devices), dtype=np.bool_)
-    for one in np.argsort(-clusters.compute_s, kind="stable"):
-        if not clusters.on_accelerator[one]:
-            continue
-        nets = np.flatnonzero(clusters.incidence[one])
-        brought_s = (
-            (clusters.net_cost_s[nets, None] * ~touched[nets]).sum(axis=0)
-            if weigh_nets
-            else np.zeros(limits.num_devices)
-        )
-        has_room = held_bytes + clusters.memory_bytes[one] <= limits.memory_limit_bytes
-        reached_s = np.where(has_room | ~has_room.any(), loads_s + brought_s, np.inf)
-        target = int(np.argmin(reached_s))
-        device_of[one] = target
-        loads_s[target] += clusters.compute_s[one] + brought_s[target]
-        held_bytes[target] += clusters.memory_bytes[one]
-        touched[nets, target] = True
-    return device_of
-
-
-def _metis(clusters: Clusters, limits: Limits, seed: int) -> Ints | None:
-    """The partition of METIS, through ``pymetis``; None where that is not installed, or the graph is too small for it."""
-    try:
-        import pymetis
-    except ImportError:
-        return None
-    if (
-        limits.num_devices < 2
-        or len(clusters) < 2 * limits.num_devices
-        or not bool(clusters.on_accelerator.all())
-    ):
-        return None
-    weights = (
-        clusters.incidence
-        * (clusters.net_cost_s / np.maximum(clusters.net_sizes - 1, 1))
-        @ clusters.incidence.T
-    )
-    np.fill_diagonal(weights, 0.0)
-    whole = np.maximum(1, np.round(1e6 * weights / (weights.max() or 1.0))).astype(int)
-    starts, neighbours, edge_weights = [0], [], []
-    for one, row in enumerate(weights):
-        near = np.flatnonzero(row)
-        neighbours.extend(int(other) for other in near)
-        edge_weights.extend(int(whole[one, other]) for other in near)
-        starts.append(len(neighbours))
-    sizes = np.round(1e6 * clusters.compute_s / (clusters.compute_s.max() or 1.0)).astype(int)
-    _, parts = pymetis.part_graph(
-        limits.num_devices,
-        xadj=starts,
-        adjncy=neighbours,
-        vweights=[int(one) for one in sizes],
-        eweights=edge_weights,
-        options=pymetis.Options(seed=seed),
-    )
-    return np.array(parts, dtype=np.int64)

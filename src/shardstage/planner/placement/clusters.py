@@ -11,15 +11,17 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from shardstage.planner.placement.graph import PlacementGraph
 
-__all__ = ["Clusters", "cluster"]
+__all__ = ["Clusters", "Floats", "Ints", "cluster", "merge"]
 
 Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,8 +64,8 @@ class Clusters:
 def cluster(graph: PlacementGraph, *, is_memory_tight: bool, is_ordered: bool) -> Clusters:
     """The clusters of ``graph``. No placement is lost that could be strictly faster than all that remain.
 
-    ``is_ordered``: contiguity matters, so cycles of clusters are closed up and the order is kept. ``is_memory_tight``: the memory limit could
-    bind, so a leaf that holds bytes keeps its freedom.
+    ``is_ordered``: contiguity matters, so cycles of clusters are closed up and the order is kept.
+    ``is_memory_tight``: the memory limit could bind, so a leaf that holds bytes keeps its freedom.
     """
     groups = _Groups(graph.num_nodes)
     first_of: dict[int, int] = {}
@@ -79,6 +81,40 @@ def cluster(graph: PlacementGraph, *, is_memory_tight: bool, is_ordered: bool) -
             groups.join(contracted.members[leaf][0], contracted.members[onto][0])
         contracted = _contract(graph, groups, is_ordered=is_ordered)
     return contracted
+
+
+def merge(clusters: Clusters, group: Sequence[int]) -> tuple[Clusters, Ints]:
+    """The graph in which clusters with the same number in ``group`` are one, and the new cluster of each; cycles so made are closed up."""
+    number = {label: index for index, label in enumerate(dict.fromkeys(group))}
+    parent = np.array([number[label] for label in group], dtype=np.int64)
+    before = {(int(parent[first]), int(parent[last])) for first, last in clusters.before}
+    for cycle in _strong_components(len(number), ((first, last) for first, last in before if first != last)):
+        parent[np.isin(parent, cycle)] = cycle[0]
+    parent = np.unique(parent, return_inverse=True)[1].astype(np.int64)
+    members: list[list[int]] = [[] for _ in range(int(parent.max(initial=-1)) + 1)]
+    for one, into in enumerate(parent.tolist()):
+        members[into].extend(clusters.members[one])
+    costs: dict[tuple[int, ...], float] = defaultdict(float)
+    for net, cost_s in zip(clusters.nets, clusters.net_cost_s.tolist(), strict=True):
+        touched = tuple(sorted({int(parent[one]) for one in net}))
+        if len(touched) > 1:
+            costs[touched] += cost_s
+    pairs = {(int(parent[first]), int(parent[last])) for first, last in clusters.before}
+
+    def total(values: npt.NDArray[Any]) -> Floats:
+        return np.bincount(parent, weights=values, minlength=len(members)).astype(np.float64)
+
+    merged = Clusters(
+        members=tuple(tuple(nodes) for nodes in members),
+        compute_s=total(clusters.compute_s),
+        host_compute_s=total(clusters.host_compute_s),
+        memory_bytes=total(clusters.memory_bytes),
+        on_accelerator=total(~clusters.on_accelerator) == 0,
+        nets=tuple(costs),
+        net_cost_s=np.array(list(costs.values()), dtype=np.float64),
+        before=tuple(sorted((first, last) for first, last in pairs if first != last)),
+    )
+    return merged, parent
 
 
 class _Groups:

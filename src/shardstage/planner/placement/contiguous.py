@@ -5,9 +5,10 @@
 
     load(I \\ J)  = compute(I) - compute(J) + cut(I) + Σ over nets t cut by J of  cost(t) · ([I holds more of t than J] - [I cuts t])
 
-where ``cut(I)`` is the cost of the nets that I touches and does not hold whole. The sum runs over the few nets that J cuts, for all I at once.
-What cannot beat the incumbent is left out: a load of at least the incumbent, and an ideal whose rest is too much for the devices left.
-Source: Tarnawski et al., NeurIPS 2020, §5.1. Their value, from 3,000 ideals in a fraction of a second.
+where ``cut(I)`` is the cost of the nets that I touches and does not hold whole. The sum runs over the few nets
+that J cuts, for all I at once. What cannot beat the incumbent is left out: a load of at least the incumbent, and an ideal whose rest is too much
+for the devices left. Clusters that share a device in every faster placement are welded first (weld.py), so few ideals remain.
+Source: Tarnawski et al., NeurIPS 2020, §5.1.
 """
 
 from __future__ import annotations
@@ -16,17 +17,15 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from shardstage.errors import PlanError
-from shardstage.planner.placement.clusters import Clusters, Floats, cluster
+from shardstage.planner.placement.clusters import Clusters, Floats, Ints
 from shardstage.planner.placement.graph import Placement, PlacementGraph, stage_time_s
 from shardstage.planner.placement.ideals import all_ideals, linear_orders, prefixes
-from shardstage.planner.placement.limits import Limits, lower_bound_s
+from shardstage.planner.placement.limits import Limits
+from shardstage.planner.placement.weld import lower_bound_s, weld
 
 __all__ = ["place_contiguous"]
-
-Ints = npt.NDArray[np.int64]
 
 
 def place_contiguous(
@@ -45,29 +44,27 @@ def place_contiguous(
     Raises PlanError where the memory limit leaves no contiguous placement among those looked at.
     """
     limits = Limits(num_devices=num_devices, num_hosts=num_hosts, memory_limit_bytes=memory_limit_bytes)
-    clusters = cluster(graph, is_memory_tight=limits.is_memory_tight(graph), is_ordered=True)
-    chains = {
-        ideal for order in linear_orders(clusters, count=num_orders, seed=seed) for ideal in prefixes(order)
-    }
-    first = next(linear_orders(clusters, count=1, seed=seed))
-    found = _best_over(clusters, prefixes(first), limits, below_s=_more_than_any(clusters))
-    ideals = all_ideals(clusters, at_most=max_ideals)
-    better = _best_over(
-        clusters,
-        sorted(chains) if ideals is None else ideals,
-        limits,
-        below_s=found.stage_time_s if found else _more_than_any(clusters),
-    )
-    found = better or found
+    clusters = limits.clusters(graph, is_ordered=True)
+    found = _over_orders(clusters, limits, num_orders=num_orders, seed=seed)
+    below_s = found.stage_time_s if found else _more_than_any(clusters)
+    rest = weld(clusters, limits, below_s=below_s)
+    ideals = [] if rest is None else all_ideals(rest[0], at_most=max_ideals)
+    better = None
+    if rest is not None and ideals is not None:
+        better = _best_over(rest[0], ideals, limits, below_s=below_s)
+    elif rest is not None:
+        better = _over_orders(rest[0], limits, num_orders=num_orders, seed=seed + 1, below_s=below_s)
+    if better is not None and rest is not None:
+        found = _Found(stage_time_s=better.stage_time_s, device_of=better.device_of[rest[1]])
     if found is None:
         raise PlanError(
             f"no contiguous placement on {num_devices} devices of {memory_limit_bytes:.4g} bytes holds {sum(graph.memory_bytes):.4g} bytes",
             hint=f"num_devices = {num_devices + 1}",
         )
-    device_of = clusters.spread(found.device_of_cluster, graph.num_nodes)
+    device_of = clusters.spread(found.device_of.tolist(), graph.num_nodes)
     time_s = stage_time_s(graph, device_of, num_devices=num_devices, num_hosts=num_hosts)
     if ideals is None:
-        method = f"linear orders: {len(chains)} prefixes of {num_orders} orders, as the ideals are more than {max_ideals}"
+        method = f"linear orders, {num_orders} of them mixed, as there are more than {max_ideals} ideals"
         bound_s = min(time_s, lower_bound_s(clusters, limits, below_s=time_s))
     else:
         method, bound_s = f"exact over {len(ideals)} ideals", time_s
@@ -77,7 +74,7 @@ def place_contiguous(
 @dataclass(frozen=True, kw_only=True)
 class _Found:
     stage_time_s: float
-    device_of_cluster: tuple[int, ...]
+    device_of: Ints  # [clusters]
 
 
 def _more_than_any(clusters: Clusters) -> float:
@@ -85,6 +82,20 @@ def _more_than_any(clusters: Clusters) -> float:
     return 1.0 + 2 * float(
         clusters.compute_s.sum() + clusters.host_compute_s.sum() + clusters.net_cost_s.sum()
     )
+
+
+def _over_orders(
+    clusters: Clusters, limits: Limits, *, num_orders: int, seed: int, below_s: float = math.inf
+) -> _Found | None:
+    """The best whose devices end at prefixes of a few linear orders: of each order first, then of all of them mixed."""
+    found = None
+    below_s = min(below_s, _more_than_any(clusters))
+    chains = [prefixes(order) for order in linear_orders(clusters, count=num_orders, seed=seed)]
+    for ideals in (chains[0], list(dict.fromkeys(ideal for chain in chains for ideal in chain))):
+        better = _best_over(clusters, ideals, limits, below_s=below_s)
+        if better is not None:
+            found, below_s = better, better.stage_time_s
+    return found
 
 
 def _best_over(clusters: Clusters, ideals: list[int], limits: Limits, *, below_s: float) -> _Found | None:
@@ -155,7 +166,7 @@ class _Table:
         is_live = (self.best_s[:, start] < self.below_s) & (
             self.rest_s[start] < self.devices_left * self.below_s
         )
-        live = [(row, *self.used[row]) for row in np.flatnonzero(is_live)]
+        live = [(row, *self.used[row]) for row in np.flatnonzero(is_live).tolist()]
         steps = [(row, row + self.limits.num_hosts + 1) for row, a, _ in live if a < self.limits.num_devices]
         if steps:
             end = int(np.searchsorted(self.compute_s, self.compute_s[start] + self.below_s))
@@ -211,4 +222,4 @@ class _Table:
             added = (self.inside[column] > 0) & (self.inside[start] == 0)
             device_of[added] = a - 1 if a > a_before else self.limits.num_devices + h - 1
             row, column = before, start
-        return _Found(stage_time_s=stage_time, device_of_cluster=tuple(int(one) for one in device_of))
+        return _Found(stage_time_s=stage_time, device_of=device_of)

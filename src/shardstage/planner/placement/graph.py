@@ -36,8 +36,8 @@ class Tensor:
 class PlacementGraph:
     """A directed acyclic graph of ops; nodes are 0 … len(compute_s) - 1.
 
-    ``colocation``: nodes with the same number (not None) share a device. ``is_backward``: nodes of the backward pass; contiguity is asked of
-    the forward nodes and the backward nodes follow their colocation. ``on_accelerator``: False where only the host can run a node.
+    ``colocation``: nodes with the same number (not None) share a device. ``is_backward``: nodes of the backward pass; contiguity is
+    asked of the forward nodes and the backward nodes follow their colocation. ``on_accelerator``: False where only the host can run a node.
     Empty tuples mean: no memory, no colocation, all forward, all on accelerators, host as fast as an accelerator.
     """
 
@@ -122,8 +122,8 @@ class PlacementGraph:
 class Placement:
     """Where each node runs: accelerators are 0 … num_devices - 1, hosts come after them.
 
-    ``lower_bound_s``: no placement of its kind (contiguous, or any) is faster. ``gap_ratio`` = stage_time_s / lower_bound_s - 1; 0 is a proof of
-    optimality. ``method`` says in words how it was found.
+    ``lower_bound_s``: no placement of its kind (contiguous, or any) is faster. ``gap_ratio`` = stage_time_s / lower_bound_s - 1; 0 is a proof
+    of optimality. ``method`` says in words how it was found.
     """
 
     device_of: tuple[int, ...]

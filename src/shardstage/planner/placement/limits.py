@@ -1,17 +1,14 @@
-"""What the devices can hold, and a stage time that no placement can beat."""
+"""How many devices there are, and what they can hold."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-
-import numpy as np
 
 from shardstage.errors import PlanError
 from shardstage.planner.placement.clusters import Clusters, cluster
 from shardstage.planner.placement.graph import PlacementGraph
 
-__all__ = ["Limits", "lower_bound", "lower_bound_s"]
+__all__ = ["Limits"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,19 +30,6 @@ class Limits:
         """Whether one device could not hold everything."""
         return sum(graph.memory_bytes) > self.memory_limit_bytes
 
-
-def lower_bound(
-    graph: PlacementGraph, num_devices: int, *, num_hosts: int = 0, memory_limit_bytes: float = math.inf
-) -> float:
-    """A stage time in seconds that no placement, contiguous or not, can beat."""
-    limits = Limits(num_devices=num_devices, num_hosts=num_hosts, memory_limit_bytes=memory_limit_bytes)
-    clusters = cluster(graph, is_memory_tight=limits.is_memory_tight(graph), is_ordered=False)
-    return lower_bound_s(clusters, limits, below_s=math.inf)
-
-
-def lower_bound_s(clusters: Clusters, limits: Limits, *, below_s: float) -> float:
-    """The larger of the mean and the largest load of one cluster, on the kind of device that is faster for it."""
-    least_s = np.where(clusters.on_accelerator, clusters.compute_s, clusters.host_compute_s)
-    if limits.num_hosts:
-        least_s = np.minimum(least_s, clusters.host_compute_s)
-    return float(max(least_s.sum() / (limits.num_devices + limits.num_hosts), least_s.max(initial=0.0)))
+    def clusters(self, graph: PlacementGraph, *, is_ordered: bool) -> Clusters:
+        """The clusters of ``graph`` under these limits."""
+        return cluster(graph, is_memory_tight=self.is_memory_tight(graph), is_ordered=is_ordered)

@@ -9,15 +9,12 @@ from __future__ import annotations
 from collections import defaultdict
 
 import numpy as np
-import numpy.typing as npt
 
-from shardstage.planner.placement.clusters import Clusters
+from shardstage.planner.placement.clusters import Clusters, Ints, merge
 from shardstage.planner.placement.limits import Limits
 from shardstage.planner.placement.refine import Standing, refine
 
 __all__ = ["coarsen", "v_cycle"]
-
-Ints = npt.NDArray[np.int64]
 
 
 def v_cycle(
@@ -73,7 +70,7 @@ def coarsen(
         rating: dict[int, float] = defaultdict(float)
         for net in nets_of[one]:
             for other in clusters.nets[net]:
-                rating[other] += clusters.net_cost_s[net] / (len(clusters.nets[net]) - 1)
+                rating[other] += float(clusters.net_cost_s[net]) / (len(clusters.nets[net]) - 1)
         mates = [
             (rated * (0.7 + 0.6 * rng.random()), other)
             for other, rated in rating.items()
@@ -86,34 +83,9 @@ def coarsen(
         if mates:
             parent[max(mates)[1]] = num_coarse
         num_coarse += 1
-    return _merged(clusters, parent, num_coarse), parent
+    return merge(clusters, parent.tolist())
 
 
 def _may_join(clusters: Clusters, one: int, other: int, largest_s: float) -> bool:
     is_alike = bool(clusters.on_accelerator[one] == clusters.on_accelerator[other])
     return is_alike and float(clusters.compute_s[one] + clusters.compute_s[other]) <= largest_s
-
-
-def _merged(clusters: Clusters, parent: Ints, num_coarse: int) -> Clusters:
-    members: list[list[int]] = [[] for _ in range(num_coarse)]
-    for one, into in enumerate(parent):
-        members[into].extend(clusters.members[one])
-    costs: dict[tuple[int, ...], float] = defaultdict(float)
-    for net, cost_s in zip(clusters.nets, clusters.net_cost_s, strict=True):
-        touched = tuple(sorted({int(parent[one]) for one in net}))
-        if len(touched) > 1:
-            costs[touched] += float(cost_s)
-
-    def total(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        return np.bincount(parent, weights=values, minlength=num_coarse)
-
-    return Clusters(
-        members=tuple(tuple(nodes) for nodes in members),
-        compute_s=total(clusters.compute_s),
-        host_compute_s=total(clusters.host_compute_s),
-        memory_bytes=total(clusters.memory_bytes),
-        on_accelerator=total(~clusters.on_accelerator) == 0,
-        nets=tuple(costs),
-        net_cost_s=np.array(list(costs.values()), dtype=np.float64),
-        before=(),
-    )

@@ -16,12 +16,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from shardstage.planner.placement.clusters import Clusters, Floats
+from shardstage.planner.placement.clusters import Clusters, Floats, Ints
 from shardstage.planner.placement.limits import Limits
 
 __all__ = ["Standing", "refine", "standing"]
-
-Ints = npt.NDArray[np.int64]
 
 _POWER_DOUBLINGS = 4  # power 16: on 6 devices the sum of powers is within 12 % of the maximum, and still sees the second largest load
 
@@ -33,6 +31,11 @@ class Standing:
     device_of: Ints  # [n]
     excess_bytes: float
     stage_time_s: float
+
+    @property
+    def rank(self) -> tuple[float, float]:
+        """Smaller is better."""
+        return self.excess_bytes, self.stage_time_s
 
     def is_better_than(self, other: Standing) -> bool:
         return (self.excess_bytes, self.stage_time_s) < (other.excess_bytes, other.stage_time_s * (1 - 1e-12))
@@ -55,7 +58,7 @@ def refine(
     patience: int,
     rng: np.random.Generator,
 ) -> tuple[Standing, int]:
-    """The best placement met from ``start`` in at most ``max_moves`` moves, ending after ``patience`` moves without a better one; and the moves made."""
+    """The best placement met from ``start`` and the moves made: at most ``max_moves``, and at most ``patience`` without a better one."""
     state = _State(clusters, limits, start)
     best = Standing(
         device_of=start.copy(), excess_bytes=state.excess_bytes(), stage_time_s=float(state.loads_s.max())
@@ -105,11 +108,13 @@ class _State:
 
     def _leave(self, held: Floats, nets: Ints | slice) -> Floats:
         sizes, cost_s = self.net_sizes[nets, None], self.net_cost_s[nets, None]
-        return cost_s * ((held == sizes).astype(np.float64) - (held == 1))
+        change: Floats = cost_s * ((held == sizes).astype(np.float64) - (held == 1))
+        return change
 
     def _join(self, held: Floats, nets: Ints | slice) -> Floats:
         sizes, cost_s = self.net_sizes[nets, None], self.net_cost_s[nets, None]
-        return cost_s * ((held == 0).astype(np.float64) - (held == sizes - 1))
+        change: Floats = cost_s * ((held == 0).astype(np.float64) - (held == sizes - 1))
+        return change
 
     def excess_bytes(self) -> float:
         return (
