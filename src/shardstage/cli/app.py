@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from shardstage.cli.calibrate import calibrate
 from shardstage.cli.plan import plan
 from shardstage.cli.probe import probe
 from shardstage.cli.prove import prove
@@ -37,7 +38,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (plan, rehearse, train, prove, probe, report):
+for verb in (plan, rehearse, train, prove, probe, calibrate, report):
     app.command()(verb)
 
 

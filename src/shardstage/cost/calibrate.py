@@ -45,7 +45,7 @@ Vector = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, kw_only=True)
 class Observation:
-    """A run: seconds of a step by cause (``Prediction.parts``, made without a calibration) and as measured, on devices of ``device_kind``."""
+    """A run on devices of ``device_kind``: seconds of a step by cause (``Prediction.parts`` without a calibration), and as measured."""
 
     name: str
     parts: Mapping[str, float] = field(hash=False)
@@ -78,7 +78,7 @@ def calibrate(observations: Sequence[Observation], cluster: Cluster, *, date: st
     known = np.einsum("rc,cd,rd->r", fit.slopes, fit.covariance, fit.slopes)
     return Calibration(
         factors=_factors(fit),
-        covariance=tuple(tuple(round(float(entry), 9) for entry in row) for row in fit.covariance),
+        covariance=tuple(tuple(round(float(entry), 9) + 0.0 for entry in row) for row in fit.covariance),
         known_variance=float(known.mean()),
         spread=math.sqrt(squares / (1 + len(misses))),
         num_runs=len(observations),
@@ -163,4 +163,5 @@ def _newton_step(slopes: Vector, residuals: Vector, logs: Vector, variance: floa
 
 
 def _covariance(slopes: Vector, variance: float) -> Vector:
-    return np.linalg.inv(slopes.T @ slopes / variance + np.eye(slopes.shape[1]) / PRIOR_SPREAD**2)
+    precision = slopes.T @ slopes / variance + np.eye(slopes.shape[1]) / PRIOR_SPREAD**2
+    return np.asarray(np.linalg.inv(precision), dtype=np.float64)

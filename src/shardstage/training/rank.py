@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from shardstage import checkpoint
+from shardstage.cluster.machine import cpu_model
 from shardstage.data import BatchSampler, RankBatches, SampleSource
 from shardstage.errors import CheckpointError
 from shardstage.runtime.build import build_engine
@@ -200,6 +201,8 @@ def _write_summary(engine: Engine, job: TrainJob, measured: _Measured) -> None:
         "tokens_per_s": tokens / step_time_s if step_time_s else None,
         "peak_bytes": [rank["peak_bytes"] for rank in everyone],
         "threads_per_rank": torch.get_num_threads(),
+        "device_kind": engine.device.type,
+        "device": _device_name(engine.device),
     }
     try:
         replace_text(folder.summary, json.dumps(summary, indent=2) + "\n")
@@ -207,3 +210,7 @@ def _write_summary(engine: Engine, job: TrainJob, measured: _Measured) -> None:
         raise CheckpointError(
             f"{folder.summary} cannot be written: {error.strerror or error}", hint=f"df -h {folder.path}"
         ) from error
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_model()
