@@ -16,6 +16,7 @@ from shardstage.schedule import Schedule, make_schedule
 
 __all__ = ["case_of"]
 
+
 def case_of(row: dict[str, Any]) -> Case:
     model, plan = row["model"], row["plan"]
     pp, vpp, name = plan["pp"], plan["vpp"], plan["schedule"]
