@@ -37,8 +37,15 @@ PRIOR_SPREAD: Final = math.log(2) / 1.959964
 MANY_RUNS: Final = 2 * len(CAUSES)
 """From here on factors may leave [0.5, 2]."""
 
+LONGEST_STEP: Final = 0.5
+"""Of a log factor in a round: further away the linear model says little."""
+
 MAX_ROUNDS: Final = 100
-CONVERGED: Final = 1e-9
+CONVERGED: Final = 1e-7
+"""Change of a log factor."""
+
+SETTLED: Final = 1e-4
+"""Relative change of σ²."""
 
 Vector = npt.NDArray[np.float64]
 
@@ -69,7 +76,7 @@ class _Fit(NamedTuple):
 def calibrate(observations: Sequence[Observation], cluster: Cluster, *, date: str) -> Calibration:
     """Factors of ``cluster`` from its runs. Raises ClusterError without runs, or where one was on devices of another kind."""
     _check(observations, cluster)
-    fit = _fit(observations, _built_in_spread(cluster))
+    fit = _fit(observations, _built_in_spread(cluster), is_bounded=len(observations) < MANY_RUNS)
     misses = [
         math.log(seen.measured_s / predicted_s)
         for seen, predicted_s in zip(observations, predicted_by_others(observations, cluster), strict=True)
@@ -91,10 +98,12 @@ def calibrate(observations: Sequence[Observation], cluster: Cluster, *, date: st
 def predicted_by_others(observations: Sequence[Observation], cluster: Cluster) -> tuple[float, ...]:
     """Seconds of each run by factors fitted from those runs whose parts are not the same; by the formulas alone where there is none."""
     _check(observations, cluster)
-    predicted_s = []
+    spread, is_bounded, predicted_s = _built_in_spread(cluster), len(observations) < MANY_RUNS, []
     for seen in observations:
         others = [other for other in observations if other.parts != seen.parts]
-        factors = _factors(_fit(others, _built_in_spread(cluster))) if others else dict.fromkeys(CAUSES, 1.0)
+        factors = dict.fromkeys(CAUSES, 1.0)
+        if others:
+            factors = _factors(_fit(others, spread, is_bounded=is_bounded))
         predicted_s.append(sum(factors[cause] * modelled_s for cause, modelled_s in seen.parts.items()))
     return tuple(predicted_s)
 
@@ -126,24 +135,53 @@ def _factors(fit: _Fit) -> dict[str, float]:
     return {cause: round(math.exp(log), 9) for cause, log in zip(CAUSES, fit.logs, strict=True)}
 
 
-def _fit(observations: Sequence[Observation], built_in_spread: float) -> _Fit:
-    """The most probable factors, and σ together with them."""
+def _fit(observations: Sequence[Observation], built_in_spread: float, *, is_bounded: bool) -> _Fit:
+    """The most probable factors, and σ together with them; σ is that of factors without bounds, so that these do not pass for noise."""
     modelled = np.array([[seen.parts.get(cause, 0.0) for cause in CAUSES] for seen in observations])
     measured = np.log([seen.measured_s for seen in observations])
-    reach = math.log(2) if len(observations) < MANY_RUNS else math.inf
     logs, variance = np.zeros(len(CAUSES)), built_in_spread**2
     for _ in range(MAX_ROUNDS):
+        logs = _most_probable(modelled, measured, logs, variance)
         slopes, residuals = _linear(modelled, measured, logs)
-        change = _newton_step(slopes, residuals, logs, variance, reach)
-        logs = logs + change
-        slopes, residuals = _linear(modelled, measured, logs)
-        covariance = _covariance(slopes, variance)
-        determined = float(np.trace(covariance @ slopes.T @ slopes)) / variance
+        determined = float(np.trace(_covariance(slopes, variance) @ slopes.T @ slopes)) / variance
         before = variance
         variance = (built_in_spread**2 + float(residuals @ residuals)) / (1 + len(residuals) - determined)
-        if np.abs(change).max() < CONVERGED and abs(variance / before - 1) < CONVERGED:
+        if abs(variance / before - 1) < SETTLED:
             break
+    if is_bounded and np.abs(logs).max() > math.log(2):
+        logs = _bounded(modelled, measured, variance)
+    slopes, _ = _linear(modelled, measured, logs)
     return _Fit(logs, _covariance(slopes, variance), slopes)
+
+
+def _most_probable(modelled: Vector, measured: Vector, logs: Vector, variance: float) -> Vector:
+    """The most probable log factors without bounds, from a guess."""
+    for _ in range(MAX_ROUNDS):
+        slopes, residuals = _linear(modelled, measured, logs)
+        uphill = slopes.T @ residuals / variance - logs / PRIOR_SPREAD**2
+        change = np.clip(_covariance(slopes, variance) @ uphill, -LONGEST_STEP, LONGEST_STEP)
+        logs = logs + change
+        if np.abs(change).max() < CONVERGED:
+            break
+    return logs
+
+
+def _bounded(modelled: Vector, measured: Vector, variance: float) -> Vector:
+    """The most probable factors within [0.5, 2]."""
+    logs, reach, noise = np.zeros(len(CAUSES)), math.log(2), math.sqrt(variance)
+    for _ in range(MAX_ROUNDS):
+        slopes, residuals = _linear(modelled, measured, logs)
+        rows = np.vstack((slopes / noise, np.eye(len(logs)) / PRIOR_SPREAD))
+        wanted = np.concatenate((residuals / noise, -logs / PRIOR_SPREAD))
+        room = (
+            -reach - logs - CONVERGED,
+            reach - logs + CONVERGED,
+        )  # never quite none: the solver wants some
+        change = lsq_linear(rows, wanted, bounds=room).x
+        logs = logs + change
+        if np.abs(change).max() < CONVERGED:
+            break
+    return np.asarray(logs.clip(-reach, reach))
 
 
 def _linear(modelled: Vector, measured: Vector, logs: Vector) -> tuple[Vector, Vector]:
@@ -151,15 +189,6 @@ def _linear(modelled: Vector, measured: Vector, logs: Vector) -> tuple[Vector, V
     seconds = modelled * np.exp(logs)  # [runs, causes]
     predicted = seconds.sum(axis=1)
     return seconds / predicted[:, None], measured - np.log(predicted)
-
-
-def _newton_step(slopes: Vector, residuals: Vector, logs: Vector, variance: float, reach: float) -> Vector:
-    """The change of the log factors that is best for the linear model, within their bounds."""
-    noise = math.sqrt(variance)
-    rows = np.vstack((slopes / noise, np.eye(len(logs)) / PRIOR_SPREAD))
-    wanted = np.concatenate((residuals / noise, -logs / PRIOR_SPREAD))
-    found: Vector = lsq_linear(rows, wanted, bounds=(-reach - logs - CONVERGED, reach - logs + CONVERGED)).x
-    return found
 
 
 def _covariance(slopes: Vector, variance: float) -> Vector:

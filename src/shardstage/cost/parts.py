@@ -35,30 +35,17 @@ class Parts(NamedTuple):
 def compute_parts(units: Sequence[UnitCost], recompute: Recompute) -> Parts:
     """What one microbatch takes forward, backward and computed again: products, memory, host and tp.
 
-    What is computed again leaves out products only.
+    What is computed again is the forward but for some products; of these and the host it keeps the forward's proportion.
     """
     total = Parts()
     for unit in units:
-        (memory_s, again_memory_s), (host_s, again_host_s) = _both(unit.memory_s), _both(unit.host_s)
-        forward_talk_s = unit.talk_s(forward=True)
-        talk_s = forward_talk_s + unit.talk_s(forward=False)
-        products_s = unit.forward_s + unit.backward_s - memory_s - host_s
-        total = total.plus(Parts(products=products_s, memory=memory_s, host=host_s, tp=talk_s))
-        again_s = unit.kept[recompute].recompute_s
-        if again_s:
-            left_s = max(0.0, again_s - again_memory_s - unit.tp_forward_s)
-            again_host_s = min(again_host_s, left_s)
-            total = total.plus(
-                Parts(
-                    left_s - again_host_s,
-                    again_s - left_s - unit.tp_forward_s,
-                    again_host_s,
-                    unit.tp_forward_s,
-                )
-            )
+        talk_s = (unit.talk_s(forward=True), unit.talk_s(forward=False))
+        memory_s, host_s = sum(unit.memory_s), sum(unit.host_s)
+        products_s = max(0.0, unit.forward_s + unit.backward_s - memory_s - host_s)
+        total = total.plus(Parts(products_s, memory_s, host_s, sum(talk_s)))
+        if again_s := unit.kept[recompute].recompute_s:
+            rest_s = max(0.0, again_s - unit.memory_s[0] - talk_s[0])
+            launched_s = unit.forward_s - unit.memory_s[0]  # products and host in the forward
+            again_host_s = rest_s * unit.host_s[0] / launched_s if launched_s > 0 else 0.0
+            total = total.plus(Parts(rest_s - again_host_s, unit.memory_s[0], again_host_s, talk_s[0]))
     return total
-
-
-def _both(ways: tuple[float, float]) -> tuple[float, float]:
-    """Forward and backward together, and the forward alone, which is what is computed again."""
-    return sum(ways), ways[0]
