@@ -32,7 +32,9 @@ def place(
     seed: int = 0,
     starts: Mapping[str, Sequence[int]] | None = None,
 ) -> Placement:
-    """The fastest placement found, contiguous or not; never slower than ``place_contiguous`` or any of ``starts`` (name → device of each node).
+    """The fastest placement found, contiguous or not; never slower than ``place_contiguous`` (up to 6,000 ideals) or any of ``starts``.
+
+    ``starts``: the device of each node, by name.
 
     Deterministic by ``seed`` as long as ``max_moves`` ends the search; ``time_limit_s`` ends it earlier on a slow machine.
     Raises PlanError where no placement within the memory limit is found.

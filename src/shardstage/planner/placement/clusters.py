@@ -26,7 +26,10 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, kw_only=True)
 class Clusters:
-    """Clusters 0 … n - 1 of a graph; ``members[c]`` are its nodes, ``nets[t]`` the clusters of net t, ``before`` the pairs (earlier, later)."""
+    """Clusters 0 … n - 1 of a graph; ``members[c]`` are its nodes, ``nets[t]`` the clusters of net t.
+
+    ``before``: pairs (earlier, later).
+    """
 
     members: tuple[tuple[int, ...], ...]
     compute_s: Floats  # [n]

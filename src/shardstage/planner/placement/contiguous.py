@@ -6,8 +6,8 @@
     load(I \\ J)  = compute(I) - compute(J) + cut(I) + Σ over nets t cut by J of  cost(t) · ([I holds more of t than J] - [I cuts t])
 
 where ``cut(I)`` is the cost of the nets that I touches and does not hold whole. The sum runs over the few nets
-that J cuts, for all I at once. What cannot beat the incumbent is left out: a load of at least the incumbent, and an ideal whose rest is too much
-for the devices left. Clusters that share a device in every faster placement are welded first (weld.py), so few ideals remain.
+that J cuts, for all I at once. What cannot beat the incumbent is left out: a load of at least the incumbent, an ideal whose rest is too
+much for the devices left, a row that a device fewer equals. What shares a device in every faster placement is welded first (weld.py).
 Source: Tarnawski et al., NeurIPS 2020, §5.1.
 """
 
@@ -17,6 +17,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from shardstage.errors import PlanError
 from shardstage.planner.placement.clusters import Clusters, Floats, Ints
@@ -45,7 +46,7 @@ def place_contiguous(
     """
     limits = Limits(num_devices=num_devices, num_hosts=num_hosts, memory_limit_bytes=memory_limit_bytes)
     clusters = limits.clusters(graph, is_ordered=True)
-    found = _over_orders(clusters, limits, num_orders=num_orders, seed=seed)
+    found = _over_orders(clusters, limits, num_orders=1, seed=seed)
     below_s = found.stage_time_s if found else _more_than_any(clusters)
     rest = weld(clusters, limits, below_s=below_s)
     ideals = [] if rest is None else all_ideals(rest[0], at_most=max_ideals)
@@ -53,7 +54,7 @@ def place_contiguous(
     if rest is not None and ideals is not None:
         better = _best_over(rest[0], ideals, limits, below_s=below_s)
     elif rest is not None:
-        better = _over_orders(rest[0], limits, num_orders=num_orders, seed=seed + 1, below_s=below_s)
+        better = _over_orders(rest[0], limits, num_orders=num_orders, seed=seed, below_s=below_s)
     if better is not None and rest is not None:
         found = _Found(stage_time_s=better.stage_time_s, device_of=better.device_of[rest[1]])
     if found is None:
@@ -91,7 +92,8 @@ def _over_orders(
     found = None
     below_s = min(below_s, _more_than_any(clusters))
     chains = [prefixes(order) for order in linear_orders(clusters, count=num_orders, seed=seed)]
-    for ideals in (chains[0], list(dict.fromkeys(ideal for chain in chains for ideal in chain))):
+    mixed = list(dict.fromkeys(ideal for chain in chains for ideal in chain))
+    for ideals in (chains[0], mixed)[:num_orders]:
         better = _best_over(clusters, ideals, limits, below_s=below_s)
         if better is not None:
             found, below_s = better, better.stage_time_s
@@ -111,6 +113,7 @@ class _Table:
 
     def __init__(self, clusters: Clusters, ideals: list[int], limits: Limits, below_s: float) -> None:
         self.clusters, self.limits, self.below_s = clusters, limits, below_s
+        self.is_memory_tight = bool(clusters.memory_bytes.sum() > limits.memory_limit_bytes)
         width = (len(clusters) + 7) // 8
         packed = np.frombuffer(
             b"".join(one.to_bytes(width, "little") for one in ideals), dtype=np.uint8
@@ -138,72 +141,96 @@ class _Table:
         padded = np.zeros((len(ideals), -(-width // 8) * 8), dtype=np.uint8)
         padded[:, :width] = packed[self.order]
         self.words = np.ascontiguousarray(padded.view(np.uint64).T)  # [words, ideals]
+        in_later = np.bitwise_and.accumulate(self.words[:, ::-1], axis=1)[
+            :, ::-1
+        ]  # bits that all from here on have
+        self.in_all_after = np.concatenate([in_later[:, 1:], in_later[:, -1:]], axis=1)
+        self.least_later_host_s = np.minimum.accumulate(self.host_s[::-1])[::-1]
         self._count_nets()
-        least_s = np.where(clusters.on_accelerator, clusters.compute_s, clusters.host_compute_s)
-        if limits.num_hosts:
-            least_s = np.minimum(least_s, clusters.host_compute_s)
-        self.rest_s = least_s.sum() - self.inside @ least_s
+        self.rest_s = self.compute_s[-1] - self.compute_s
         if not limits.num_hosts:
             self.rest_s += self.cut_s  # each net cut here is received at least once more
-        rows = [(a, h) for a in range(limits.num_devices + 1) for h in range(limits.num_hosts + 1)]
-        self.used = rows
-        self.devices_left = np.array([limits.num_devices + limits.num_hosts - a - h for a, h in rows])
-        self.best_s = np.full((len(rows), len(ideals)), below_s)
+        self.used = [(a, h) for a in range(limits.num_devices + 1) for h in range(limits.num_hosts + 1)]
+        self.devices_left = np.array(
+            [
+                limits.num_devices - a + limits.hosts_in_devices(clusters, limits.num_hosts - h)
+                for a, h in self.used
+            ]
+        )
+        self.best_s = np.full((len(self.used), len(ideals)), below_s)
         self.best_s[:, 0] = 0.0
-        self.came_from: Ints = np.full((len(rows), len(ideals)), -1, dtype=np.int64)  # column of J
+        self.came_from: Ints = np.full((len(self.used), len(ideals)), -1, dtype=np.int64)  # column of J
         self.came_by: Ints = np.full(
-            (len(rows), len(ideals)), -1, dtype=np.int64
+            (len(self.used), len(ideals)), -1, dtype=np.int64
         )  # row before the last device
 
     def _count_nets(self) -> None:
-        held = (self.inside @ self.clusters.incidence).T  # [nets, ideals]
-        self.held = np.ascontiguousarray(held, dtype=np.int16)
-        self.is_cut = (self.held > 0) & (held < self.clusters.net_sizes[:, None])
+        held = self.clusters.incidence.T.astype(np.float32) @ self.inside.T.astype(
+            np.float32
+        )  # [nets, ideals]
+        is_cut = (held > 0) & (held < self.clusters.net_sizes[:, None])
+        self.held = held
+        self.is_cut = is_cut.astype(np.float64)
         self.cut_s = self.clusters.net_cost_s @ self.is_cut
+        self.cut_nets = [np.flatnonzero(column) for column in np.ascontiguousarray(is_cut.T)]
 
     def extend(self, start: int) -> None:
         """Puts one more device after ideal ``start``, wherever that may still lead below the incumbent."""
         is_live = (self.best_s[:, start] < self.below_s) & (
             self.rest_s[start] < self.devices_left * self.below_s
         )
-        live = [(row, *self.used[row]) for row in np.flatnonzero(is_live).tolist()]
+        live = [
+            (row, *self.used[row])
+            for row in np.flatnonzero(is_live).tolist()
+            if not self._is_dominated(row, start)
+        ]
         steps = [(row, row + self.limits.num_hosts + 1) for row, a, _ in live if a < self.limits.num_devices]
         if steps:
             end = int(np.searchsorted(self.compute_s, self.compute_s[start] + self.below_s))
-            ends = self._ends(start, np.arange(start + 1, end), host=False)
-            self._relax(start, ends, self._loads(start, ends), steps)
+            self._relax(start, self._device_loads(start, slice(start + 1, end)), steps)
         steps = [(row, row + 1) for row, _, h in live if h < self.limits.num_hosts]
         if steps:
-            ends = self._ends(start, np.arange(start + 1, len(self.order)), host=True)
-            self._relax(start, ends, self.host_s[ends] - self.host_s[start], steps)
+            last = int(np.searchsorted(self.least_later_host_s, self.host_s[start] + self.below_s))
+            ends = slice(start + 1, max(last, start + 1))
+            loads = np.where(self._holds(start, ends), self.host_s[ends] - self.host_s[start], np.inf)
+            self._relax(start, loads, steps)
 
-    def _ends(self, start: int, ends: Ints, *, host: bool) -> Ints:
-        """Those of ``ends`` that contain ideal ``start`` and whose difference may run on such a device."""
-        if host:
-            ends = ends[self.host_s[ends] - self.host_s[start] < self.below_s]
-        else:
-            fits = self.memory_bytes[ends] - self.memory_bytes[start] <= self.limits.memory_limit_bytes * (
-                1 + 1e-12
-            )
-            ends = ends[fits & (self.host_only[ends] == self.host_only[start])]
-        is_superset = np.ones(len(ends), dtype=np.bool_)
-        for word in self.words:
-            is_superset &= (word[start] & ~word[ends]) == 0
-        return ends[is_superset]
+    def _is_dominated(self, row: int, start: int) -> bool:
+        """Whether a device fewer does as well for ideal ``start``."""
+        a, h = self.used[row]
+        fewer = ([row - self.limits.num_hosts - 1] if a else []) + ([row - 1] if h else [])
+        return any(self.best_s[other, start] <= self.best_s[row, start] for other in fewer)
 
-    def _loads(self, start: int, ends: Ints) -> Floats:
-        """Load on an accelerator of what each of ``ends`` adds to ideal ``start``."""
+    def _holds(self, start: int, ends: slice) -> npt.NDArray[np.bool_]:
+        """Which of the ideals ``ends`` contain ideal ``start``; bits that all later ideals have need no look."""
+        is_superset = np.ones(ends.stop - ends.start, dtype=np.bool_)
+        missing = self.words[:, start] & ~self.in_all_after[:, start]
+        for word in np.flatnonzero(missing):
+            is_superset &= (missing[word] & ~self.words[word, ends]) == 0
+        return is_superset
+
+    def _device_loads(self, start: int, ends: slice) -> Floats:
+        """Load on an accelerator of what each of ``ends`` adds to ideal ``start``; infinite where it cannot run there."""
+        nets = self.cut_nets[start]
+        cost_s = self.clusters.net_cost_s[nets]
+        grows = self.held[nets, ends] > self.held[nets, start][:, None]
         loads: Floats = self.compute_s[ends] - self.compute_s[start] + self.cut_s[ends]
-        for net in np.flatnonzero(self.is_cut[:, start]):
-            grows = self.held[net, ends] > self.held[net, start]
-            loads += self.clusters.net_cost_s[net] * (grows.astype(np.float64) - self.is_cut[net, ends])
+        loads += cost_s @ (grows.astype(np.float64) - self.is_cut[nets, ends])
+        fits = self._holds(start, ends)
+        if self.is_memory_tight:
+            room_bytes = self.limits.memory_limit_bytes * (1 + 1e-12)
+            fits &= self.memory_bytes[ends] - self.memory_bytes[start] <= room_bytes
+        if self.host_only[-1]:
+            fits &= self.host_only[ends] == self.host_only[start]
+        loads[~fits] = np.inf
         return loads
 
-    def _relax(self, start: int, ends: Ints, loads: Floats, steps: list[tuple[int, int]]) -> None:
+    def _relax(self, start: int, loads: Floats, steps: list[tuple[int, int]]) -> None:
+        """Enters what is better by way of ``start``; ``loads`` are those of the ideals right after it, in order."""
         for before, after in steps:
             reached = np.maximum(loads, self.best_s[before, start])
-            better = reached < self.best_s[after, ends]
-            columns = ends[better]
+            better = np.flatnonzero(reached < self.best_s[after, start + 1 : start + 1 + len(loads)])
+            columns = better + start + 1
             self.best_s[after, columns] = reached[better]
             self.came_from[after, columns] = start
             self.came_by[after, columns] = before

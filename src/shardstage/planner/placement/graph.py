@@ -122,8 +122,8 @@ class PlacementGraph:
 class Placement:
     """Where each node runs: accelerators are 0 … num_devices - 1, hosts come after them.
 
-    ``lower_bound_s``: no placement of its kind (contiguous, or any) is faster. ``gap_ratio`` = stage_time_s / lower_bound_s - 1; 0 is a proof
-    of optimality. ``method`` says in words how it was found.
+    ``lower_bound_s``: no placement of its kind (contiguous, or any) is faster.
+    ``gap_ratio`` = stage_time_s / lower_bound_s - 1; 0 is a proof of optimality. ``method`` says in words how it was found.
     """
 
     device_of: tuple[int, ...]

@@ -1,8 +1,8 @@
 """What must share a device in every placement faster than a given time; and from that, times that cannot be beaten.
 
-Suppose a placement is faster than t. If net n were cut, the device of a cluster g of n would be loaded with compute(g) + cost(n), or, were it
-a host, with host_compute(g). Where both reach t, n cannot be cut: its clusters are one from now on, with all their compute, and so on. Where
-one of them reaches t by itself in the end, there is no such placement, and t is a lower bound.
+Suppose a placement is faster than t. If net n were cut, the device of a cluster g of n would be loaded with compute(g) + cost(n), or,
+were it a host, with host_compute(g). Where both reach t, n cannot be cut: its clusters are one from now on, with all their compute, and
+so on. Where one of them reaches t by itself in the end, there is no such placement, and t is a lower bound.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ __all__ = ["lower_bound", "lower_bound_s", "weld"]
 
 
 def weld(clusters: Clusters, limits: Limits, *, below_s: float) -> tuple[Clusters, Ints] | None:
-    """The clusters joined that share a device in every placement faster than ``below_s``, and where each went; None if there is no such placement."""
+    """The graph with what shares a device in every placement faster than ``below_s`` joined, and where each cluster went.
+
+    None if there is no such placement.
+    """
     groups = _groups(clusters, limits, below_s)
     return None if groups is None else merge(clusters, groups)
 
@@ -34,13 +37,15 @@ def lower_bound(
 
 def lower_bound_s(clusters: Clusters, limits: Limits, *, below_s: float) -> float:
     """The larger of the mean load and the largest time, up to ``below_s``, that refutes itself; to one part in 10,000."""
+    work_s = np.where(clusters.on_accelerator, clusters.compute_s, 0.0)
     least_s = np.where(clusters.on_accelerator, clusters.compute_s, clusters.host_compute_s)
     if limits.num_hosts:
         least_s = np.minimum(least_s, clusters.host_compute_s)
-    low_s = float(max(least_s.sum() / (limits.num_devices + limits.num_hosts), least_s.max(initial=0.0)))
-    high_s = min(
-        below_s, float(least_s.sum())
-    )  # all on one device, each node where it is fastest: no cut is needed above this
+    mean_s = work_s.sum() / (limits.num_devices + limits.hosts_in_devices(clusters, limits.num_hosts))
+    low_s = float(max(mean_s, least_s.max(initial=0.0)))
+    one_device_s = np.where(clusters.on_accelerator, clusters.compute_s, math.inf).sum()
+    one_host_s = clusters.host_compute_s.sum() if limits.num_hosts else math.inf
+    high_s = min(below_s, float(one_device_s), float(one_host_s))  # all on one device: nothing is cut
     if low_s >= high_s:
         return low_s
     if _groups(clusters, limits, high_s) is None:
