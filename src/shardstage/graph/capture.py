@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from shardstage.compat import FakeTensorMode
 from shardstage.errors import CaptureError
+from shardstage.graph.capture_depth import find_repeats, shallow
 from shardstage.graph.capture_program import StoredNames, graph_of
 from shardstage.graph.capture_replay import contiguous, replay
 from shardstage.graph.capture_transformers import as_untraced
@@ -25,8 +26,9 @@ from shardstage.graph.scale import at, markers
 from shardstage.graph.skeleton import build_skeleton, fake_parameters
 from shardstage.graph.source import ModelSource, source_of_model
 from shardstage.graph.tasks import Task
+from shardstage.graph.unfold import ShortGraph
 
-__all__ = ["capture", "model_sizes"]
+__all__ = ["capture", "capture_short", "model_sizes"]
 
 _DEFAULT_SEQUENCE = 128
 # Torch knows the shapes of a recurrent layer only by running it step by step.
@@ -50,11 +52,55 @@ def capture(
     ``graph.at``; with it, at exactly these sizes. A model without a task of its own needs one: ``batch_task(loss, batch)``.
     The model given is left as it was. Raises CaptureError, with the model's line, for what is no flat list of operators.
     """
+    return _captured(model, microbatch, sequence, task, dtype)[1]
+
+
+def capture_short(
+    model: nn.Module | Callable[[], nn.Module] | ModelSource,
+    *,
+    microbatch: int | None = None,
+    sequence: int | None = None,
+    task: Task | None = None,
+    dtype: str = "float32",
+) -> ShortGraph:
+    """``capture``'s graph in short: without the layers of a deep model that equal others. ``unfold()`` gives the graph."""
+    return _captured(model, microbatch, sequence, task, dtype)[0]
+
+
+def _captured(
+    model: nn.Module | Callable[[], nn.Module] | ModelSource,
+    microbatch: int | None,
+    sequence: int | None,
+    task: Task | None,
+    dtype: str,
+) -> tuple[ShortGraph, ModelGraph]:
+    """The graph in short and in full; of a model whose layers are not what they seem, both in full."""
     source = _source(model, task)
     skeleton = model if isinstance(model, nn.Module) else build_skeleton(source.factory)
-    if microbatch is not None:
-        return trace_saved(_capture_at(skeleton, source, microbatch, sequence, dtype))
-    return trace_saved(_capture_scalable(skeleton, source, sequence or _DEFAULT_SEQUENCE, dtype))
+
+    def trace() -> ModelGraph:
+        if microbatch is not None:
+            return trace_saved(_capture_at(skeleton, source, microbatch, sequence, dtype))
+        return trace_saved(_capture_scalable(skeleton, source, sequence or _DEFAULT_SEQUENCE, dtype))
+
+    repeats = find_repeats(skeleton)
+    if repeats:
+        try:
+            with shallow(skeleton, repeats):
+                short = ShortGraph(graph=trace(), repeats=repeats)
+            graph = short.unfold()
+        except CaptureError:
+            pass  # the whole model says whether the fault was the model's
+        else:
+            if _has_all_parameters(graph, skeleton):
+                return short, graph
+    graph = trace()
+    return ShortGraph(graph=graph), graph
+
+
+def _has_all_parameters(graph: ModelGraph, model: nn.Module) -> bool:
+    found = {p.fqn: graph.values[p.name].shape for p in graph.parameters}
+    return found == {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
 def _capture_scalable(model: nn.Module, source: ModelSource, sequence: int, dtype: str) -> ModelGraph:
