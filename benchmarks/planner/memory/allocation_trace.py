@@ -30,7 +30,7 @@ class Logits:
     """``num_logits`` of a rank; ``num_buffers`` outputs of the last stage live on in the pipeline's buffers, overwritten in turn.
 
     ``is_gathered``: parts of the vocabulary are gathered in a list and then concatenated. torch gathers into a flat buffer of its own
-    first, which the communication's stream keeps until the work that was queued before its end is done (ProcessGroupNCCL, record_stream).
+    first; the communication's stream keeps it and the parts until the work queued before its end is done (ProcessGroupNCCL, record_stream).
     """
 
     num_logits: int
@@ -116,14 +116,13 @@ class _Stage:
             yield Allocation("parts", 2 * n)
             yield Allocation("flat", 2 * n)
         yield Allocation(f"logits {microbatch}", 2 * n)
-        if self.logits.is_gathered:
-            yield Allocation("parts", 0)
         if microbatch >= buffers:
             yield Allocation(f"logits {microbatch - buffers}", 0)
         yield Allocation("wide", 4 * n)
         yield Allocation(f"log-softmax {microbatch}", 4 * n)
         yield Allocation("wide", 0)
         if self.logits.is_gathered:
+            yield Allocation("parts", 0)
             yield Allocation("flat", 0)
 
     def _loss_backward(self, microbatch: int) -> Iterator[Allocation]:

@@ -31,13 +31,13 @@ def case_of(row: dict[str, Any]) -> Case:
     layers_of = _uniform(shape.layers, pp)
     return Case(
         shape=shape,
-        kernels=Kernels(
+        kernels=Kernels(  # "torch": a softmax in fp32, which is an assumption
             attention="flash"
             if "flash" in kernel
             else "fused-softmax"
             if kernel == "fused"
             else "written-out",
-            norm="layer" if "RMS" in kernel else "eager-rms",
+            norm="layer" if "RMS" in kernel else "eager-rms",  # a fused norm of either kind keeps its input
             is_rotary=True,
             has_bias=False,
         ),
