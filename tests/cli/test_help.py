@@ -11,7 +11,7 @@ import pytest
 
 from shardstage.cli.app import run
 
-VERBS = ("plan", "train", "prove", "probe")
+VERBS = ("plan", "train", "prove", "probe", "calibrate")
 SOURCE = Path(__file__).parents[2] / "src"
 
 

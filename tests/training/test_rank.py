@@ -87,6 +87,7 @@ def test_the_summary_holds_the_figures_of_every_rank(jobs: dict[str, TrainJob]) 
         assert summary["steps"] == STEPS
         assert summary["tokens_per_s"] == pytest.approx(5 * 16 / summary["step_time_s"])
         assert len(summary["peak_bytes"]) == 2
+        assert summary["device_kind"] == "cpu" and summary["device"]
         weights = 16 * job.graph.num_parameters  # float32: parameter, gradient and two moments
         shared = 1 if plan == "dp=2" else 4
         assert min(summary["peak_bytes"]) > weights / shared, plan
