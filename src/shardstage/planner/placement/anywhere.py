@@ -14,11 +14,13 @@ from shardstage.planner.placement.clusters import Clusters, Ints
 from shardstage.planner.placement.graph import Placement, PlacementGraph, stage_time_s
 from shardstage.planner.placement.limits import Limits
 from shardstage.planner.placement.multilevel import v_cycle
-from shardstage.planner.placement.refine import Standing, standing
+from shardstage.planner.placement.refine import Standing, refine, standing
 from shardstage.planner.placement.starts import first_placements
 from shardstage.planner.placement.weld import lower_bound_s, weld
 
 __all__ = ["place"]
+
+_PROPOSALS_PER_CYCLE = 20_000  # 50 ms: many short cycles from different starts found more than few long ones
 
 
 def place(
@@ -27,7 +29,7 @@ def place(
     *,
     memory_limit_bytes: float = math.inf,
     num_hosts: int = 0,
-    max_moves: int = 30_000,
+    max_moves: int = 1_500_000,
     time_limit_s: float = 4.0,
     seed: int = 0,
     starts: Mapping[str, Sequence[int]] | None = None,
@@ -61,12 +63,12 @@ def place(
     device_of = clusters.spread([int(one) for one in best.device_of], graph.num_nodes)
     time_s = stage_time_s(graph, device_of, num_devices=num_devices, num_hosts=num_hosts)
     bound_s = min(time_s, lower_bound_s(clusters, limits, below_s=time_s))
-    method = f"multilevel tabu refinement from {search.best_name}, best of {len(search.results)} starts"
+    method = f"multilevel annealing from {search.best_name}, best of {len(search.results)} starts"
     return Placement(device_of=device_of, stage_time_s=time_s, lower_bound_s=bound_s, method=method)
 
 
 class _Search:
-    """Refines starts, then keeps perturbing and refining the best of them until the moves or the time are spent."""
+    """Refines starts, adds many grown from nothing, and combines and shakes the best, until the proposals or the time are spent."""
 
     def __init__(
         self,
@@ -77,15 +79,10 @@ class _Search:
         moves_left: int,
         rng: np.random.Generator,
     ) -> None:
-        self.clusters, self.limits, self.deadline_s, self.moves_left, self.rng = (
-            clusters,
-            limits,
-            deadline_s,
-            moves_left,
-            rng,
-        )
+        self.clusters, self.limits, self.deadline_s = clusters, limits, deadline_s
+        self.moves_left, self.rng = moves_left, rng
+        self.began_s, self.all_moves = time.perf_counter(), moves_left
         self.results: list[tuple[str, Standing]] = []
-        self.moves_per_cycle = max(200, moves_left // 40)
         self.welded: tuple[Clusters, Ints] | None = (clusters, np.arange(len(clusters)))
         self.welded_below_s = math.inf
 
@@ -104,22 +101,40 @@ class _Search:
     def has_budget(self) -> bool:
         return self.moves_left > 0 and time.perf_counter() < self.deadline_s
 
+    def spent_ratio(self) -> float:
+        """How much of the proposals or of the time is gone, whichever is more."""
+        time_ratio = (time.perf_counter() - self.began_s) / max(self.deadline_s - self.began_s, 1e-9)
+        return max(1 - self.moves_left / self.all_moves, time_ratio)
+
     def improve(self, name: str, device_of: Ints) -> None:
         """Adds a start, refined if there is still budget."""
         found = standing(self.clusters, self.limits, device_of)
-        self.results.append((name, self._cycle(found) if self.has_budget() else found))
+        if self.has_budget():
+            polished, moves = refine(
+                self.clusters, self.limits, device_of, max_moves=300, patience=60, rng=self.rng
+            )
+            self.moves_left -= moves
+            found = polished if polished.is_better_than(found) else found
+        self.results.append((name, found))
 
     def iterate(self) -> None:
-        """Cycles from the three best results in turn, every other time from a shaken copy; ends early where the best is proved optimal."""
-        turn = 0
+        """Starts from nothing for the first half, then cycles; ends early where the best is proved optimal."""
         while self.has_budget() and self._weld():
+            if self.spent_ratio() < 0.5 or self.rng.random() < 0.3:
+                self.results.append(("growth", self._cycle(None, None)))
+                continue
             ranked = sorted(range(len(self.results)), key=lambda index: self.results[index][1].rank)
-            index = ranked[(turn // 2) % min(3, len(ranked))]
+            index, other = (
+                ranked[int(self.rng.integers(min(4, len(ranked))))],
+                int(self.rng.choice(ranked[:8])),
+            )
             name, known = self.results[index]
-            found = self._cycle(known if turn % 2 == 0 else self._shaken(known))
+            if other == index:
+                found = self._cycle(self._shaken(known), None)
+            else:
+                found = self._cycle(known, self.results[other][1])
             if found.is_better_than(known):
                 self.results[index] = (name, found)
-            turn += 1
 
     def _weld(self) -> bool:
         """Joins what every placement faster than the best keeps together; False where there is none."""
@@ -129,19 +144,23 @@ class _Search:
             self.welded = weld(self.clusters, self.limits, below_s=best.stage_time_s)
         return self.welded is not None and len(self.welded[0]) > 1
 
-    def _cycle(self, start: Standing) -> Standing:
-        """The better of ``start`` and what a V-cycle makes of it."""
-        if self.welded is None:
-            return start
-        graph, parent = self.welded
-        coarsest = int(self.rng.choice([10, 20, 40])) * (self.limits.num_devices + self.limits.num_hosts)
-        most = min(self.moves_per_cycle, self.moves_left)
-        projected = np.zeros(len(graph), dtype=np.int64)
-        projected[parent] = start.device_of
-        found, made = v_cycle(graph, self.limits, projected, max_moves=most, coarsest=coarsest, rng=self.rng)
-        self.moves_left -= max(made, 1)
+    def _cycle(self, start: Standing | None, apart: Standing | None) -> Standing:
+        """The better of ``start`` and what a V-cycle makes of it, or of nothing."""
+        graph, parent = self.welded or (self.clusters, np.arange(len(self.clusters)))
+        first_of = np.unique(parent, return_index=True)[1]
+        proposals = min(_PROPOSALS_PER_CYCLE, self.moves_left)
+        found = v_cycle(
+            graph,
+            self.limits,
+            None if start is None else start.device_of[first_of],
+            keep_apart=None if apart is None else apart.device_of[first_of],
+            proposals=proposals,
+            coarsest=int(self.rng.choice([6, 9, 15])) * (self.limits.num_devices + self.limits.num_hosts),
+            rng=self.rng,
+        )
+        self.moves_left -= max(proposals, 1)
         found = replace(found, device_of=found.device_of[parent])
-        return found if found.is_better_than(start) else start
+        return found if start is None or found.is_better_than(start) else start
 
     def _shaken(self, known: Standing) -> Standing:
         """A copy in which a random few clusters, and the neighbours of one of them, are elsewhere."""

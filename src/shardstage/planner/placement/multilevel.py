@@ -1,7 +1,7 @@
 """Coarser graphs, so that one move carries a whole neighbourhood.
 
 clusters ─ merge ─▶ coarser ─ merge ─▶ coarsest          heaviest nets first; never across devices of a given placement
-    ◀─ refine ─ project ◀─ refine ─ project ◀─ refine     tabu search on every level
+    ◀─ refine ─ project ◀─ refine ─ project ◀─ refine     annealing on every level
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ from collections import defaultdict
 
 import numpy as np
 
+from shardstage.planner.placement.anneal import anneal
 from shardstage.planner.placement.clusters import Clusters, Ints, merge
 from shardstage.planner.placement.limits import Limits
-from shardstage.planner.placement.refine import Standing, refine
+from shardstage.planner.placement.refine import Standing
 
 __all__ = ["coarsen", "v_cycle"]
 
@@ -20,33 +21,62 @@ __all__ = ["coarsen", "v_cycle"]
 def v_cycle(
     clusters: Clusters,
     limits: Limits,
-    start: Ints,
+    start: Ints | None,
     *,
-    max_moves: int,
+    keep_apart: Ints | None = None,
+    proposals: int,
     coarsest: int,
     rng: np.random.Generator,
-) -> tuple[Standing, int]:
-    """The best placement found from ``start`` through coarser graphs, and the moves made. Never worse than ``start``."""
+) -> Standing:
+    """The best placement found through coarser graphs from ``start``, never worse than that; or from nothing where it is None.
+
+    ``keep_apart``: a second placement whose cuts the coarser graphs respect as well, so that parts of the two can be combined. Half of the
+    ``proposals`` are made on the coarsest graph. How hot, and for which power of the loads, is drawn: no setting is best for all graphs.
+    """
+    power, hot = int(rng.choice([4, 8, 16])), float(rng.choice([0.03, 0.1, 0.3]))
+    graph, device_of = clusters, np.zeros(len(clusters), dtype=np.int64) if start is None else start
+    apart = (
+        device_of if keep_apart is None else device_of * (limits.num_devices + limits.num_hosts) + keep_apart
+    )
     levels: list[tuple[Clusters, Ints]] = []  # (finer, its map to the coarser)
-    graph, device_of = clusters, start
     while len(graph) > coarsest:
-        coarser, parent = coarsen(
-            graph, device_of, num_devices=limits.num_devices + limits.num_hosts, rng=rng
-        )
-        if len(coarser) > 0.9 * len(graph):
+        coarser, parent = coarsen(graph, apart, num_devices=limits.num_devices + limits.num_hosts, rng=rng)
+        if len(coarser) > 0.95 * len(graph):
             break
         levels.append((graph, parent))
-        projected = np.zeros(len(coarser), dtype=np.int64)
-        projected[parent] = device_of
-        graph, device_of = coarser, projected
-    each = max(1, max_moves // (len(levels) + 1))
-    best, moves = refine(graph, limits, device_of, max_moves=each, patience=max(60, len(graph)), rng=rng)
+        first_of = np.unique(parent, return_index=True)[1]
+        graph, device_of, apart = coarser, device_of[first_of], apart[first_of]
+    if start is None:
+        device_of = _grown(graph, limits, rng)
+    best = anneal(graph, limits, device_of, proposals=proposals // 2, hot=hot, power=power, rng=rng)
+    each = proposals // (2 * max(1, len(levels)))
     for finer, parent in reversed(levels):
-        best, made = refine(
-            finer, limits, best.device_of[parent], max_moves=each, patience=max(60, len(finer) // 2), rng=rng
-        )
-        moves += made
-    return best, moves
+        best = anneal(finer, limits, best.device_of[parent], proposals=each, hot=0.03, power=power, rng=rng)
+    return best
+
+
+def _grown(clusters: Clusters, limits: Limits, rng: np.random.Generator) -> Ints:
+    """Device after device is filled to its share of the compute, each time with the cluster most tied to what it has."""
+    ties = (
+        clusters.incidence
+        * (clusters.net_cost_s / np.maximum(clusters.net_sizes - 1, 1))
+        @ clusters.incidence.T
+    )
+    device_of = np.where(clusters.on_accelerator, limits.num_devices - 1, limits.num_devices)
+    is_free = clusters.on_accelerator.copy()
+    for device in range(limits.num_devices - 1):
+        share_s = clusters.compute_s[is_free].sum() / (limits.num_devices - device)
+        tie_s = rng.random(len(clusters)) * 1e-12
+        held_s = 0.0
+        while is_free.any() and held_s < share_s:
+            one = int(np.argmax(np.where(is_free, tie_s, -1.0)))
+            if held_s > 0 and held_s + clusters.compute_s[one] / 2 > share_s:
+                break
+            device_of[one] = device
+            is_free[one] = False
+            held_s += float(clusters.compute_s[one])
+            tie_s += ties[one]
+    return device_of
 
 
 def coarsen(

@@ -19,9 +19,9 @@ import numpy.typing as npt
 from shardstage.planner.placement.clusters import Clusters, Floats, Ints
 from shardstage.planner.placement.limits import Limits
 
-__all__ = ["Standing", "refine", "standing"]
+__all__ = ["FINAL_POWER", "Standing", "refine", "standing"]
 
-_POWER_DOUBLINGS = 4  # power 16: on 6 devices the sum of powers is within 12 % of the maximum, and still sees the second largest load
+FINAL_POWER = 16  # on 6 devices the root of the sum of powers is within 12 % of the maximum, and still sees the second largest load
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +56,7 @@ def refine(
     *,
     max_moves: int,
     patience: int,
+    power: int = FINAL_POWER,
     rng: np.random.Generator,
 ) -> tuple[Standing, int]:
     """The best placement met from ``start`` and the moves made: at most ``max_moves``, and at most ``patience`` without a better one."""
@@ -67,7 +68,7 @@ def refine(
     last_better = move = 0
     tenure = max(2, len(clusters) // 20)
     while move < max_moves and move - last_better < patience:
-        chosen = state.best_move(tabu_until > move, best)
+        chosen = state.best_move(tabu_until > move, best, power)
         if chosen is None:
             break
         one, target = chosen
@@ -123,7 +124,7 @@ class _State:
             else 0.0
         )
 
-    def best_move(self, is_tabu: npt.NDArray[np.bool_], best: Standing) -> tuple[int, int] | None:
+    def best_move(self, is_tabu: npt.NDArray[np.bool_], best: Standing, power: int) -> tuple[int, int] | None:
         """The move (cluster, device) of least objective that is not tabu, or that beats ``best``; None where there is none."""
         everyone = np.arange(len(self.device_of))
         scale_s = self.loads_s.max() or 1.0
@@ -134,9 +135,9 @@ class _State:
             + self.pays[source] * self.leaves_s[everyone, source]
         )
         joined_s = self.loads_s + self.compute_s + self.pays * self.joins_s
-        now = _powered(self.loads_s / scale_s)
-        change = _powered(joined_s / scale_s) - now
-        change += (_powered(left_s / scale_s) - now[source])[:, None]
+        now = _powered(self.loads_s / scale_s, power)
+        change = _powered(joined_s / scale_s, power) - now
+        change += (_powered(left_s / scale_s, power) - now[source])[:, None]
         change[everyone, source] = np.inf
         change[self.is_barred] = np.inf
         if self.is_memory_tight:
@@ -179,7 +180,8 @@ class _State:
         self.device_of[one] = target
 
 
-def _powered(loads: Floats) -> Floats:
-    for _ in range(_POWER_DOUBLINGS):
-        loads = loads * loads
+def _powered(loads: Floats, power: int) -> Floats:
+    """``loads ** power`` for a power of two, by squaring."""
+    while power > 1:
+        loads, power = loads * loads, power // 2
     return loads

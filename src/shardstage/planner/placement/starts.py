@@ -40,7 +40,7 @@ def first_placements(
     if metis is not None:
         yield "METIS", metis
     rng = np.random.default_rng(seed)
-    for index in range(3):
+    for index in range(1):
         scattered = rng.integers(limits.num_devices, size=len(clusters))
         yield f"random {index + 1}", np.where(clusters.on_accelerator, scattered, limits.num_devices)
 
