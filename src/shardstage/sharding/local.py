@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from math import prod
 
 from shardstage.graph import ModelGraph, Op, Ref, Value
 from shardstage.layout import Partial, Placement, Replicate, Shard
@@ -176,9 +177,17 @@ class _Writer:
         return (*inputs, *(value.name for value in made))
 
     def _rescale(self, names: Iterable[str], placing: Placing) -> None:
-        """Gives what autograd keeps of an op the sizes of the op's output or inputs, dim by dim."""
+        """Gives what autograd keeps of an op the sizes of the op's output or inputs, dim by dim.
+
+        A product of more than three dims keeps its inputs with all but the last two dims in one.
+        """
         placements = (*(s.placement for s in placing.outputs), *placing.inputs.values())
         sizes = {(p.dim, p.length): p.size(self.rank) for p in placements if isinstance(p, Shard)}
+        for name, placement in placing.inputs.items():
+            batch = self.sharding.graph.values[name].shape[:-2]
+            if isinstance(placement, Shard) and placement.dim < len(batch) and len(batch) > 1:
+                folded = prod(batch)
+                sizes.setdefault((0, folded), folded // placement.length * placement.size(self.rank))
         for name in names:
             value = self.values[name]
             shape = tuple(sizes.get((dim, size), size) for dim, size in enumerate(value.shape))
