@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import typer
@@ -11,8 +10,8 @@ from tests.cost.toy import toy_graph
 from typer.testing import CliRunner
 
 from shardstage.cli import plan as verb
+from shardstage.cli.choosing import KnownModel
 from shardstage.errors import PlanError
-from shardstage.graph import ModelGraph
 from shardstage.plan import load_plan
 
 GRAPH = toy_graph(num_layers=6, width=64, hidden=256)
@@ -22,11 +21,9 @@ GRAPH = toy_graph(num_layers=6, width=64, hidden=256)
 def captured(monkeypatch: pytest.MonkeyPatch) -> None:
     """The toy stands for any model: capture has tests of its own."""
 
-    def capture(_source: object, _sequence: int, _precision: str) -> ModelGraph:
-        return GRAPH
-
-    monkeypatch.setattr(verb, "load_source", lambda _model: SimpleNamespace(max_sequence=1024))
-    monkeypatch.setattr(verb, "capture_model", capture)
+    monkeypatch.setattr(
+        verb, "known_model", lambda _name, _seq, _dtype: KnownModel(graph=GRAPH, max_sequence=1024)
+    )
 
 
 def said(*arguments: str) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from shardstage.graph.cache import Captured, cached
 from shardstage.plan import Plan, Precision, check, complete, load_plan, parse_request
 from shardstage.units import format_count, parse_bytes
 
@@ -15,7 +16,24 @@ if TYPE_CHECKING:  # what imports torch is imported when it is needed: help come
     from shardstage.graph.source import ModelSource
     from shardstage.planner import Candidate
 
-__all__ = ["capture_model", "choose_plan", "headline", "load_source", "precision_of"]
+__all__ = [
+    "KnownModel",
+    "capture_model",
+    "choose_plan",
+    "headline",
+    "known_model",
+    "load_source",
+    "precision_of",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class KnownModel:
+    """What planning needs of a model: its graph, the longest sequence it has positions for, and notes on how it was had."""
+
+    graph: ModelGraph
+    max_sequence: int | None = None
+    notes: tuple[str, ...] = ()
 
 
 def load_source(model: str) -> ModelSource:
@@ -30,6 +48,20 @@ def capture_model(source: ModelSource, sequence: int, precision: Precision) -> M
     from shardstage.graph.capture import capture
 
     return capture(source, sequence=sequence, dtype=precision)
+
+
+def known_model(model: str, sequence: int, precision: Precision) -> KnownModel:
+    """The graph of the model of that name, from the cache where it is there: then neither torch nor the model is loaded."""
+
+    def capture() -> Captured:
+        from shardstage.graph.capture import capture_short
+
+        source = load_source(model)
+        short = capture_short(source, sequence=sequence, dtype=precision)
+        return Captured(short=short, max_sequence=source.max_sequence)
+
+    captured, notes = cached(model, sequence=sequence, dtype=precision, capture=capture)
+    return KnownModel(graph=captured.short.unfold(), max_sequence=captured.max_sequence, notes=notes)
 
 
 def precision_of(plan: str, dtype: str | None, machine: Cluster) -> Precision:

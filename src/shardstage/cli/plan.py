@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from shardstage.cli.choosing import capture_model, choose_plan, headline, load_source, precision_of
+from shardstage.cli.choosing import choose_plan, headline, known_model, precision_of
 from shardstage.plan import Plan, check, explain, save_plan, shorthand
 from shardstage.units import format_bytes, format_ratio, format_s
 
@@ -65,18 +65,18 @@ def plan(
     num_ranks = ranks or machine.num_devices
     precision = precision_of(plan, dtype, machine)
     with console.status(f"capturing {model}"):
-        source = load_source(model)
-        graph = capture_model(source, seq, precision)
+        known = known_model(model, seq, precision)
+        graph = known.graph
     with console.status("pricing plans"):
         chosen, prediction, considered = choose_plan(
             plan, graph, machine, num_ranks, batch, seq, precision, memory
         )
-        notes = check(chosen, graph, num_ranks=num_ranks, cluster=machine, max_sequence=source.max_sequence)
+        notes = check(chosen, graph, num_ranks=num_ranks, cluster=machine, max_sequence=known.max_sequence)
     console.print(headline(model, graph, machine, num_ranks))
     console.print(_chosen_table(chosen, prediction))
     if considered:
         console.print(_alternatives_table(considered))
-    for note in (*notes, *_memory_note(prediction, machine)):
+    for note in (*known.notes, *notes, *_memory_note(prediction, machine)):
         console.print(f"[yellow]note[/]  {note}", soft_wrap=True)
     if show:
         console.print(explain(chosen, graph, prediction=prediction), soft_wrap=True, markup=False)

@@ -1,0 +1,144 @@
+"""``cached``: a capture is made once for a model, a length and a dtype, and read from the user's cache folder from then on.
+
+    $SHARDSTAGE_CACHE (off: none), else $XDG_CACHE_HOME/shardstage, else ~/.cache/shardstage
+        captures/<key>.graph        a line of JSON about the capture, then the graph in short
+
+The key covers all that a capture depends on: the config's bytes or the built-in name, length, dtype, this package's own code and the
+versions of torch and transformers. A ``module:factory`` may depend on any code, which no key can cover: it is captured every time.
+Needs neither torch nor the model where the capture is there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from shardstage.errors import CaptureError
+from shardstage.graph.file import graph_from_json, graph_to_json
+from shardstage.graph.unfold import Repeat, ShortGraph
+
+__all__ = ["Captured", "cache_folder", "cached", "capture_key"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Captured:
+    """A model's graph in short, and the longest sequence that the model has positions for (None: no limit)."""
+
+    short: ShortGraph
+    max_sequence: int | None = None
+
+
+def cached(
+    spec: str, *, sequence: int, dtype: str, capture: Callable[[], Captured]
+) -> tuple[Captured, tuple[str, ...]]:
+    """The capture of the model that ``spec`` names, made by ``capture`` where it is not yet in the cache; and notes for the user."""
+    folder, key = cache_folder(), capture_key(spec, sequence=sequence, dtype=dtype)
+    if folder is None or key is None:
+        return capture(), ()
+    path = folder / "captures" / f"{key}.graph"
+    notes: list[str] = []
+    try:
+        return from_text(path.read_text(encoding="utf-8")), ()
+    except FileNotFoundError:
+        pass
+    except (OSError, UnicodeDecodeError, CaptureError) as error:
+        notes.append(f"the cached capture {path} cannot be read, and is made again: {error}")
+    captured = capture()
+    try:
+        _write(path, to_text(captured))
+    except OSError as error:
+        notes.append(f"the capture is not kept for the next time: {error} (SHARDSTAGE_CACHE names a folder)")
+    return captured, tuple(notes)
+
+
+def cache_folder() -> Path | None:
+    """Where captures are kept; None where the user wants none."""
+    chosen = os.environ.get("SHARDSTAGE_CACHE", "")
+    if chosen.lower() in ("off", "0", "none"):
+        return None
+    if chosen:
+        return Path(chosen).expanduser()
+    shared = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(shared) if shared else Path.home() / ".cache") / "shardstage"
+
+
+def capture_key(spec: str, *, sequence: int, dtype: str) -> str | None:
+    """Names the capture by all that it depends on; None where that cannot be known."""
+    path = Path(spec).expanduser()
+    path = path / "config.json" if path.is_dir() else path
+    if path.is_file():
+        content = path.read_bytes()
+    elif ":" in spec or "/" in spec:
+        return None
+    else:
+        content = b""
+    digest = hashlib.blake2b(digest_size=16)
+    facts = [spec, sequence, dtype, _version("torch"), _version("transformers"), _own_code()]
+    for part in (json.dumps(facts).encode(), content):
+        digest.update(part)
+        digest.update(b"\0")
+    return digest.hexdigest()
+
+
+def to_text(captured: Captured) -> str:
+    """The capture as a line about it, with a digest of the rest, and its graph."""
+    graph = graph_to_json(captured.short.graph)
+    about = {
+        "digest": _digest(graph),
+        "max_sequence": captured.max_sequence,
+        "repeats": [asdict(repeat) for repeat in captured.short.repeats],
+    }
+    return f"{json.dumps(about)}\n{graph}"
+
+
+def from_text(text: str) -> Captured:
+    """The capture of ``to_text``. Raises CaptureError for any other text."""
+    line, _, graph = text.partition("\n")
+    try:
+        about = json.loads(line)
+        if about["digest"] != _digest(graph):
+            raise CaptureError("the file is damaged", hint="remove it")
+        repeats = tuple(Repeat(**repeat) for repeat in about["repeats"])
+        limit = about["max_sequence"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CaptureError(f"this is no capture: {error}", hint="remove the file") from error
+    return Captured(short=ShortGraph(graph=graph_from_json(graph), repeats=repeats), max_sequence=limit)
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _write(path: Path, text: str) -> None:
+    """All of the file or nothing, whoever else writes it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    number, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".part")
+    try:
+        with os.fdopen(number, "w", encoding="utf-8") as file:
+            file.write(text)
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
+def _own_code() -> str:
+    """A digest of the code that captures."""
+    digest = hashlib.blake2b(digest_size=16)
+    folder = Path(__file__).parent
+    for path in (*sorted(folder.glob("*.py")), folder.parent / "compat.py"):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
