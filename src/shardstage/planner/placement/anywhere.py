@@ -20,7 +20,7 @@ from shardstage.planner.placement.weld import lower_bound_s, weld
 
 __all__ = ["place"]
 
-_PROPOSALS_PER_CYCLE = 20_000  # 50 ms: many short cycles from different starts found more than few long ones
+_PROPOSALS_PER_CYCLE = 10_000  # 30 ms: many short cycles from different starts found more than few long ones
 
 
 def place(
@@ -29,7 +29,7 @@ def place(
     *,
     memory_limit_bytes: float = math.inf,
     num_hosts: int = 0,
-    max_moves: int = 1_500_000,
+    max_moves: int = 2_000_000,
     time_limit_s: float = 4.0,
     seed: int = 0,
     starts: Mapping[str, Sequence[int]] | None = None,

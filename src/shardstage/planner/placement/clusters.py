@@ -91,7 +91,9 @@ def merge(clusters: Clusters, group: Sequence[int]) -> tuple[Clusters, Ints]:
     number = {label: index for index, label in enumerate(dict.fromkeys(group))}
     parent = np.array([number[label] for label in group], dtype=np.int64)
     before = {(int(parent[first]), int(parent[last])) for first, last in clusters.before}
-    for cycle in _strong_components(len(number), ((first, last) for first, last in before if first != last)):
+    for cycle in _strong_components(
+        len(number) if before else 0, ((first, last) for first, last in before if first != last)
+    ):
         parent[np.isin(parent, cycle)] = cycle[0]
     parent = np.unique(parent, return_inverse=True)[1].astype(np.int64)
     members: list[list[int]] = [[] for _ in range(int(parent.max(initial=-1)) + 1)]

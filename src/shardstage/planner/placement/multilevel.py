@@ -88,34 +88,27 @@ def coarsen(
     than a fifth of a device's share of the compute.
     """
     largest_s = max(clusters.compute_s.sum() / num_devices / 5, 1e-300)
-    nets_of: list[list[int]] = [[] for _ in range(len(clusters))]
-    for index, net in enumerate(clusters.nets):
+    nets_of: list[list[tuple[float, tuple[int, ...]]]] = [[] for _ in range(len(clusters))]
+    for net, cost_s in zip(clusters.nets, clusters.net_cost_s.tolist(), strict=True):
         for one in net:
-            nets_of[one].append(index)
-    parent = np.full(len(clusters), -1, dtype=np.int64)
-    num_coarse = 0
-    for one in rng.permutation(len(clusters)):
+            nets_of[one].append((cost_s / (len(net) - 1), net))
+    compute_s: list[float] = clusters.compute_s.tolist()
+    kind = list(zip(device_of.tolist(), clusters.on_accelerator.tolist(), strict=True))
+    parent = [-1] * len(clusters)
+    for one in rng.permutation(len(clusters)).tolist():
         if parent[one] >= 0:
             continue
+        parent[one] = one
         rating: dict[int, float] = defaultdict(float)
-        for net in nets_of[one]:
-            for other in clusters.nets[net]:
-                rating[other] += float(clusters.net_cost_s[net]) / (len(clusters.nets[net]) - 1)
-        mates = [
-            (rated * (0.7 + 0.6 * rng.random()), other)
-            for other, rated in rating.items()
-            if other != one
-            and parent[other] < 0
-            and device_of[other] == device_of[one]
-            and _may_join(clusters, int(one), other, largest_s)
-        ]
-        parent[one] = num_coarse
-        if mates:
-            parent[max(mates)[1]] = num_coarse
-        num_coarse += 1
-    return merge(clusters, parent.tolist())
-
-
-def _may_join(clusters: Clusters, one: int, other: int, largest_s: float) -> bool:
-    is_alike = bool(clusters.on_accelerator[one] == clusters.on_accelerator[other])
-    return is_alike and float(clusters.compute_s[one] + clusters.compute_s[other]) <= largest_s
+        for rated, net in nets_of[one]:
+            for other in net:
+                if (
+                    parent[other] < 0
+                    and kind[other] == kind[one]
+                    and compute_s[one] + compute_s[other] <= largest_s
+                ):
+                    rating[other] += rated
+        if rating:
+            noise = (0.7 + 0.6 * rng.random(len(rating))).tolist()
+            parent[max(zip(rating, noise, strict=True), key=lambda pair: rating[pair[0]] * pair[1])[0]] = one
+    return merge(clusters, parent)

@@ -43,9 +43,18 @@ class Standing:
 
 def standing(clusters: Clusters, limits: Limits, device_of: Ints) -> Standing:
     """The worth of a placement, computed from nothing."""
-    state = _State(clusters, limits, device_of)
+    num_devices = limits.num_devices + limits.num_hosts
+    pays = np.arange(num_devices) < limits.num_devices
+    here = np.eye(num_devices)[device_of]
+    held = clusters.incidence.T @ here
+    touches = (held > 0) & (held < clusters.net_sizes[:, None])
+    compute_s = np.where(pays, clusters.compute_s @ here, clusters.host_compute_s @ here)
+    loads_s = compute_s + pays * (clusters.net_cost_s @ touches)
+    excess_bytes = np.maximum(clusters.memory_bytes @ here - limits.memory_limit_bytes * (1 + 1e-12), 0)[
+        pays
+    ].sum()
     return Standing(
-        device_of=device_of.copy(), excess_bytes=state.excess_bytes(), stage_time_s=float(state.loads_s.max())
+        device_of=device_of.copy(), excess_bytes=float(excess_bytes), stage_time_s=float(loads_s.max())
     )
 
 
