@@ -1,4 +1,4 @@
-"""Placement of the graphs of Tarnawski et al. (NeurIPS 2020): contiguous, free, and the partitioners of others. Prints the tables of README.md.
+"""Placement of the graphs of Tarnawski et al. (NeurIPS 2020), and the partitioners of others: the tables of README.md.
 
 PYTHONPATH=src python benchmarks/planner/placement/run.py [--peers-python PYTHON] [--scotch GPART] [--only WORD]
 """

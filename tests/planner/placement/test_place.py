@@ -18,9 +18,10 @@ from shardstage.planner.placement import (
     place_contiguous,
     stage_time_s,
 )
+from shardstage.planner.placement.anneal import _Walk
 from shardstage.planner.placement.limits import Limits
-from shardstage.planner.placement.multilevel import coarsen
-from shardstage.planner.placement.refine import _State, refine
+from shardstage.planner.placement.multilevel import coarsen, v_cycle
+from shardstage.planner.placement.refine import _State, refine, standing
 
 MakeGraph = Callable[[np.random.Generator, int], PlacementGraph]
 
@@ -32,7 +33,7 @@ def test_a_small_graph_is_placed_as_well_as_by_trying_all(
     graph = make_graph(np.random.default_rng(1000 + seed), 6)
     limit_bytes = math.inf if seed % 3 else float(max(4.0, 0.6 * sum(graph.memory_bytes)))
     expected_s = slow(graph, 2, num_hosts=1, limit_bytes=limit_bytes, contiguous=False)
-    found = place(graph, 2, num_hosts=1, memory_limit_bytes=limit_bytes, max_moves=600)
+    found = place(graph, 2, num_hosts=1, memory_limit_bytes=limit_bytes, max_moves=12_000)
     assert found.stage_time_s == pytest.approx(expected_s)
     assert found.lower_bound_s <= expected_s * (1 + 1e-9)
     assert stage_time_s(graph, found.device_of, num_devices=2, num_hosts=1) == found.stage_time_s
@@ -125,7 +126,39 @@ def test_refinement_never_returns_worse_than_its_start(make_graph: MakeGraph) ->
     limits = Limits(num_devices=3, num_hosts=1, memory_limit_bytes=math.inf)
     clusters = limits.clusters(make_graph(rng, 15), is_ordered=False)
     start = np.where(clusters.on_accelerator, rng.integers(3, size=len(clusters)), 3)
-    before_s = float(_State(clusters, limits, start).loads_s.max())
+    before_s = standing(clusters, limits, start).stage_time_s
+    assert before_s == pytest.approx(float(_State(clusters, limits, start).loads_s.max()))
     best, moves = refine(clusters, limits, start, max_moves=50, patience=50, rng=rng)
     assert best.stage_time_s <= before_s
     assert moves <= 50
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_annealing_keeps_its_loads_and_its_list_of_cut_nets(seed: int, make_graph: MakeGraph) -> None:
+    rng = np.random.default_rng(seed)
+    limits = Limits(num_devices=3, num_hosts=1, memory_limit_bytes=math.inf)
+    graph = make_graph(rng, 14)
+    clusters = limits.clusters(graph, is_ordered=False)
+    start = np.where(clusters.on_accelerator, rng.integers(3, size=len(clusters)), 3)
+    walk = _Walk(clusters, limits, start, power=4, best_s=math.inf, seed=seed)
+    walk.scale_s = 10.0
+    walk.step(0.5, 2000)
+    np.testing.assert_allclose(walk.loads_s, walk._loads(), atol=1e-9)
+    cut = [i for i, net in enumerate(walk.nets) if len({walk.device_of[one] for one in net}) > 1]
+    assert sorted(walk.cut_nets) == cut
+    assert all(on or device == 3 for on, device in zip(walk.on_accelerator, walk.device_of, strict=True))
+    best = standing(clusters, limits, np.array(walk.best_device_of))
+    assert best.stage_time_s == pytest.approx(min(walk.best_s, best.stage_time_s))
+
+
+def test_parts_of_two_placements_are_kept_apart_when_they_are_combined(make_graph: MakeGraph) -> None:
+    rng = np.random.default_rng(4)
+    limits = Limits(num_devices=3, num_hosts=0, memory_limit_bytes=math.inf)
+    graph = PlacementGraph(
+        compute_s=tuple(float(one) for one in rng.integers(1, 9, size=40)),
+        tensors=tuple(Tensor(producer=i, consumers=(i + 1,), transfer_s=0.5) for i in range(39)),
+    )
+    clusters = limits.clusters(graph, is_ordered=False)
+    one, other = rng.integers(3, size=40), rng.integers(3, size=40)
+    found = v_cycle(clusters, limits, one, keep_apart=other, proposals=2000, coarsest=10, rng=rng)
+    assert found.stage_time_s <= standing(clusters, limits, one).stage_time_s

@@ -13,7 +13,8 @@ torch.
     clusters.py    what must or may stay together     contiguous.py  dynamic programming over ideals
     weld.py        what any faster one keeps together refine.py      tabu search on the objective
     starts.py      placements to begin from           multilevel.py  the same on coarser graphs
-    limits.py      the devices                        anywhere.py    best of all starts
+    limits.py      the devices                        anneal.py      annealing on the objective
+    anywhere.py    best of all starts
 """
 
 from shardstage.planner.placement.anywhere import place

@@ -13,7 +13,7 @@ import numpy as np
 
 from shardstage.planner.placement.clusters import Clusters, Ints
 from shardstage.planner.placement.limits import Limits
-from shardstage.planner.placement.refine import Standing, standing
+from shardstage.planner.placement.refine import Standing, refine, standing
 
 __all__ = ["anneal"]
 
@@ -35,8 +35,10 @@ def anneal(
 ) -> Standing:
     """The best placement met from ``start`` in ``proposals`` proposals; ``start`` itself if there is none better."""
     known = standing(clusters, limits, start)
+    if known.excess_bytes > 0:  # memory first, by the tabu search
+        known = refine(clusters, limits, start, max_moves=200, patience=100, rng=rng)[0]
     if known.excess_bytes > 0 or not clusters.nets:
-        return known  # memory first: that is the tabu search's
+        return known
     walk = _Walk(
         clusters, limits, start, power=power, best_s=known.stage_time_s, seed=int(rng.integers(2**62))
     )

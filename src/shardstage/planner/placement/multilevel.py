@@ -84,10 +84,10 @@ def coarsen(
 ) -> tuple[Clusters, Ints]:
     """The graph with neighbours on one device merged in pairs, and the coarse cluster of each cluster.
 
-    A cluster joins the neighbour with which it shares the costliest nets, Σ cost / (size - 1), by chance among equals; no pair carries more
-    than a fifth of a device's share of the compute.
+    A cluster joins the neighbour with which it shares the costliest nets, Σ cost / (size - 1), give or take a third by
+    chance; no pair carries more than a half, a quarter or an eighth (drawn) of a device's share of the compute.
     """
-    largest_s = max(clusters.compute_s.sum() / num_devices / 5, 1e-300)
+    largest_s = max(clusters.compute_s.sum() / num_devices / float(rng.choice([2, 4, 8])), 1e-300)
     nets_of: list[list[tuple[float, tuple[int, ...]]]] = [[] for _ in range(len(clusters))]
     for net, cost_s in zip(clusters.nets, clusters.net_cost_s.tolist(), strict=True):
         for one in net:
