@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from cases import Case
 from megatron import megatron_core, padded_vocab
@@ -97,7 +97,7 @@ def case_of(ci: CiRow, *, is_flash: bool) -> Case:
     return Case(
         shape=shape,
         kernels=Kernels(
-            attention="fused-softmax" if is_unfused else "flash",
+            attention=_attention(args) if is_unfused else "flash",
             is_rotary=args.get("--position-embedding-type") == "rope",
             dropout=args.get("--hidden-dropout", 0.1),
             has_bias="--disable-bias-linear" not in args,
@@ -123,6 +123,11 @@ def case_of(ci: CiRow, *, is_flash: bool) -> Case:
         num_positions=args["--max-position-embeddings"],
         precision="float16" if "--fp16" in args else "bfloat16",
     )
+
+
+def _attention(args: dict[str, Any]) -> Literal["fused-softmax", "written-out"]:
+    """fused_softmax.py: without the fused kernel the softmax is torch's, in fp32 (which --apply-query-key-layer-scaling asks for)."""
+    return "written-out" if "--no-masked-softmax-fusion" in args else "fused-softmax"
 
 
 def _shape(args: dict[str, Any], tp: int) -> Shape:
