@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +19,38 @@ from shardstage.cost import (
     Folded,
     Links,
     Prediction,
+    Profile,
     Profiler,
     StepSetup,
     fold,
     predict_step,
     stage_times,
 )
+from shardstage.cost.compute import moved_s
 from shardstage.cost.pipeline import bubble_s
 from shardstage.graph.capture import capture
 from shardstage.graph.source import ModelSource
 from shardstage.graph.tasks import causal_task
 from shardstage.layout import Mesh
 
-__all__ = ["DATA", "Framework", "Job", "framework_of", "measured_s", "predict", "rows", "shape_of"]
+__all__ = [
+    "DATA",
+    "DEEPSPEED_MEGATRON",
+    "MEGATRON_LOSS_BYTES",
+    "Framework",
+    "Job",
+    "cluster_of_gpu",
+    "framework_of",
+    "is_priced",
+    "job_of",
+    "measured_s",
+    "microbatches_of",
+    "predict",
+    "profile_of",
+    "rows",
+    "setup_of",
+    "shape_of",
+]
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 CAPTURED_LAYERS = 3
@@ -38,11 +59,15 @@ PRESETS = {"A100-80GB": "a100-80", "A100-40GB": "a100-40", "H100-80GB": "h100"}
 
 @dataclass(frozen=True, kw_only=True)
 class Framework:
-    """What a group's software did: kernels, whether pointwise chains were compiled, and the step around them."""
+    """What a group's software did: kernels, whether pointwise chains were compiled, and the step around them.
+
+    ``loss_bytes`` are moved forward for each logit beyond what a cross-entropy of float32 logits moves.
+    """
 
     kernels: Kernels
     is_compiled: bool
     execution: Execution
+    loss_bytes: float = 0.0
     bucket_bytes: int = 200 * 2**20
 
 
@@ -53,6 +78,10 @@ MEGATRON_2021 = Execution(
     overlaps_sends=False,  # send_forward_recv_backward waits
     scatters_sends=True,  # SC21 §4.1, scatter/gather optimisation
 )
+MEGATRON_LOSS_BYTES = 24.0
+"""core/tensor_parallel/cross_entropy.py: maximum (4), subtraction (8), exponentials (8), their sum (4), division (8), where one kernel
+reads float32 logits and writes their logarithms (8)."""
+
 DEEPSPEED_MEGATRON = replace(MEGATRON_2021, scatters_sends=False)
 FSDP = Execution(accumulation_bytes=0.0, wire_bytes=4.0)
 INTERNEVO = Execution(accumulation_bytes=6.0, wire_bytes=2.0, overlaps_sends=False)
@@ -67,16 +96,21 @@ def framework_of(row: dict[str, Any]) -> Framework:
             kernels=Kernels(attention="fused-softmax", dropout=0.1),
             is_compiled=True,
             execution=FSDP if plan["zero"] == 3 else MEGATRON_2021,
+            loss_bytes=MEGATRON_LOSS_BYTES,
         )
     if group == "zero-bubble":
         return Framework(
-            kernels=Kernels(attention="fused-softmax", dropout=0.1), is_compiled=True, execution=MEGATRON_2021
+            kernels=Kernels(attention="fused-softmax", dropout=0.1),
+            is_compiled=True,
+            execution=MEGATRON_2021,
+            loss_bytes=MEGATRON_LOSS_BYTES,
         )
     if group.startswith("bloom"):
         return Framework(
             kernels=Kernels(attention="fused-softmax", dropout=0.1),
             is_compiled=True,
             execution=DEEPSPEED_MEGATRON,
+            loss_bytes=MEGATRON_LOSS_BYTES,
         )
     if group == "hagemann-2023":
         kernel = plan["attention_kernel"]
@@ -113,6 +147,23 @@ _HAGEMANN_ATTENTION: dict[str, Any] = {
 def rows() -> Iterator[dict[str, Any]]:
     text = (DATA / "published-runs" / "runs.jsonl").read_text(encoding="utf-8")
     yield from (json.loads(line) for line in text.splitlines())
+
+
+def is_priced(row: dict[str, Any]) -> bool:
+    """Whether a row is a timed run of what the cost model knows: dense decoders in 16 bits on devices with a preset."""
+    plan, model = row["plan"], row["model"]
+    return (
+        "step_time" in row["usable_for"]
+        and row["hardware"]["gpu"] in PRESETS
+        and not model.get("moe")
+        and bool(model["heads"])
+        and plan.get("cp") in (1, None)
+        and "fp8" not in plan["dtype"]
+        and bool(plan["microbatch"])
+        and plan["zero"] in (0, 1, 2, 3, "hsdp")
+        and plan["recompute"] in ("none", "full", None)
+        and not math.isnan(measured_s(row))
+    )
 
 
 def measured_s(row: dict[str, Any]) -> float:
@@ -153,6 +204,7 @@ class Job:
     microbatch: int
     global_batch: int
     is_sequence_parallel: bool
+    zero_ranks: int | None = None
     layers_of: tuple[int, ...] = ()
     has_bubble: bool = True
 
@@ -177,6 +229,7 @@ def job_of(row: dict[str, Any]) -> Job:
         microbatch=plan["microbatch"],
         global_batch=plan["global_batch"],
         is_sequence_parallel=bool(plan["sp"]),
+        zero_ranks=plan.get("zero_shard_size"),
         layers_of=_layers_of(row),
     )
 
@@ -195,68 +248,77 @@ def _layers_of(row: dict[str, Any]) -> tuple[int, ...]:
 _WITH_SLOTS = ("bloom-prequel", "bloom-production", "zero-bubble")
 
 
-def predict(job: Job) -> Prediction:
-    folded = _unfolded(_captured(_few(job.shape), job.framework.kernels, job.sequence), job.shape.layers)
+def predict(job: Job, units: Profile | None = None) -> Prediction:
+    """Seconds and bytes of a step, from ``profile_of(job)`` or from what became of it."""
+    units = units or profile_of(job)
+    setup = setup_of(job)
+    links = Links(job.cluster, job.mesh, num_shards=job.zero_ranks)
+    prediction = predict_step(units, setup, links)
+    if job.has_bubble:
+        return prediction
+    bubble = bubble_s(job.schedule, stage_times(units, setup, links), job.mesh.pp, setup.num_microbatches)
+    return replace(prediction, step_time_s=prediction.step_time_s - bubble)
+
+
+def profile_of(job: Job) -> Profile:
+    """Costs of all units of a job's model for one microbatch."""
+    few, device = _few(job.shape), job.cluster.device
+    node = replace(job.cluster, num_devices=max(8, job.mesh.tp))  # where tensor parallelism stays
+    profiler = _profiler(few, job.framework, node, job.mesh.tp, job.sequence, job.is_sequence_parallel)
+    microbatch, _ = microbatches_of(job)
+    kept = profiler.at(microbatch)
+    num_logits = microbatch * job.sequence * job.shape.vocab / job.mesh.tp
+    head = kept.units[-1]
+    head = replace(head, forward_s=head.forward_s + moved_s(job.framework.loss_bytes * num_logits, device))
+    *first, last = kept.units[:-1]
+    more = job.shape.layers - few.layers
+    return replace(
+        kept,
+        units=(*first, *(last,) * (more + 1), head),
+        whole_flops=kept.whole_flops + more * last.forward_flops * job.mesh.tp,
+    )
+
+
+def microbatches_of(job: Job) -> tuple[int, int]:
+    """Samples of a microbatch, and how many of these a data-parallel rank runs: of the size asked for, or evened out."""
     share = -(-job.global_batch // job.mesh.dp)
     num_microbatches = -(-share // job.microbatch)
-    microbatch = -(-share // num_microbatches)
-    priced = _profiler(
-        _few(job.shape),
-        job.shape.layers,
-        job.framework,
-        job.cluster,
-        job.mesh.tp,
-        job.sequence,
-        job.is_sequence_parallel,
-    ).at(microbatch)
-    num_stages = job.mesh.pp * job.stages_per_rank
-    if job.layers_of:
-        starts, at = [0], 1
-        for layers in job.layers_of[:-1]:
-            at += layers
-            starts.append(at)
-    else:
-        starts = list(_even_layers(folded, num_stages))
-    setup = StepSetup(
+    return -(-share // num_microbatches), num_microbatches
+
+
+def setup_of(job: Job) -> StepSetup:
+    """The plan of a job: the embedding goes with the first layer, the head with the last."""
+    microbatch, num_microbatches = microbatches_of(job)
+    layers = job.layers_of or tuple(_even_layers(job.shape.layers, job.mesh.pp * job.stages_per_rank))
+    return StepSetup(
         mesh=job.mesh,
-        starts=tuple(starts),
+        starts=(0, *(1 + at for at in accumulate(layers[:-1]))),
         microbatch=microbatch,
         num_microbatches=num_microbatches,
         global_batch=job.global_batch,
         sequence=job.sequence,
         zero=job.zero,
+        zero_ranks=job.zero_ranks,
         recompute=job.recompute,  # type: ignore[arg-type]
         schedule=job.schedule,
         precision="bfloat16",
         bucket_bytes=job.framework.bucket_bytes,
         execution=job.framework.execution,
     )
-    prediction = predict_step(priced, setup, Links(job.cluster, job.mesh))
-    if job.has_bubble:
-        return prediction
-    times = stage_times(priced, setup, Links(job.cluster, job.mesh))
-    bubble = bubble_s(job.schedule, times, job.mesh.pp, num_microbatches)
-    return replace(prediction, step_time_s=prediction.step_time_s - bubble)
 
 
-def _even_layers(folded: Folded, num_stages: int) -> Iterator[int]:
-    """Equally many layers a stage, the embedding with the first and the head with the last, as Megatron cuts."""
-    layers = [i for i, unit in enumerate(folded.units) if unit.module]
-    sizes = [len(layers) // num_stages + (s < len(layers) % num_stages) for s in range(num_stages)]
-    yield 0
-    at = layers[0]
-    for size in sizes[:-1]:
-        at += size
-        yield at
+def _even_layers(num_layers: int, num_stages: int) -> Iterator[int]:
+    """As equally many layers a stage as can be, the first ones have one more."""
+    for stage in range(num_stages):
+        yield num_layers // num_stages + (stage < num_layers % num_stages)
 
 
 @cache
 def _profiler(
-    few: Shape, num_layers: int, framework: Framework, cluster: Cluster, tp: int, sequence: int, is_sp: bool
+    few: Shape, framework: Framework, cluster: Cluster, tp: int, sequence: int, is_sp: bool
 ) -> Profiler:
-    folded = _unfolded(_captured(few, framework.kernels, sequence), num_layers)
     return Profiler(
-        folded,
+        _captured(few, framework.kernels, sequence),
         cluster,
         tp=tp,
         sequence=sequence,
@@ -300,20 +362,17 @@ def _few(shape: Shape) -> Shape:
     return replace(shape, layers=min(CAPTURED_LAYERS, shape.layers))
 
 
-@cache
 def _captured(shape: Shape, kernels: Kernels, sequence: int) -> Folded:
+    """Without a table of positions a graph serves all sequences."""
+    return _captured_with(shape, kernels, 2048 if kernels.is_rotary else sequence)
+
+
+@cache
+def _captured_with(shape: Shape, kernels: Kernels, num_positions: int) -> Folded:
     source = ModelSource(
         name="decoder",
-        factory=lambda: Decoder(shape, kernels, 2**17),
+        factory=lambda: Decoder(shape, kernels, num_positions),
         task=causal_task(shape.vocab),
         vocab_size=shape.vocab,
     )
-    return fold(capture(source, sequence=min(sequence, 2048), dtype="bfloat16"))
-
-
-def _unfolded(folded: Folded, num_layers: int) -> Folded:
-    """The same model with more layers: the last layer's unit is repeated."""
-    last = max(i for i, unit in enumerate(folded.units) if unit.module)
-    present = sum(bool(unit.module) for unit in folded.units)
-    more = (folded.units[last],) * (num_layers - present)
-    return replace(folded, units=(*folded.units[: last + 1], *more, *folded.units[last + 1 :]))
+    return fold(capture(source, sequence=min(num_positions, 2048), dtype="bfloat16"))

@@ -6,7 +6,6 @@ Usage: python benchmarks/planner/step_time/run.py [--only GROUP] [--rows]
 from __future__ import annotations
 
 import argparse
-import math
 import statistics
 import sys
 from collections import defaultdict
@@ -14,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from published import DATA, PRESETS, job_of, measured_s, predict, rows
+from published import DATA, is_priced, job_of, measured_s, predict, rows
 
 
 def main() -> None:
@@ -27,7 +26,7 @@ def main() -> None:
         return
     errors: dict[str, list[float]] = defaultdict(list)
     for row in rows():
-        if not _is_ours(row) or arguments.only not in row["group"]:
+        if not is_priced(row) or arguments.only not in row["group"]:
             continue
         prediction = predict(job_of(row))
         error = prediction.step_time_s / measured_s(row) - 1
@@ -36,7 +35,8 @@ def main() -> None:
             p = prediction
             print(
                 f"{row['id']:62} {measured_s(row):8.3f} s {p.step_time_s:8.3f} s {100 * error:6.1f} %  "
-                f"dp {p.exposed_dp_s:.2f} tp {p.exposed_tp_s:.2f} pp {p.exposed_pp_s:.2f} opt {p.optimizer_s:.3f} bubble {p.bubble_ratio:.2f}"
+                f"dp {p.exposed_dp_s:.2f} tp {p.exposed_tp_s:.2f} "
+                f"pp {p.exposed_pp_s:.2f} opt {p.optimizer_s:.3f} bubble {p.bubble_ratio:.2f}"
             )
     print(
         "| runs | number | median error | mean of absolute errors | median of absolute errors |\n|---|---|---|---|---|"
@@ -56,22 +56,6 @@ def _group(row: dict) -> str:
     if row["group"] == "hagemann-2023":
         return f"{name} {row['model']['family'][:9]} {row['plan']['attention_kernel']}"
     return name
-
-
-def _is_ours(row: dict) -> bool:
-    plan, model = row["plan"], row["model"]
-    return (
-        "step_time" in row["usable_for"]
-        and row["hardware"]["gpu"] in PRESETS
-        and not model.get("moe")
-        and bool(model["heads"])
-        and plan.get("cp") in (1, None)
-        and "fp8" not in plan["dtype"]
-        and bool(plan["microbatch"])
-        and plan["zero"] in (0, 1, 2, 3, "hsdp")
-        and plan["recompute"] in ("none", "full", None)
-        and not math.isnan(measured_s(row))
-    )
 
 
 if __name__ == "__main__":
