@@ -104,12 +104,14 @@ class _Run:
 def _layer_of_each_op(graph: ModelGraph) -> list[str]:
     """Path of the list member that each op belongs to, "" for the surroundings; empty if there is no such list."""
     members: dict[str, list[int]] = defaultdict(list)
+    prefixes = {module: _numbered_prefixes(module) for module in {op.module for op in graph.ops}}
     for index, op in enumerate(graph.ops):
-        for prefix in _numbered_prefixes(op.module):
+        for prefix in prefixes[op.module]:
             members[prefix].append(index)
     layers = {prefix for prefix, indices in members.items() if _is_composite(graph, indices)}
     repeating = _repeating(graph, {prefix: members[prefix] for prefix in layers})
-    owners = [_outermost(op.module, repeating, layers) for op in graph.ops]
+    owner = {module: _outermost(module, repeating, layers) for module in {op.module for op in graph.ops}}
+    owners = [owner[op.module] for op in graph.ops]
     return owners if any(owners) else []
 
 

@@ -11,7 +11,7 @@ layers share, every parameter of its own. ``unfold`` proves this op by op and re
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -99,13 +99,14 @@ class _Unfolding:
         graph, last = self._graph, self._repeat.copies
         period = graph.ops[self._start : self._stop]
         ops = list(graph.ops[: self._stop])
-        for periods in range(1, last + 1):
-            ops.extend(self._copied(op, periods) for op in period)
+        tables = [self._names_in(periods) for periods in range(1, last + 1)]
+        for periods, names in enumerate(tables, start=1):
+            ops.extend(self._copied(op, periods, names) for op in period)
         ops.extend(self._shifted(op) for op in graph.ops[self._stop :])
         unfolded = replace(
             graph,
             ops=tuple(ops),
-            values={value.name: value for value in self._values()},
+            values={value.name: value for value in self._values(tables)},
             parameters=tuple(self._listed(graph.parameters)),
             buffers=tuple(self._listed(graph.buffers)),
             constants=tuple(self._constants()),
@@ -201,19 +202,23 @@ class _Unfolding:
                 if self._listed_from <= at < reach and not is_shared:
                     raise self._unlike(f"{op.name} reads {name} of a layer far before it")
 
-    def _copied(self, op: Op, periods: int) -> Op:
+    def _names_in(self, periods: int) -> dict[str, str]:
+        """What the repeated period reads and makes, as it is called in the one that many periods further down."""
+        return {
+            name: self._renamed(name, periods)
+            if self._is_own(name)
+            else self._renamed(twin, periods - 1)  # in this period, as the value is in the one before
+            for name, twin in self._twins.items()
+        }
+
+    def _is_own(self, name: str) -> bool:
+        return self._made_at.get(name, self._start) >= self._start
+
+    def _copied(self, op: Op, periods: int, names: Mapping[str, str]) -> Op:
         """An op of the repeated period, that many periods further down."""
-
-        def read(name: str) -> str:
-            if name not in self._twins:
-                return name
-            if self._made_at.get(name, self._start) >= self._start:
-                return self._renamed(name, periods)
-            twin = self._twins[name]  # in this period, as the value is in the one before
-            return self._renamed(twin, periods - 1) if periods > 1 else twin
-
         module = self._repeat.moved(op.module, periods)
-        return _rewritten(op, read, name=self._renamed(op.name, periods), module=module)
+        name = self._renamed(op.name, periods)
+        return _rewritten(op, lambda read: names.get(read, read), name=name, module=module)
 
     def _shifted(self, op: Op) -> Op:
         """An op beyond the repeated period, as the whole model has it."""
@@ -235,27 +240,20 @@ class _Unfolding:
         step = self._steps.get(base, 0)
         return f"{base}_{number + periods * step}{rest}" if step else name
 
-    def _own(self) -> tuple[str, ...]:
-        """What the repeated period has of its own: what it makes, saves and holds."""
-        return tuple(n for n in self._twins if self._made_at.get(n, self._start) >= self._start)
-
-    def _values(self) -> Iterator[Value]:
-        values, own = self._graph.values, self._own()
+    def _values(self, tables: Sequence[Mapping[str, str]]) -> Iterator[Value]:
+        values = self._graph.values
+        own = [values[name] for name in self._twins if self._is_own(name)]
         yield from (value for name, value in values.items() if name not in self._after)
-        for periods in range(1, self._repeat.copies + 1):
-            for name in own:
-                yield self._copied_value(values[name], periods)
+        for names in tables:
+            for value in own:
+                yield _called(value, names[value.name], names.get(value.alias_of, value.alias_of))
         for name in self._after & values.keys():
-            value = values[name]
-            alias = self._read_after(value.alias_of) if value.alias_of else ""
-            yield replace(value, name=self._renamed(name, self._repeat.copies), alias_of=alias)
-
-    def _copied_value(self, value: Value, periods: int) -> Value:
-        alias = value.alias_of
-        if alias in self._twins:
-            is_own = self._made_at.get(alias, self._start) >= self._start
-            alias = self._renamed(alias if is_own else self._twins[alias], periods if is_own else periods - 1)
-        return replace(value, name=self._renamed(value.name, periods), alias_of=alias)
+            alias = values[name].alias_of
+            yield _called(
+                values[name],
+                self._renamed(name, self._repeat.copies),
+                self._read_after(alias) if alias else "",
+            )
 
     def _listed(self, stored: Sequence[Parameter]) -> Iterator[Parameter]:
         """Parameters in the order of the whole model, where a list's members lie one after the other."""
@@ -298,6 +296,17 @@ class _Unfolding:
 def _content(op: Op) -> tuple[Any, ...]:
     names = tuple(None if name is None else Ref(name) for name in (*op.outputs, *op.saved))
     return op.args, op.kwargs, names, len(op.outputs)
+
+
+def _called(value: Value, name: str, alias_of: str) -> Value:
+    return Value(
+        name=name,
+        shape=value.shape,
+        dtype=value.dtype,
+        kind=value.kind,
+        requires_grad=value.requires_grad,
+        alias_of=alias_of,
+    )
 
 
 def _rewritten(op: Op, read: Callable[[str], str], *, name: str, module: str) -> Op:
