@@ -1,8 +1,9 @@
 """Runs the partitioners of others on one hypergraph; started by run.py under a Python that has them, away from the project's own.
 
 In on standard input: ``{"num_parts", "weights": [n], "nets": [[pins]], "net_costs": [nets], "imbalances", "seeds", "scotch"}``.
-Out on standard output: ``[{"peer", "imbalance", "seed", "seconds", "parts": [n]} …]``; ``{"peer", "missing": why}`` for what is not there.
-Every peer gets the same graph; those for graphs get the clique expansion, cost / (size - 1) an edge. Weights and costs are scaled to integers.
+Out on standard output: ``[{"peer", "imbalance", "seed", "seconds", "parts": [n]} …]``;
+``{"peer", "missing": why}`` for what is not there. Every peer gets the same graph; those for graphs get the clique
+expansion, cost / (size - 1) an edge. Weights and costs are scaled to integers.
 """
 
 from __future__ import annotations

@@ -38,10 +38,11 @@ def place(
 
     ``starts``: the device of each node, by name.
 
-    Deterministic by ``seed`` as long as ``max_moves`` ends the search; ``time_limit_s`` ends it earlier on a slow machine.
+    Deterministic by ``seed`` as long as ``max_moves`` ends the search; ``time_limit_s`` seconds of this thread's
+    CPU end it earlier on a slow machine.
     Raises PlanError where no placement within the memory limit is found.
     """
-    deadline_s = time.perf_counter() + time_limit_s
+    deadline_s = time.thread_time() + time_limit_s
     limits = Limits(num_devices=num_devices, num_hosts=num_hosts, memory_limit_bytes=memory_limit_bytes)
     clusters = limits.clusters(graph, is_ordered=False)
     search = _Search(
@@ -81,7 +82,7 @@ class _Search:
     ) -> None:
         self.clusters, self.limits, self.deadline_s = clusters, limits, deadline_s
         self.moves_left, self.rng = moves_left, rng
-        self.began_s, self.all_moves = time.perf_counter(), moves_left
+        self.began_s, self.all_moves = time.thread_time(), moves_left
         self.results: list[tuple[str, Standing]] = []
         self.welded: tuple[Clusters, Ints] | None = (clusters, np.arange(len(clusters)))
         self.welded_below_s = math.inf
@@ -99,11 +100,11 @@ class _Search:
         return self.results[self.best_index][0]
 
     def has_budget(self) -> bool:
-        return self.moves_left > 0 and time.perf_counter() < self.deadline_s
+        return self.moves_left > 0 and time.thread_time() < self.deadline_s
 
     def spent_ratio(self) -> float:
         """How much of the proposals or of the time is gone, whichever is more."""
-        time_ratio = (time.perf_counter() - self.began_s) / max(self.deadline_s - self.began_s, 1e-9)
+        time_ratio = (time.thread_time() - self.began_s) / max(self.deadline_s - self.began_s, 1e-9)
         return max(1 - self.moves_left / self.all_moves, time_ratio)
 
     def improve(self, name: str, device_of: Ints) -> None:
@@ -148,7 +149,7 @@ class _Search:
         """The better of ``start`` and what a V-cycle makes of it, or of nothing."""
         graph, parent = self.welded or (self.clusters, np.arange(len(self.clusters)))
         first_of = np.unique(parent, return_index=True)[1]
-        proposals = min(_PROPOSALS_PER_CYCLE, self.moves_left)
+        proposals = max(1, min(_PROPOSALS_PER_CYCLE, 100 * len(graph), self.moves_left))
         found = v_cycle(
             graph,
             self.limits,
@@ -158,17 +159,21 @@ class _Search:
             coarsest=int(self.rng.choice([6, 9, 15])) * (self.limits.num_devices + self.limits.num_hosts),
             rng=self.rng,
         )
-        self.moves_left -= max(proposals, 1)
+        self.moves_left -= proposals
         found = replace(found, device_of=found.device_of[parent])
         return found if start is None or found.is_better_than(start) else start
 
     def _shaken(self, known: Standing) -> Standing:
-        """A copy in which a random few clusters, and the neighbours of one of them, are elsewhere."""
+        """A copy in which two clusters have changed places, or with them a few and the neighbours of one are elsewhere."""
         device_of = known.device_of.copy()
         num_devices = self.limits.num_devices + self.limits.num_hosts
         allowed = np.flatnonzero(self.clusters.on_accelerator)
         if not len(allowed):
             return known
+        one, other = (int(index) for index in self.rng.choice(allowed, size=2))
+        device_of[one], device_of[other] = device_of[other], device_of[one]
+        if self.rng.random() < 0.5:
+            return standing(self.clusters, self.limits, device_of)
         centre = int(self.rng.choice(allowed))
         near = {one for net in self.clusters.nets if centre in net for one in net} | {
             int(one) for one in self.rng.choice(allowed, size=4)
