@@ -88,7 +88,7 @@ class Two(nn.Module):
             x = layer(x)
         y = torch.ones_like(x)
         for layer in self.decoder:
-            y = layer(y * x)
+            y = layer(y) * x
         return self.head(y)
 
 
