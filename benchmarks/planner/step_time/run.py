@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from published import DATA, is_priced, job_of, measured_s, predict, rows
+from published import DATA, is_ours, job_of, measured_s, predict, rows
 
 
 def main() -> None:
@@ -26,11 +26,11 @@ def main() -> None:
         return
     errors: dict[str, list[float]] = defaultdict(list)
     for row in rows():
-        if not is_priced(row) or arguments.only not in row["group"]:
+        if not is_ours(row) or arguments.only not in row["group"]:
             continue
         prediction = predict(job_of(row))
         error = prediction.step_time_s / measured_s(row) - 1
-        errors[_group(row)].append(error)
+        errors[group_of(row)].append(error)
         if arguments.rows:
             p = prediction
             print(
@@ -49,7 +49,7 @@ def main() -> None:
         )
 
 
-def _group(row: dict) -> str:
+def group_of(row: dict) -> str:
     name = f"{row['group']} {row['hardware']['gpu']}"
     if row["group"] == "megatron-sc21":
         return f"{name} {'ZeRO-3' if row['plan']['zero'] == 3 else 'PTD-P'}"

@@ -6,9 +6,13 @@
 The factors are the most probable ones: least squares of the logarithms with a ridge (σ / τ)² towards factors of 1, by Gauss and Newton.
 A run moves a factor by the share that its cause has of the run, a cause that no run has keeps 1.
 
-τ   95 % of factors lie within [0.5, 2]: log 2 / 1.96. They may not leave it before there are two runs for each factor.
-σ   what no factor explains: the built-in spread of predictions counts as one run, beside the residuals,
-    σ² = (σ₀² + Σ ε_r²) / (1 + n - γ), where γ is how many factors the runs determine (MacKay, "Bayesian Interpolation", 1992, eq. 4.10)
+Both variances come from the runs (MacKay, "Bayesian Interpolation", Neural Computation 4, 1992, §4), with γ the number of factors that
+the runs determine. The built-in spread σ₀ of predictions, which is over runs of many clusters, counts as one factor and one run:
+
+τ² = (σ₀² + Σ log² f_c) / (1 + γ)           before any run τ = σ₀: a step of two equal causes has half of σ₀² by its factors,
+σ² = (σ₀² / 2 + Σ ε_r²) / (1 + n - γ)       and the other half of its own
+
+Factors may not leave [0.5, 2] before there are two runs for each.
 
 The spread of a prediction is that of runs which the factors were not fitted from: each is predicted by the runs of other parts.
 """
@@ -31,9 +35,6 @@ from shardstage.errors import ClusterError
 
 __all__ = ["Observation", "calibrate", "predicted_by_others"]
 
-PRIOR_SPREAD: Final = math.log(2) / 1.959964
-"""τ: standard deviation of the logarithm of a factor before any run."""
-
 MANY_RUNS: Final = 2 * len(CAUSES)
 """From here on factors may leave [0.5, 2]."""
 
@@ -45,7 +46,7 @@ CONVERGED: Final = 1e-7
 """Change of a log factor."""
 
 SETTLED: Final = 1e-4
-"""Relative change of σ²."""
+"""Relative change of τ² and σ²."""
 
 Vector = npt.NDArray[np.float64]
 
@@ -63,6 +64,13 @@ class Observation:
     def modelled_s(self) -> float:
         """The step before calibration."""
         return sum(self.parts.values())
+
+
+class _Variances(NamedTuple):
+    """τ² and σ²."""
+
+    factor: float
+    run: float
 
 
 class _Fit(NamedTuple):
@@ -136,48 +144,49 @@ def _factors(fit: _Fit) -> dict[str, float]:
 
 
 def _fit(observations: Sequence[Observation], built_in_spread: float, *, is_bounded: bool) -> _Fit:
-    """The most probable factors, and σ together with them; σ is that of factors without bounds, so that these do not pass for noise."""
+    """The most probable factors, and τ and σ together with them; those of factors without bounds, so that these do not pass for noise."""
     modelled = np.array([[seen.parts.get(cause, 0.0) for cause in CAUSES] for seen in observations])
     measured = np.log([seen.measured_s for seen in observations])
-    logs, variance = np.zeros(len(CAUSES)), built_in_spread**2
+    logs, variances = np.zeros(len(CAUSES)), _Variances(built_in_spread**2, built_in_spread**2 / 2)
     for _ in range(MAX_ROUNDS):
-        logs = _most_probable(modelled, measured, logs, variance)
+        logs = _most_probable(modelled, measured, logs, variances)
         slopes, residuals = _linear(modelled, measured, logs)
-        determined = float(np.trace(_covariance(slopes, variance) @ slopes.T @ slopes)) / variance
-        before = variance
-        variance = (built_in_spread**2 + float(residuals @ residuals)) / (1 + len(residuals) - determined)
-        if abs(variance / before - 1) < SETTLED:
+        determined = float(np.trace(_covariance(slopes, variances) @ slopes.T @ slopes)) / variances.run
+        before = variances
+        variances = _Variances(
+            factor=(built_in_spread**2 + float(logs @ logs)) / (1 + determined),
+            run=(built_in_spread**2 / 2 + float(residuals @ residuals)) / (1 + len(residuals) - determined),
+        )
+        if np.allclose(variances, before, rtol=SETTLED, atol=0):
             break
     if is_bounded and np.abs(logs).max() > math.log(2):
-        logs = _bounded(modelled, measured, variance)
+        logs = _bounded(modelled, measured, variances)
     slopes, _ = _linear(modelled, measured, logs)
-    return _Fit(logs, _covariance(slopes, variance), slopes)
+    return _Fit(logs, _covariance(slopes, variances), slopes)
 
 
-def _most_probable(modelled: Vector, measured: Vector, logs: Vector, variance: float) -> Vector:
+def _most_probable(modelled: Vector, measured: Vector, logs: Vector, variances: _Variances) -> Vector:
     """The most probable log factors without bounds, from a guess."""
     for _ in range(MAX_ROUNDS):
         slopes, residuals = _linear(modelled, measured, logs)
-        uphill = slopes.T @ residuals / variance - logs / PRIOR_SPREAD**2
-        change = np.clip(_covariance(slopes, variance) @ uphill, -LONGEST_STEP, LONGEST_STEP)
+        uphill = slopes.T @ residuals / variances.run - logs / variances.factor
+        change = np.clip(_covariance(slopes, variances) @ uphill, -LONGEST_STEP, LONGEST_STEP)
         logs = logs + change
         if np.abs(change).max() < CONVERGED:
             break
     return logs
 
 
-def _bounded(modelled: Vector, measured: Vector, variance: float) -> Vector:
+def _bounded(modelled: Vector, measured: Vector, variances: _Variances) -> Vector:
     """The most probable factors within [0.5, 2]."""
-    logs, reach, noise = np.zeros(len(CAUSES)), math.log(2), math.sqrt(variance)
+    logs, reach = np.zeros(len(CAUSES)), math.log(2)
+    factor, noise = math.sqrt(variances.factor), math.sqrt(variances.run)
     for _ in range(MAX_ROUNDS):
         slopes, residuals = _linear(modelled, measured, logs)
-        rows = np.vstack((slopes / noise, np.eye(len(logs)) / PRIOR_SPREAD))
-        wanted = np.concatenate((residuals / noise, -logs / PRIOR_SPREAD))
-        room = (
-            -reach - logs - CONVERGED,
-            reach - logs + CONVERGED,
-        )  # never quite none: the solver wants some
-        change = lsq_linear(rows, wanted, bounds=room).x
+        rows = np.vstack((slopes / noise, np.eye(len(logs)) / factor))
+        wanted = np.concatenate((residuals / noise, -logs / factor))
+        least, most = -reach - logs - CONVERGED, reach - logs + CONVERGED  # the solver wants some room
+        change = lsq_linear(rows, wanted, bounds=(least, most)).x
         logs = logs + change
         if np.abs(change).max() < CONVERGED:
             break
@@ -191,6 +200,6 @@ def _linear(modelled: Vector, measured: Vector, logs: Vector) -> tuple[Vector, V
     return seconds / predicted[:, None], measured - np.log(predicted)
 
 
-def _covariance(slopes: Vector, variance: float) -> Vector:
-    precision = slopes.T @ slopes / variance + np.eye(slopes.shape[1]) / PRIOR_SPREAD**2
+def _covariance(slopes: Vector, variances: _Variances) -> Vector:
+    precision = slopes.T @ slopes / variances.run + np.eye(slopes.shape[1]) / variances.factor
     return np.asarray(np.linalg.inv(precision), dtype=np.float64)
