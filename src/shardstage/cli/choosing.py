@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from shardstage.graph.cache import Captured, cached
-from shardstage.plan import Plan, Precision, check, complete, load_plan, parse_request
+from shardstage.plan import Plan, Precision, check, complete, load_plan, named_decisions, parse_request
 from shardstage.units import format_count, parse_bytes
 
 if TYPE_CHECKING:  # what imports torch is imported when it is needed: help comes at once
@@ -14,9 +14,10 @@ if TYPE_CHECKING:  # what imports torch is imported when it is needed: help come
     from shardstage.cost import Prediction
     from shardstage.graph import ModelGraph
     from shardstage.graph.source import ModelSource
-    from shardstage.planner import Candidate
+    from shardstage.planner import Searcher, SearchResult
 
 __all__ = [
+    "Chosen",
     "KnownModel",
     "capture_model",
     "choose_plan",
@@ -76,6 +77,16 @@ def precision_of(plan: str, dtype: str | None, machine: Cluster) -> Precision:
     return asked or default
 
 
+@dataclass(frozen=True, kw_only=True)
+class Chosen:
+    """A plan with its price, and the search that found it where there was one."""
+
+    plan: Plan
+    prediction: Prediction
+    found: SearchResult | None = None
+    searcher: Searcher | None = None
+
+
 def choose_plan(
     text: str,
     graph: ModelGraph,
@@ -85,23 +96,30 @@ def choose_plan(
     sequence: int,
     precision: Precision,
     memory: str | None,
-) -> tuple[Plan, Prediction, tuple[Candidate, ...]]:
-    """The plan that ``text`` asks for (``auto``, a shorthand, a file), its price, and what a search has considered."""
+    *,
+    fix: str = "",
+    is_runnable: bool = True,
+) -> Chosen:
+    """The plan that ``text`` asks for: ``auto`` within the decisions of ``fix``, a shorthand, or a file."""
     from shardstage.graph.file import fingerprint
-    from shardstage.planner import predict, search
+    from shardstage.planner import Searcher, predict, usable_bytes
 
     if text == "auto":
-        found = search(
+        searcher = Searcher(
             graph,
             machine,
             num_ranks=num_ranks,
             global_batch=batch,
             sequence=sequence,
             precision=precision,
-            memory_bytes=None if memory is None else parse_bytes(memory),
+            fix=parse_request(fix),
+            fixed=named_decisions(fix),
+            is_runnable=is_runnable,
         )
-        best = replace(found.best, graph_fingerprint=fingerprint(graph))
-        return best, found.prediction, found.considered
+        limit = usable_bytes(machine) if memory is None else parse_bytes(memory)
+        found = searcher.best(limit)
+        best = replace(found.best, graph_fingerprint=found.certificate.graph)
+        return Chosen(plan=best, prediction=found.prediction, found=found, searcher=searcher)
     if text.endswith(".toml"):
         chosen = load_plan(text)
     else:
@@ -117,7 +135,7 @@ def choose_plan(
         )
     chosen = replace(chosen, graph_fingerprint=chosen.graph_fingerprint or fingerprint(graph))
     check(chosen, graph, num_ranks=num_ranks, cluster=machine)
-    return chosen, predict(graph, chosen, machine), ()
+    return Chosen(plan=chosen, prediction=predict(graph, chosen, machine))
 
 
 def headline(model: str, graph: ModelGraph, machine: Cluster, num_ranks: int) -> str:

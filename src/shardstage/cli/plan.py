@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,18 +12,18 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from shardstage.cli.choosing import choose_plan, headline, known_model, precision_of
+from shardstage.cli.choosing import headline, known_model, precision_of
+from shardstage.cli.comparison import as_table, choose, comparison_page, print_comparison
+from shardstage.errors import PlanError
 from shardstage.plan import Plan, check, explain, save_plan, shorthand
+from shardstage.plan.check import require_runnable
 from shardstage.units import format_bytes, format_ratio, format_s
 
 if TYPE_CHECKING:
     from shardstage.cluster import Cluster
     from shardstage.cost import Prediction
-    from shardstage.planner import Candidate
 
 __all__ = ["plan"]
-
-NUM_ALTERNATIVES = 5
 
 
 def plan(
@@ -40,7 +42,25 @@ def plan(
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or float64 (default: bfloat16 on a GPU)")
     ] = None,
-    memory: Annotated[str | None, typer.Option(help='What a rank may hold, such as "70GiB"')] = None,
+    fix: Annotated[
+        str, typer.Option(help='Decisions that the search may not change, such as "tp=8,zero=1"')
+    ] = "",
+    memory: Annotated[
+        str | None, typer.Option("--max-memory", "--memory", help='What a rank may hold, such as "70GiB"')
+    ] = None,
+    objective: Annotated[
+        str,
+        typer.Option(
+            help="time, cost (of a step, over fewer devices) or memory (within a quarter of the fastest)"
+        ),
+    ] = "time",
+    runnable: Annotated[
+        bool, typer.Option("--runnable", help="Only what this release runs, not all that it prices")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, for machines")] = False,
+    html: Annotated[
+        Path | None, typer.Option(help="Page to write, with the front of time against memory")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="File to write the plan to")] = None,
     show: Annotated[
         bool, typer.Option("--explain", help="Say who does what, and what was not shared")
@@ -68,21 +88,59 @@ def plan(
         known = known_model(model, seq, precision)
         graph = known.graph
     with console.status("pricing plans"):
-        chosen, prediction, considered = choose_plan(
-            plan, graph, machine, num_ranks, batch, seq, precision, memory
+        chosen, comparison = choose(
+            plan,
+            graph,
+            machine,
+            num_ranks=num_ranks,
+            batch=batch,
+            sequence=seq,
+            precision=precision,
+            memory=memory,
+            fix=fix,
+            is_runnable=runnable,
+            objective=objective,
         )
-        notes = check(chosen, graph, num_ranks=num_ranks, cluster=machine, max_sequence=known.max_sequence)
-    console.print(headline(model, graph, machine, num_ranks))
-    console.print(_chosen_table(chosen, prediction))
-    if considered:
-        console.print(_alternatives_table(considered))
-    for note in (*known.notes, *notes, *_memory_note(prediction, machine)):
-        console.print(f"[yellow]note[/]  {note}", soft_wrap=True)
+        notes = check(
+            chosen.plan,
+            graph,
+            num_ranks=chosen.plan.mesh.world_size,
+            cluster=machine,
+            max_sequence=known.max_sequence,
+        )
+    notes = (
+        *known.notes,
+        *machine.notes,
+        *notes,
+        *_run_notes(chosen.plan, num_ranks, chosen.prediction, machine),
+    )
+    if as_json:
+        sys.stdout.write(json.dumps(as_table(chosen, comparison, notes), indent=1) + "\n")
+    else:
+        console.print(headline(model, graph, machine, num_ranks))
+        console.print(_chosen_table(chosen.plan, chosen.prediction))
+        print_comparison(console, chosen, comparison)
+        for note in notes:
+            console.print(f"[yellow]note[/]  {note}", soft_wrap=True)
     if show:
-        console.print(explain(chosen, graph, prediction=prediction), soft_wrap=True, markup=False)
+        console.print(explain(chosen.plan, graph, prediction=chosen.prediction), soft_wrap=True, markup=False)
+    if html is not None:
+        html.write_text(comparison_page(model, machine, chosen, comparison), encoding="utf-8")
+        console.print(f"page written to {html}", soft_wrap=True)
     if out is not None:
-        save_plan(chosen, out)
+        save_plan(chosen.plan, out)
         console.print(f"written to {out}: shardstage train --model {model} --plan {out}", soft_wrap=True)
+
+
+def _run_notes(plan: Plan, num_ranks: int, prediction: Prediction, machine: Cluster) -> Iterator[str]:
+    idle = num_ranks - plan.mesh.world_size
+    if idle:
+        yield f"{idle} of {num_ranks} ranks stay idle: with them the step would be no faster"
+    try:
+        require_runnable(plan)
+    except PlanError as error:
+        yield f"{error.message}: --runnable chooses among what runs"
+    yield from _memory_note(prediction, machine)
 
 
 def _chosen_table(plan: Plan, prediction: Prediction) -> Table:
@@ -121,21 +179,3 @@ def _memory_note(prediction: Prediction, machine: Cluster) -> Iterator[str]:
     needed, there = prediction.peak_bytes, machine.device.memory_bytes
     if needed > there:
         yield f"the plan needs {format_bytes(needed)} a rank, and a {machine.device.name} has {format_bytes(there)}: it will not fit"
-
-
-def _alternatives_table(considered: tuple[Candidate, ...]) -> Table:
-    """The next best, and what would be fastest of those that do not fit."""
-    others = considered[1:]
-    priced = [c for c in others if c.prediction is not None][:NUM_ALTERNATIVES]
-    too_large = [c for c in others if c.prediction is None and c.reason.startswith("needs")][:2]
-    table = Table(box=None, pad_edge=False, title=f"{len(considered)} plans considered", title_justify="left")
-    table.add_column("alternative", overflow="fold")
-    table.add_column("step time", no_wrap=True)
-    table.add_column("memory", no_wrap=True)
-    table.add_column("why not")
-    for candidate in (*priced, *too_large):
-        prediction = candidate.prediction
-        time = "" if prediction is None else format_s(prediction.step_time_s)
-        peak = "" if prediction is None else format_bytes(prediction.peak_bytes)
-        table.add_row(candidate.text, time, peak, candidate.reason)
-    return table

@@ -125,9 +125,10 @@ def _findings(
     with console.status(f"capturing {model}"):
         graph = capture_model(source, sequence, precision)
     with console.status("choosing a plan" if plan == "auto" else "completing the plan"):
-        chosen, prediction, _ = choose_plan(
+        picked = choose_plan(
             plan, graph, machine, num_ranks, batch or asked.batch(num_ranks), sequence, precision, None
         )
+        chosen, prediction = picked.plan, picked.prediction
         notes = check(chosen, graph, num_ranks=num_ranks, cluster=machine, max_sequence=source.max_sequence)
     console.print(headline(model, graph, machine, num_ranks))
     console.print("\n".join(_planned(chosen)), soft_wrap=True)

@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from shardstage.cluster.table import Table
 from shardstage.errors import ClusterError
 
@@ -79,6 +81,19 @@ class KernelModel:
         """
         best = _least_area(self, m, n, count)
         ratio = self.sustained_ratio * (self.misaligned_ratio if row_bytes % ALIGNED_BYTES else 1.0)
+        return best * 2.0 * k * self.num_sms / (flops_per_s * ratio)
+
+    def products_s(self, m: Any, n: Any, k: Any, count: Any, flops_per_s: Any, is_aligned: Any) -> Any:
+        """``product_s`` of arrays of sizes."""
+        best: Any = np.inf
+        for tile in self.tiles:
+            for tile_m, tile_n in {(tile.m, tile.n), (tile.n, tile.m)}:
+                waves = np.ceil(m / tile_m) * np.ceil(n / tile_n) * count / self.num_sms
+                quantised = self.wave_ratio * np.ceil(waves) + (1.0 - self.wave_ratio) * np.maximum(
+                    waves, 1.0
+                )
+                best = np.minimum(best, quantised * tile_m * tile_n / tile.ratio)
+        ratio = self.sustained_ratio * np.where(is_aligned, 1.0, self.misaligned_ratio)
         return best * 2.0 * k * self.num_sms / (flops_per_s * ratio)
 
     def to_table(self) -> dict[str, Any]:

@@ -7,10 +7,11 @@ The factors are the most probable ones: least squares of the logarithms with a r
 A run moves a factor by the share that its cause has of the run, a cause that no run has keeps 1.
 
 Both variances come from the runs (MacKay, "Bayesian Interpolation", Neural Computation 4, 1992, §4), with γ the number of factors that
-the runs determine. The built-in spread σ₀ of predictions, which is over runs of many clusters, counts as one factor and one run:
+the runs determine. The built-in spread σ₀ of predictions, which is over runs of many clusters, counts as six factors and six runs, as many as
+there are factors to be found: a single run cannot tell whether it or its cluster is odd.
 
-τ² = (σ₀² + Σ log² f_c) / (1 + γ)           before any run τ = σ₀: a step of two equal causes has half of σ₀² by its factors,
-σ² = (σ₀² / 2 + Σ ε_r²) / (1 + n - γ)       and the other half of its own
+τ² = (6 σ₀² + Σ log² f_c) / (6 + γ)           before any run τ = σ₀: a step of two equal causes has half of σ₀² by its factors,
+σ² = (6 σ₀² / 2 + Σ ε_r²) / (6 + n - γ)       and the other half of its own
 
 Factors may not leave [0.5, 2] before there are two runs for each.
 
@@ -147,15 +148,16 @@ def _fit(observations: Sequence[Observation], built_in_spread: float, *, is_boun
     """The most probable factors, and τ and σ together with them; those of factors without bounds, so that these do not pass for noise."""
     modelled = np.array([[seen.parts.get(cause, 0.0) for cause in CAUSES] for seen in observations])
     measured = np.log([seen.measured_s for seen in observations])
-    logs, variances = np.zeros(len(CAUSES)), _Variances(built_in_spread**2, built_in_spread**2 / 2)
+    logs, known = np.zeros(len(CAUSES)), len(CAUSES)
+    variances = start = _Variances(built_in_spread**2, built_in_spread**2 / 2)
     for _ in range(MAX_ROUNDS):
         logs = _most_probable(modelled, measured, logs, variances)
         slopes, residuals = _linear(modelled, measured, logs)
         determined = float(np.trace(_covariance(slopes, variances) @ slopes.T @ slopes)) / variances.run
         before = variances
         variances = _Variances(
-            factor=(built_in_spread**2 + float(logs @ logs)) / (1 + determined),
-            run=(built_in_spread**2 / 2 + float(residuals @ residuals)) / (1 + len(residuals) - determined),
+            factor=(known * start.factor + float(logs @ logs)) / (known + determined),
+            run=(known * start.run + float(residuals @ residuals)) / (known + len(residuals) - determined),
         )
         if np.allclose(variances, before, rtol=SETTLED, atol=0):
             break

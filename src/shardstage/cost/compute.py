@@ -8,15 +8,19 @@ the roofline (Williams, Waterman, Patterson, 2009). Arithmetic follows from a pr
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import gcd
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
+
+import numpy as np
 
 from shardstage.cluster import DeviceClass
+from shardstage.cluster.kernel_model import ALIGNED_BYTES
 from shardstage.cost.kernels import Kernel, KernelReader
 from shardstage.graph import ModelGraph, Op
 from shardstage.units import dtype_bytes
 
-__all__ = ["RELATIVE", "OpTime", "dispatch_s", "kernel_s", "moved_s", "op_time", "optimizer_s"]
+__all__ = ["RELATIVE", "OpTime", "dispatch_s", "kernel_s", "kernels_s", "moved_s", "op_time", "optimizer_s"]
 
 OPTIMIZER_PASSES: Final = 9
 """AdamW (fused) reads and writes the weight and two moments and reads the gradient: 7; clipping reads the gradient for its norm and
@@ -71,6 +75,42 @@ def kernel_s(kernel: Kernel, microbatch: float, device: DeviceClass) -> float:
             m, n, k, count, device.rate(kernel.dtype), row_bytes=row_bytes
         )
     return max(arithmetic_s, moved) + launch_s
+
+
+def kernels_s(kernels: Sequence[Kernel], microbatches: Sequence[float], device: DeviceClass) -> Any:
+    """``kernel_s`` of many kernels at many microbatches: [kernels, microbatches]."""
+    model = device.kernels
+    if model is None or not kernels:
+        rows = [[kernel_s(kernel, b, device) for b in microbatches] for kernel in kernels]
+        return np.array(rows).reshape(len(kernels), len(microbatches))
+    b = np.array(microbatches)[None, :]
+    moved = _column([k.fixed_bytes for k in kernels]) + b * _column([k.sample_bytes for k in kernels])
+    seconds = moved / (device.bytes_per_s * model.moved_ratio)
+    for i, kernel in enumerate(kernels):
+        if kernel.kind == "attention":
+            ratio = model.attention_backward_ratio if kernel.is_backward else model.attention_forward_ratio
+            rate = device.rate(kernel.dtype) * ratio * model.sustained_ratio
+            seconds[i] = np.maximum(seconds[i], kernel.flops * b[0] / rate)
+    products = [i for i, kernel in enumerate(kernels) if kernel.kind == "product"]
+    if products:
+        of = [kernels[i] for i in products]
+        m, n, k, count = (_scaled(of, dim, b) for dim in ("m", "n", "k", "count"))
+        widths = _column([dtype_bytes(kernel.dtype) for kernel in of])
+        is_aligned = np.gcd(n.astype(np.int64), k.astype(np.int64)) * widths % ALIGNED_BYTES == 0
+        rates = _column([device.rate(kernel.dtype) for kernel in of])
+        seconds[products] = np.maximum(seconds[products], model.products_s(m, n, k, count, rates, is_aligned))
+    return seconds + model.launch_s
+
+
+def _scaled(kernels: Sequence[Kernel], dim: str, b: Any) -> Any:
+    """One size of all products at all microbatches, as ``Kernel.sizes`` has it."""
+    sizes = _column([float(k.num_products if dim == "count" else getattr(k, dim)) for k in kernels])
+    is_scaled = _column([k.scaled == dim for k in kernels])
+    return np.where(is_scaled, np.maximum(1.0, np.round(sizes * b)), sizes)
+
+
+def _column(values: Sequence[float]) -> Any:
+    return np.array(values)[:, None]
 
 
 def moved_s(num_bytes: float, device: DeviceClass) -> float:

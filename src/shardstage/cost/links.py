@@ -28,14 +28,14 @@ class LinkCosts:
     """What collectives over evenly spaced groups of a cluster cost; what was asked once is kept."""
 
     def __init__(self, cluster: Cluster) -> None:
-        self._cluster = cluster
+        self.cluster = cluster
         self._known: dict[tuple[CollectiveKind, int, int], LinearCost] = {}
 
     def cost(self, kind: CollectiveKind, count: int, stride: int) -> LinearCost:
         """Of ``count`` ranks, each ``stride`` further than the one before."""
         key = (kind, count, stride)
         if key not in self._known:
-            self._known[key] = self._cluster.collective(kind, range(0, count * stride, stride))
+            self._known[key] = self.cluster.collective(kind, range(0, count * stride, stride))
         return self._known[key]
 
 

@@ -60,14 +60,14 @@ def bubble_s(schedule: str, stages: Sequence[StageTime], num_ranks: int, num_mic
         return sum(ranks) - max(ranks)
     if schedule == "forward-only":
         return (p - 1) * forward
-    if schedule in _SPLITTING:  # I and W take half of B each: F + I - W = F
-        late = _LATE.get(schedule, 0.0) * max(0, 2 * p - m) / p
+    if schedule in SPLITTING:  # I and W take half of B each: F + I - W = F
+        late = LATE_BUBBLES.get(schedule, 0.0) * max(0, 2 * p - m) / p
         return (p - 1) * forward * (1 + late)
     return (p - 1) * (forward + backward)
 
 
-_SPLITTING: Final = frozenset({"zb-h1", "zb-v", "dualpipe-v"})
-_LATE: Final = {"zb-v": 1.0, "dualpipe-v": 2.0}
+SPLITTING: Final = frozenset({"zb-h1", "zb-v", "dualpipe-v"})
+LATE_BUBBLES: Final = {"zb-v": 1.0, "dualpipe-v": 2.0}
 """How the bubble grows from 2p microbatches down to p, in its own size: measured on the schedules (``benchmarks/schedules``)."""
 
 

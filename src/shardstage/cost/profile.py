@@ -6,12 +6,15 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
-from typing import Final, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
+
+import numpy as np
 
 from shardstage.cluster import Cluster, CollectiveKind, DeviceClass
 from shardstage.cost.collective import calls_of, is_communication
-from shardstage.cost.compute import dispatch_s, kernel_s
+from shardstage.cost.compute import dispatch_s, kernel_s, kernels_s
 from shardstage.cost.fold import Folded
 from shardstage.cost.fusion import fused
 from shardstage.cost.kernels import Kernel, KernelReader, is_attention, is_expert
@@ -141,6 +144,7 @@ class Profiler:
         local = localize(sharding, 0)
         self._folded = folded
         self._device = cluster.device
+        self._known: dict[tuple[int, float], _Seconds] = {}
         self._elements = {p.name: local.values[p.name].numel for p in local.parameters}
         self._shared = _shared_names(folded, self._elements)
         self._whole_flops = _whole_flops(folded, graph) / graph.microbatch
@@ -157,25 +161,78 @@ class Profiler:
         samples do, attention included: its queries meet all keys.
         """
         cp = 1 if links is None else links.mesh.cp
-        kept = [self._unit(work, microbatch / cp, links) for work in self._works]
+        kept = [self._unit(number, microbatch / cp, links) for number in range(len(self._works))]
         return Profile(
             units=tuple(kept[unit.twin] for unit in self._folded.units),
             shared_elements={name: self._elements[name] for name in self._shared},
             whole_flops=round(self._whole_flops * microbatch),
         )
 
-    def _unit(self, work: _Work, b: float, links: Links | None) -> UnitCost:
+    def least_s(self, microbatch: float) -> float:
+        """A lower bound of the seconds of all units, forward and backward: products at the best rate, or their bytes, and talk along tp."""
+        flops, fixed, sample, calls = self._roofline
         device = self._device
+        model = device.kernels
+        if model is None:
+            return 0.0
+        rate = (
+            max(device.flops_per_s.values())
+            if not self._dtypes
+            else max(device.rate(d) for d in self._dtypes)
+        )
+        best = rate * model.sustained_ratio * max(tile.ratio for tile in model.tiles)
+        moved = (fixed + sample * microbatch) / (device.bytes_per_s * model.moved_ratio)
+        seconds = float(np.maximum(flops * microbatch / best, moved).sum())
+        return seconds + sum(number * self._links[kind].seconds(b * microbatch) for kind, b, number in calls)
+
+    @cached_property
+    def _roofline(self) -> tuple[Any, Any, Any, list[tuple[CollectiveKind, float, int]]]:
+        """FLOPs a sample, fixed bytes and bytes a sample of all kernels of the whole model, and its collectives."""
+        flops, fixed, sample, calls = [], [], [], []
+        numbers = Counter(unit.twin for unit in self._folded.units)
+        for twin, work in enumerate(self._works):
+            times = numbers[twin]
+            for kernel in work.kernels:
+                of_product = 2.0 * kernel.m * kernel.n * kernel.k * kernel.num_products
+                flops.append(times * (of_product if kernel.kind == "product" and kernel.scaled else 0.0))
+                fixed.append(times * kernel.fixed_bytes)
+                sample.append(times * kernel.sample_bytes)
+            calls += [(kind, moved.sample, times) for kind, _, moved in work.calls]
+        return np.array(flops), np.array(fixed), np.array(sample), calls
+
+    @cached_property
+    def _dtypes(self) -> set[str]:
+        return {kernel.dtype for work in self._works for kernel in work.kernels if kernel.dtype}
+
+    def prepare(self, microbatches: Iterable[float]) -> None:
+        """Prices all kernels at many microbatches in one go; ``at`` then adds up what is there."""
+        sizes = sorted(set(microbatches))
+        for number, work in enumerate(self._works):
+            plain = [kernel for kernel in work.kernels if not kernel.is_expert]
+            table = kernels_s(plain, sizes, self._device)
+            for place, b in enumerate(sizes):
+                self._known[number, b] = _sums_of(plain, table[:, place].tolist(), self._device)
+
+    def _seconds(self, number: int, b: float, ep: int) -> _Seconds:
+        """Seconds of a kept unit's kernels, by direction and kind; experts apart, as they depend on ``ep``."""
+        kernels = self._works[number].kernels
+        if (number, b) not in self._known:
+            plain = [kernel for kernel in kernels if not kernel.is_expert]
+            seconds = [kernel_s(kernel, b, self._device) for kernel in plain]
+            self._known[number, b] = _sums_of(plain, seconds, self._device)
+        experts = [_dealt_out(kernel, ep) for kernel in kernels if kernel.is_expert]
+        if not experts:
+            return self._known[number, b]
+        more = _sums_of(experts, [kernel_s(kernel, b, self._device) for kernel in experts], self._device)
+        return _Seconds(*(x + y for x, y in zip(self._known[number, b], more, strict=True)))
+
+    def _unit(self, number: int, b: float, links: Links | None) -> UnitCost:
+        device, work = self._device, self._works[number]
         ep = 1 if links is None else links.ep
-        kernels = work.kernels if ep == 1 else tuple(_dealt_out(kernel, ep) for kernel in work.kernels)
-        seconds = [kernel_s(kernel, b, device) for kernel in kernels]
-        device_s, host_s = [0.0, 0.0], [0.0, 0.0]
-        products_s = 0.0
-        for kernel, kernel_seconds in zip(kernels, seconds, strict=True):
-            device_s[kernel.is_backward] += kernel_seconds
-            host_s[kernel.is_backward] += dispatch_s(device)
-            if kernel.kind != "moved" and not kernel.is_backward:
-                products_s += kernel_seconds
+        seconds = self._seconds(number, b, ep)
+        device_s = (seconds.forward, seconds.backward)
+        products_s = seconds.forward_products
+        host_s = [dispatch_s(device) * number_of for number_of in work.num_kernels]
         talk = [0.0, 0.0]
         volume: Counter[CollectiveKind] = Counter()
         counts: Counter[CollectiveKind] = Counter()
@@ -185,10 +242,12 @@ class Profiler:
             volume[kind] += num_bytes
             counts[kind] += 1
         forward_s, backward_s = (max(device_s[way], host_s[way] - talk[way]) for way in (False, True))
-        cp_s = (0.0, 0.0) if links is None else _context_s(kernels, seconds, work, b, links)
+        attention_s = (seconds.forward_attention, seconds.backward_attention)
+        cp_s = (0.0, 0.0) if links is None else _context_s(attention_s, work, b, links)
         ep_s = 0.0 if links is None else _expert_s(work, b, links)
         expert_elements = work.expert_elements // ep
-        memory_s, launches_s = _bound_s(work.kernels, seconds, device)
+        memory_s = (seconds.forward_memory, seconds.backward_memory)
+        launches_s = (seconds.forward_launches, seconds.backward_launches)
         return UnitCost(
             forward_s=forward_s,
             backward_s=backward_s,
@@ -230,9 +289,35 @@ def _dealt_out(kernel: Kernel, ep: int) -> Kernel:
     return kernel._replace(num_products=max(1, kernel.num_products // ep), **rows)
 
 
-def _context_s(
-    kernels: Sequence[Kernel], seconds: Sequence[float], work: _Work, b: float, links: Links
-) -> tuple[float, float]:
+class _Seconds(NamedTuple):
+    """Seconds of a unit's kernels; products include attention."""
+
+    forward: float
+    backward: float
+    forward_products: float
+    forward_attention: float
+    backward_attention: float
+    forward_memory: float
+    backward_memory: float
+    forward_launches: float
+    backward_launches: float
+
+
+def _sums_of(kernels: Sequence[Kernel], seconds: Sequence[float], device: DeviceClass) -> _Seconds:
+    forward = backward = products = attention_f = attention_b = 0.0
+    for kernel, s in zip(kernels, seconds, strict=True):
+        if kernel.is_backward:
+            backward += s
+            attention_b += s if kernel.kind == "attention" else 0.0
+        else:
+            forward += s
+            products += s if kernel.kind != "moved" else 0.0
+            attention_f += s if kernel.kind == "attention" else 0.0
+    memory_s, launches_s = _bound_s(kernels, seconds, device)
+    return _Seconds(forward, backward, products, attention_f, attention_b, *memory_s, *launches_s)
+
+
+def _context_s(attention_s: tuple[float, float], work: _Work, b: float, links: Links) -> tuple[float, float]:
     """Seconds forward and backward that a unit waits for keys and values of other parts of its sequences.
 
     Ring: they are passed on cp - 1 times beside attention (Liu et al., "Ring Attention", 2023), with their gradients on the way back.
@@ -241,12 +326,6 @@ def _context_s(
     cp = links.mesh.cp
     if cp == 1 or not work.attention:
         return 0.0, 0.0
-    attention_s = [
-        sum(
-            s for s, k in zip(seconds, kernels, strict=True) if k.kind == "attention" and k.is_backward is way
-        )
-        for way in (False, True)
-    ]
     beside = [links.hidden_ratio * each * (cp - 1) / cp for each in attention_s]
     keys = sum(each.keys.at(b) for each in work.attention)
     whole = sum(each.whole.at(b) for each in work.attention)
@@ -310,6 +389,7 @@ class _Work(NamedTuple):
     """A kept unit at any microbatch; FLOPs are of one sample, ``dispatched`` are the tokens that its experts are given."""
 
     kernels: tuple[Kernel, ...]
+    num_kernels: tuple[int, int]
     calls: tuple[tuple[CollectiveKind, bool, _Bytes], ...]
     forward_flops: float
     backward_flops: float
@@ -361,8 +441,11 @@ class _Reading:
         ops = graph.ops[start:stop]
         names = {name for op in ops for name in op.inputs if name in elements}
         forward = sum(forward_flops(graph, op) for op in ops)
+        kernels = self._kernels(ops)
+        num_backward = sum(kernel.is_backward for kernel in kernels)
         return _Work(
-            kernels=self._kernels(ops),
+            kernels=kernels,
+            num_kernels=(len(kernels) - num_backward, num_backward),
             calls=tuple(
                 (call.kind, call.is_backward, _Bytes(0.0, call.num_bytes / graph.microbatch))
                 for op in ops

@@ -15,7 +15,7 @@ from shardstage.plan.complete import complete
 from shardstage.plan.explain import explain
 from shardstage.plan.file import load_plan, plan_from_toml, plan_to_toml, save_plan
 from shardstage.plan.plan import Plan, Precision, Recompute, ScheduleName, StageRange
-from shardstage.plan.shorthand import Request, format_request, parse_request, shorthand
+from shardstage.plan.shorthand import Request, format_request, named_decisions, parse_request, shorthand
 
 __all__ = [
     "Plan",
@@ -29,6 +29,7 @@ __all__ = [
     "explain",
     "format_request",
     "load_plan",
+    "named_decisions",
     "parse_request",
     "plan_from_toml",
     "plan_to_toml",

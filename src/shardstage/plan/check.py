@@ -11,13 +11,13 @@ from shardstage.cost import fold
 from shardstage.errors import PlanError
 from shardstage.graph import ModelGraph
 from shardstage.graph.file import fingerprint
-from shardstage.layout import Shard, balanced_sizes
+from shardstage.layout import AXES, Shard, balanced_sizes
 from shardstage.plan.plan import Plan
 from shardstage.plan.schedule import schedule_of
 from shardstage.sharding import shard
 from shardstage.units import format_bytes
 
-__all__ = ["check"]
+__all__ = ["check", "require_runnable"]
 
 
 def check(
@@ -39,6 +39,23 @@ def check(
     schedule_of(plan)
     _check_sequence(plan, graph, max_sequence)
     return tuple(note for noted in _NOTES if (note := noted(plan, graph, cluster)))
+
+
+def require_runnable(plan: Plan) -> None:
+    """Raises ``PlanError`` for what has a price but is not run by this release."""
+    mesh = plan.mesh
+    reasons = {
+        f"context parallelism (cp={mesh.cp})": mesh.cp > 1,
+        f"expert parallelism (ep={plan.ep})": plan.ep > 1,
+        f"ZeRO over a part of the replicas (zr={plan.zero_ranks})": plan.zero_ranks is not None,
+        "data parallelism outside the pipeline (dpout)": mesh.order != AXES,
+    }
+    for what, is_asked in reasons.items():
+        if is_asked:
+            raise PlanError(
+                f"{what} is planned and priced, but not run by this release",
+                hint="--plan auto chooses among what runs; shardstage plan --runnable does, too",
+            )
 
 
 def _check_model(plan: Plan, graph: ModelGraph) -> None:

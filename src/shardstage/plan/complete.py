@@ -13,9 +13,9 @@ from shardstage.cost.fold import Folded, fold
 from shardstage.errors import PlanError
 from shardstage.graph import ModelGraph
 from shardstage.graph.cuts import all_crossing_bytes, good_positions
-from shardstage.layout import Mesh
+from shardstage.layout import AXES, Mesh
 from shardstage.plan.order import with_optimal_order
-from shardstage.plan.plan import Plan, Precision, StageRange
+from shardstage.plan.plan import Plan, Precision, Recompute, StageRange
 from shardstage.plan.shorthand import Request
 
 __all__ = [
@@ -81,6 +81,9 @@ def complete(
         shares=shares,
         zero=request.zero,
         recompute=request.recompute,
+        stage_recompute=_for_each_stage(request.stage_recompute, mesh.pp * per_rank),
+        ep=request.ep,
+        zero_ranks=request.zero_ranks,
         schedule="1f1b" if request.schedule == "optimal" else request.schedule,
         precision=request.precision or precision,
         is_sequence_parallel=request.is_sequence_parallel,
@@ -183,14 +186,15 @@ def ranges(graph: ModelGraph, starts: Sequence[int]) -> tuple[StageRange, ...]:
 
 
 def _mesh(request: Request, num_ranks: int) -> Mesh:
-    model_ranks = request.tp * request.pp
+    model_ranks = request.tp * request.pp * request.cp
     dp = request.dp if request.dp is not None else num_ranks // model_ranks
-    mesh = Mesh(pp=request.pp, dp=dp, tp=request.tp)
+    order = ("dp", "pp", "cp", "tp") if request.dp_outside else AXES
+    mesh = Mesh(pp=request.pp, dp=dp, tp=request.tp, cp=request.cp, order=order)
     if mesh.world_size == num_ranks and dp >= 1:
         return mesh
-    product = f"tp={request.tp} × pp={request.pp}"
+    product = f"tp={request.tp} × pp={request.pp}" + (f" × cp={request.cp}" if request.cp > 1 else "")
     product = product if request.dp is None else f"dp={request.dp} × {product}"
-    needed = request.tp * request.pp * (request.dp or 1)
+    needed = model_ranks * (request.dp or 1)
     fits = num_ranks % model_ranks == 0 and num_ranks >= model_ranks
     raise PlanError(
         f"{product} needs {'a multiple of ' if request.dp is None else ''}{needed} ranks, and there are {num_ranks}",
@@ -198,6 +202,15 @@ def _mesh(request: Request, num_ranks: int) -> Mesh:
         if fits
         else f"--ranks {needed}",
     )
+
+
+def _for_each_stage(modes: tuple[Recompute, ...], num_stages: int) -> tuple[Recompute, ...]:
+    if modes and len(modes) != num_stages:
+        raise PlanError(
+            f"stages= says what {len(modes)} stages recompute, and the plan has {num_stages}",
+            hint=f'--plan "...,stages={modes[0]}*{num_stages}"',
+        )
+    return modes if len(set(modes)) > 1 else ()
 
 
 def _sized(graph: ModelGraph, microbatch: int) -> int:

@@ -11,7 +11,7 @@ from typing import Any, Final, get_args
 
 from shardstage.cluster.table import to_toml
 from shardstage.errors import PlanError
-from shardstage.layout import Mesh
+from shardstage.layout import AXES, Mesh
 from shardstage.plan.plan import PLAN_VERSION, Plan, Precision, Recompute, ScheduleName, StageRange
 
 __all__ = ["load_plan", "plan_from_toml", "plan_to_toml", "save_plan"]
@@ -26,11 +26,20 @@ def plan_to_toml(plan: Plan) -> str:
         {
             "version": plan.version,
             "graph": plan.graph_fingerprint,
-            "mesh": {"dp": plan.mesh.dp, "tp": plan.mesh.tp, "pp": plan.mesh.pp},
+            "mesh": {
+                "dp": plan.mesh.dp,
+                "tp": plan.mesh.tp,
+                "pp": plan.mesh.pp,
+                **({"cp": plan.mesh.cp} if plan.mesh.cp > 1 else {}),
+                **({"ep": plan.ep} if plan.ep > 1 else {}),
+                **({"order": plan.mesh.order} if plan.mesh.order != AXES else {}),
+            },
             "batch": {**batch, "shares": plan.shares},
             "memory": {
                 "zero": plan.zero,
+                **({"zero_ranks": plan.zero_ranks} if plan.zero_ranks else {}),
                 "recompute": plan.recompute,
+                **({"stage_recompute": plan.stage_recompute} if plan.stage_recompute else {}),
                 "precision": plan.precision,
                 "bucket_bytes": plan.bucket_bytes,
             },
@@ -64,7 +73,10 @@ def plan_from_toml(text: str, *, where: str = "plan.toml") -> Plan:
     mesh, batch, memory = sections["mesh"], sections["batch"], sections["memory"]
     tensor, compute, pipeline = sections["tensor"], sections["compute"], sections["pipeline"]
     return Plan(
-        mesh=Mesh(dp=mesh.whole("dp", least=1), tp=mesh.whole("tp", least=1), pp=mesh.whole("pp", least=1)),
+        mesh=_mesh(mesh),
+        ep=mesh.whole("ep", least=1, default=1),
+        zero_ranks=memory.whole("zero_ranks", least=1) if memory.has("zero_ranks") else None,
+        stage_recompute=tuple(_recompute_named(name, where) for name in memory.texts("stage_recompute")),
         stages=tuple(
             StageRange(first=stage.text("first"), last=stage.text("last"))
             for stage in pipeline.sections("stage", ("first", "last"))
@@ -110,13 +122,39 @@ def save_plan(plan: Plan, path: str | os.PathLike[str]) -> None:
 
 
 _SECTIONS: Final[dict[str, tuple[str, ...]]] = {
-    "mesh": ("dp", "tp", "pp"),
+    "mesh": ("dp", "tp", "pp", "cp", "ep", "order"),
     "batch": ("global_batch", "sequence", "microbatch", "shares"),
-    "memory": ("zero", "recompute", "precision", "bucket_bytes"),
+    "memory": ("zero", "zero_ranks", "recompute", "stage_recompute", "precision", "bucket_bytes"),
     "tensor": ("sequence_parallel", "replicate"),
     "compute": ("compile",),
     "pipeline": ("schedule", "actions", "stage"),
 }
+
+
+def _mesh(section: _Section) -> Mesh:
+    order = section.texts("order") if section.has("order") else AXES
+    if sorted(order) != sorted(AXES):
+        raise PlanError(
+            f"the mesh's order {list(order)} does not name each axis once",
+            hint=f"order = {list(AXES)}",
+        )
+    return Mesh(
+        dp=section.whole("dp", least=1),
+        tp=section.whole("tp", least=1),
+        pp=section.whole("pp", least=1),
+        cp=section.whole("cp", least=1, default=1),
+        order=tuple(axis for name in order for axis in AXES if axis == name),
+    )
+
+
+def _recompute_named(name: str, where: str) -> Recompute:
+    for known in get_args(Recompute):
+        if name == known:
+            return known  # type: ignore[no-any-return]
+    raise PlanError(
+        f"{where}: stage_recompute has {name!r}, which is not one of {', '.join(get_args(Recompute))}",
+        hint='stage_recompute = ["full", "none"]',
+    )
 
 
 class _Section:

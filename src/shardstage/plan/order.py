@@ -63,6 +63,9 @@ def setup_of(plan: Plan, starts: tuple[int, ...], custom: Schedule | None = None
         sequence=plan.sequence,
         zero=plan.zero,
         recompute=plan.recompute,
+        recompute_of_stages=plan.stage_recompute,
+        ep=plan.ep,
+        zero_ranks=plan.zero_ranks,
         schedule=plan.schedule,
         custom=custom,
         precision=plan.precision,
@@ -86,7 +89,7 @@ def _held(priced: Profile, setup: StepSetup) -> list[StageBytes]:
     found = []
     for stage in range(setup.num_stages):
         units = [priced.units[index] for index in setup.units_of(stage, priced)]
-        saved = sum(unit.kept[setup.recompute].saved_bytes for unit in units)
+        saved = sum(unit.kept[setup.recompute_of(stage)].saved_bytes for unit in units)
         found.append(StageBytes(held_bytes=saved + (units[0].input_bytes if stage else 0)))
     return found
 

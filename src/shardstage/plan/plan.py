@@ -33,6 +33,8 @@ class Plan:
     ``global_batch`` samples of ``sequence`` tokens make a step. ``shares[d]`` of them go to data-parallel rank d, which runs them in
     microbatches of ``microbatch`` samples (its last one smaller where that does not divide).
     ``zero``: 0 everything replicated over dp; 1 optimizer state sharded; 2 gradients too; 3 parameters too.
+    ``zero_ranks`` neighbouring replicas share what it cuts, and more of them hold copies (all replicas share it where nothing is said).
+    ``stage_recompute`` says for each stage what ``recompute`` says for all. ``ep`` replicas deal an expert layer's experts out among them.
     ``precision`` is the dtype of computation; master weights and optimizer state are always float32 or wider.
     There are ``pp`` stages, or a multiple of it where a schedule gives each rank several. ``actions`` are the rows of a schedule that is
     written by hand or found by search (``schedule = "custom"``): one text of actions (``0F0 0F1 0B0``) for each pipeline rank.
@@ -47,6 +49,7 @@ class Plan:
     shares: tuple[int, ...]
     zero: Literal[0, 1, 2, 3] = 0
     recompute: Recompute = "none"
+    stage_recompute: tuple[Recompute, ...] = ()
     schedule: ScheduleName = "1f1b"
     actions: tuple[str, ...] = ()
     precision: Precision = "float32"
@@ -56,6 +59,12 @@ class Plan:
     bucket_bytes: int = 25 * 2**20
     graph_fingerprint: str = ""
     version: int = PLAN_VERSION
+    ep: int = 1
+    zero_ranks: int | None = None
+
+    def recompute_of(self, stage: int) -> Recompute:
+        """What a stage computes again in its backward."""
+        return self.stage_recompute[stage] if self.stage_recompute else self.recompute
 
     def microbatches(self, dp: int) -> tuple[int, ...]:
         """Sizes of the microbatches of data-parallel rank ``dp``, largest first; every rank runs equally many.

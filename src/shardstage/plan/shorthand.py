@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
+from itertools import groupby
 from types import MappingProxyType
 from typing import Any, Final, Literal, get_args
 
 from shardstage.errors import PlanError
 from shardstage.plan.plan import Plan, Precision, Recompute, ScheduleName
 
-__all__ = ["Request", "format_request", "parse_request", "shorthand"]
+__all__ = ["Request", "format_request", "named_decisions", "parse_request", "shorthand"]
 
 EXAMPLE: Final = '--plan "dp=2,tp=2"'
 
@@ -20,7 +21,8 @@ EXAMPLE: Final = '--plan "dp=2,tp=2"'
 class Request:
     """What somebody asked of a plan; ``None`` leaves a decision to ``complete``.
 
-    ``shares`` are relative: 5/3 gives the first data-parallel rank five samples for the second's three.
+    ``shares`` are relative: 5/3 gives the first data-parallel rank five samples for the second's three. ``stage_recompute`` may name runs
+    of stages, ``full*3/none``. ``dp_outside`` puts data parallelism outside the pipeline.
     """
 
     dp: int | None = None
@@ -30,6 +32,11 @@ class Request:
     zero: Literal[0, 1, 2, 3] = 0
     microbatch: int | None = None
     recompute: Recompute = "none"
+    stage_recompute: tuple[Recompute, ...] = ()
+    cp: int = 1
+    ep: int = 1
+    zero_ranks: int | None = None
+    dp_outside: bool = False
     schedule: ScheduleName | Literal["optimal"] = "1f1b"
     stages_per_rank: int | None = None
     precision: Precision | None = None
@@ -55,6 +62,12 @@ def parse_request(text: str) -> Request:
     return Request(**found)
 
 
+def named_decisions(text: str) -> frozenset[str]:
+    """Which fields of a ``Request`` a shorthand names."""
+    keys = (part.partition("=")[0].strip() for part in text.split(",") if part.strip())
+    return frozenset(_KEYS[key][0] for key in keys if key in _KEYS)
+
+
 def format_request(request: Request) -> str:
     """The shortest text that ``parse_request`` reads as ``request``."""
     default = Request()
@@ -78,6 +91,11 @@ def shorthand(plan: Plan, *, default_precision: Precision | None = None) -> str:
             zero=plan.zero,
             microbatch=plan.microbatch,
             recompute=plan.recompute,
+            stage_recompute=plan.stage_recompute,
+            cp=plan.mesh.cp,
+            ep=plan.ep,
+            zero_ranks=plan.zero_ranks,
+            dp_outside=plan.mesh.order[0] == "dp",
             schedule=plan.schedule,
             stages_per_rank=None if plan.stages_per_rank == 1 else plan.stages_per_rank,
             precision=None if plan.precision == default_precision else plan.precision,
@@ -88,6 +106,9 @@ def shorthand(plan: Plan, *, default_precision: Precision | None = None) -> str:
 
 
 def _as_text(value: Any) -> str:
+    if isinstance(value, tuple) and value and all(each in get_args(Recompute) for each in value):
+        runs = [(name, len(list(same))) for name, same in groupby(value)]
+        return "/".join(name if times == 1 else f"{name}*{times}" for name, times in runs)
     return "/".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
@@ -133,6 +154,20 @@ def _counts(key: str, value: str | None) -> tuple[int, ...]:
     return tuple(int(part) for part in parts)
 
 
+def _modes(key: str, value: str | None) -> tuple[str, ...]:
+    """What each stage recomputes: ``full*3/none``."""
+    found: list[str] = []
+    for part in (value or "").split("/"):
+        name, _, times = part.partition("*")
+        if name not in get_args(Recompute) or (times and not times.isdigit()):
+            raise PlanError(
+                f"{key}={value or ''} must be {', '.join(get_args(Recompute))} for each stage, a run of equal ones as full*3",
+                hint=f'--plan "pp=4,{key}=full*2/none*2"',
+            )
+        found += [name] * int(times or 1)
+    return tuple(found)
+
+
 def _globs(key: str, value: str | None) -> tuple[str, ...]:
     if not value:
         raise PlanError(f"{key}= names no parameter", hint=f'--plan "tp=2,{key}=lm_head.*"')
@@ -168,6 +203,11 @@ _KEYS: Final[Mapping[str, tuple[str, Callable[[str, str | None], Any]]]] = Mappi
         "mb": ("microbatch", _count),
         "microbatch": ("microbatch", _count),
         "recompute": ("recompute", _choice(get_args(Recompute), {"1": "full", "0": "none"})),
+        "stages": ("stage_recompute", _modes),
+        "cp": ("cp", _count),
+        "ep": ("ep", _count),
+        "zr": ("zero_ranks", _count),
+        "dpout": ("dp_outside", _flag),
         "schedule": ("schedule", _choice(_SCHEDULES, {"one_f_one_b": "1f1b"})),
         "v": ("stages_per_rank", _count),
         "dtype": ("precision", _PRECISIONS),

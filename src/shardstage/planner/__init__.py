@@ -1,16 +1,33 @@
-"""Which plan is fastest among those that fit.
+"""Which plan is fastest among those that fit, and why no other is.
 
-Owns ``search`` and ``predict``. In go a ModelGraph and a Cluster, out come the best Plan with its predicted step, and every candidate with
-its price or the reason why it was rejected. It refuses to know how a plan runs; it imports no torch.
+Owns ``search`` and ``predict``, and the placement of operators. In go a ModelGraph and a Cluster, out come the best Plan with its
+predicted step, a certificate that it is the best of the declared space, and what comes after it. It refuses to know how a plan runs; it
+imports no torch.
 
     found = search(graph, cluster, num_ranks=512, global_batch=1024, sequence=8192)
-    found.best, found.prediction, found.considered
+    found.best, found.prediction, found.certificate, found.runners_up
     predict(graph, plan, cluster)               the price of any plan
     cheapest_fit(graph, cluster, plan, limit_bytes=…)    what to change about one that needs too much memory
 """
 
+from shardstage.planner.certificate import Certificate
 from shardstage.planner.fit import Fit, cheapest_fit
 from shardstage.planner.predict import predict
-from shardstage.planner.search import Candidate, SearchResult, search, usable_bytes
+from shardstage.planner.search import Candidate, Searcher, SearchResult, search, usable_bytes
+from shardstage.planner.why import Alternative, Point, alternatives, front
 
-__all__ = ["Candidate", "Fit", "SearchResult", "cheapest_fit", "predict", "search", "usable_bytes"]
+__all__ = [
+    "Alternative",
+    "Candidate",
+    "Certificate",
+    "Fit",
+    "Point",
+    "SearchResult",
+    "Searcher",
+    "alternatives",
+    "cheapest_fit",
+    "front",
+    "predict",
+    "search",
+    "usable_bytes",
+]

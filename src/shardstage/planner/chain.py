@@ -6,12 +6,13 @@ prefix sums, and the largest of a run is the largest of the few kinds of unit in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import accumulate
 
-from shardstage.cost.memory import GATHERED_UNITS, MOMENTS, POSTED_RECEIVES
-from shardstage.cost.profile import RECOMPUTES, Profile, Recompute, UnitCost
+from shardstage.cost.accounting import OUR_ACCOUNTING
+from shardstage.cost.memory import GATHERED_UNITS, MOMENTS
+from shardstage.cost.profile import RECOMPUTES, Profile, Recompute
 from shardstage.cost.setup import StepSetup
 
 __all__ = ["Chain", "ChainCosts"]
@@ -36,22 +37,29 @@ class Chain:
             unit.forward_s + unit.backward_s + unit.talk_s(forward=True) + unit.talk_s(forward=False)
             for unit in units
         )
-        kinds = list(dict.fromkeys(id(unit) for unit in units))
-        by_kind = {id(unit): unit for unit in units}
-        self._kinds = [by_kind[kind] for kind in kinds]
-        self._counts = [_sums(id(unit) == kind for unit in units) for kind in kinds]
+        self.both_s = [f + b for f, b in zip(self.forward_s, self.backward_s, strict=True)]
         self._shared = [(i, name) for i, unit in enumerate(units) for name in unit.shared]
+        self._passing = {m: [u.kept[m].extra_bytes + u.transient_bytes for u in units] for m in RECOMPUTES}
+        self._most: dict[tuple[Recompute, int], list[int]] = {}
+        self._largest: dict[tuple[int, int], list[int]] = {}
 
-    def kinds_in(self, start: int, stop: int) -> list[tuple[UnitCost, int]]:
-        """Kinds of units within a run, with how many of each."""
-        found = []
-        for unit, counts in zip(self._kinds, self._counts, strict=True):
-            if number := counts[stop] - counts[start]:
-                found.append((unit, int(number)))
-        return found
+    def most_passing(self, mode: Recompute, start: int, stop: int) -> int:
+        """The most that a unit of a run brings back and works with."""
+        if (mode, start) not in self._most:
+            self._most[mode, start] = list(accumulate(self._passing[mode][start:], max))
+        return self._most[mode, start][stop - start - 1]
+
+    def largest_units(self, start: int, stop: int) -> list[int]:
+        """Elements of the largest units of a run, as many as ZeRO-3 has gathered at once."""
+        if (start, stop) not in self._largest:
+            sizes = sorted((u.own_elements for u in self.profile.units[start:stop]), reverse=True)
+            self._largest[start, stop] = sizes[:GATHERED_UNITS]
+        return self._largest[start, stop]
 
     def shared_elements(self, start: int, stop: int) -> int:
         """Elements of parameters that a run shares with other units, each once."""
+        if not self._shared:
+            return 0
         names = {name for i, name in self._shared if start <= i < stop}
         return sum(self.profile.shared_elements[name] for name in names)
 
@@ -75,14 +83,8 @@ class ChainCosts:
 
     def seconds(self, stage: int, start: int, stop: int, mode: Recompute) -> float:
         chain = self.chain
-        seconds = (
-            chain.forward_s[stop]
-            - chain.forward_s[start]
-            + chain.backward_s[stop]
-            - chain.backward_s[start]
-            + chain.recompute_s[mode][stop]
-            - chain.recompute_s[mode][start]
-        )
+        both, again = chain.both_s, chain.recompute_s[mode]
+        seconds = both[stop] - both[start] + again[stop] - again[start]
         if self.accumulation_s:
             seconds += self.accumulation_s * (
                 chain.own[stop] - chain.own[start] + chain.shared_elements(start, stop)
@@ -96,37 +98,34 @@ class ChainCosts:
 
     def peak_bytes(self, stage: int, start: int, stop: int, mode: Recompute) -> float:
         """``cost.memory.stage_memory`` of the run, at most a posted receive more."""
-        chain, setup = self.chain, self.setup
-        kinds = chain.kinds_in(start, stop)
+        chain = self.chain
         shared = chain.shared_elements(start, stop)
         elements = chain.own[stop] - chain.own[start] + shared
-        part = setup.part_elements(int(elements), int(chain.experts[stop] - chain.experts[start]))
-        level, c, w = setup.sharding_level, setup.compute_bytes, setup.master_bytes
-        if level >= 2:
-            sizes = sorted(
-                (u.own_elements for u, number in kinds for _ in range(min(number, GATHERED_UNITS))),
-                reverse=True,
-            )
-            largest = max(sizes[0], shared)
-            whole = elements if level == 2 else min(elements, sum(sizes[:GATHERED_UNITS]) + shared)
-            gradients = part * w + largest * (c + w)
-        else:
-            whole, gradients = elements, elements * w + (part * w if level else 0)
         received = chain.received[start] if stage else 0
         kept = chain.saved[mode][stop] - chain.saved[mode][start] + received
-        passing = max(unit.kept[mode].extra_bytes + unit.transient_bytes for unit, _ in kinds)
-        posted = POSTED_RECEIVES * (received + (chain.received[stop] if stop < chain.num_units else 0))
-        bucket = min(setup.bucket_bytes, elements * c) // setup.num_shards if level == 1 else 0
-        return (
-            whole * c
-            + (part * w if level >= 2 or c != w else 0)
-            + gradients
-            + MOMENTS * part * w
-            + self._in_flight(stage) * kept
-            + passing
-            + posted
-            + bucket
+        posted = OUR_ACCOUNTING.num_posted_receives * (
+            received + (chain.received[stop] if stop < chain.num_units else 0)
         )
+        return (
+            self._state_bytes(start, stop, elements, shared)
+            + self._in_flight(stage) * kept
+            + chain.most_passing(mode, start, stop)
+            + posted
+        )
+
+    def _state_bytes(self, start: int, stop: int, elements: float, shared: int) -> float:
+        """Parameters, gradients and optimizer state of a run."""
+        chain, setup = self.chain, self.setup
+        part = setup.part_elements(int(elements), int(chain.experts[stop] - chain.experts[start]))
+        level, c, w = setup.sharding_level, setup.compute_bytes, setup.master_bytes
+        if level < 2:
+            bucket = min(setup.bucket_bytes, elements * c) // setup.num_shards if level else 0
+            gradients = elements * w + (part * w if level else 0)
+            return elements * c + (part * w if c != w else 0) + gradients + MOMENTS * part * w + bucket
+        sizes = chain.largest_units(start, stop)
+        largest = max(sizes[0], shared)
+        whole = elements if level == 2 else min(elements, sum(sizes) + shared)
+        return whole * c + part * w + part * w + largest * (c + w) + MOMENTS * part * w
 
     def _in_flight(self, stage: int) -> int:
         setup = self.setup
@@ -135,5 +134,5 @@ class ChainCosts:
         return min(setup.mesh.pp - stage, setup.num_microbatches)
 
 
-def _sums(values: Sequence[float] | object) -> list[float]:
-    return [0.0, *accumulate(values)]  # type: ignore[arg-type]
+def _sums(values: Iterable[float]) -> list[float]:
+    return [0.0, *accumulate(values)]

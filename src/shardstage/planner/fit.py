@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import islice
 from typing import Final
 
 from shardstage.cluster import Cluster
 from shardstage.cost import Prediction
+from shardstage.errors import PlanError
 from shardstage.graph import ModelGraph
-from shardstage.plan import Plan, shorthand
-from shardstage.planner.candidates import choices
-from shardstage.planner.pricing import Priced, Pricing
-from shardstage.planner.search import AS_FAST_RATIO, as_plan, predict_promising
+from shardstage.plan import Plan, Request, shorthand
+from shardstage.planner.search import Searcher
 from shardstage.program import lower
 from shardstage.simulator import peak_bytes, planned_prices
 
 __all__ = ["Fit", "cheapest_fit"]
 
 MOST_SIMULATED: Final = 4
-"""So many candidates, fastest first, are lowered to see their memory instruction by instruction before the next group has its turn."""
+"""So many plans are lowered to see their memory instruction by instruction, each under a limit that is lower by the last one's excess."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,65 +33,41 @@ class Fit:
 
 
 def cheapest_fit(graph: ModelGraph, cluster: Cluster, plan: Plan, *, limit_bytes: int) -> Fit | None:
-    """The fastest plan for the same ranks and batch that holds at most ``limit_bytes`` a rank; of those as fast, the likest.
+    """The fastest plan for the same ranks and batch that holds at most ``limit_bytes`` a rank, on the same mesh where one fits there.
 
-    Another ZeRO level, recomputation, microbatch or sequence parallelism is preferred to another mesh. None where nothing fits.
+    Another ZeRO level, recomputation, microbatch or schedule is preferred to another mesh. None where nothing fits.
     """
-    pricing = Pricing(
-        graph,
-        cluster,
-        num_ranks=plan.mesh.world_size,
-        global_batch=plan.global_batch,
-        sequence=plan.sequence,
-        precision=plan.precision,
-    )
-    every = choices(graph, cluster, plan.mesh.world_size, plan.global_batch, plan.sequence, pricing.num_units)
-    fitting = [priced for choice in every if (priced := pricing.price(choice)).peak_bytes <= limit_bytes]
-    same_mesh = [priced for priced in fitting if priced.choice.mesh == plan.mesh]
-    for group in (same_mesh, fitting):
-        for priced, prediction in islice(_in_order(group, plan), MOST_SIMULATED):
-            made = replace(
-                as_plan(graph, priced, plan.precision), replicate=plan.replicate, is_compiled=plan.is_compiled
-            )
+    same_mesh = Request(tp=plan.mesh.tp, pp=plan.mesh.pp, dp=plan.mesh.dp, is_compiled=plan.is_compiled)
+    asked = Request(is_compiled=plan.is_compiled)
+    for request, fixed in ((same_mesh, frozenset({"tp", "pp", "dp"})), (asked, frozenset[str]())):
+        searcher = Searcher(
+            graph,
+            cluster,
+            num_ranks=plan.mesh.world_size,
+            global_batch=plan.global_batch,
+            sequence=plan.sequence,
+            precision=plan.precision,
+            fix=request,
+            fixed=fixed,
+        )
+        allowed = limit_bytes
+        for _ in range(MOST_SIMULATED):
+            try:
+                found = searcher.best(allowed)
+            except PlanError:
+                break
+            made = replace(found.best, replicate=plan.replicate)
             peak = _simulated_peak(graph, made, cluster)
             if peak <= limit_bytes:
                 return Fit(
                     plan=made,
                     text=shorthand(made, default_precision=plan.precision),
                     changes=tuple(_changes(plan, made)),
-                    prediction=prediction,
+                    prediction=found.prediction,
                     peak_bytes=peak,
                 )
+            allowed -= max(peak - limit_bytes, limit_bytes // 100)
     return None
-
-
-def _in_order(group: Sequence[Priced], plan: Plan) -> Iterator[tuple[Priced, Prediction]]:
-    """Fastest first, but those within a per cent of the fastest by how little they change."""
-    if not group:
-        return
-    predictions = predict_promising(group)
-    fastest_s = min(prediction.step_time_s for prediction in predictions.values())
-
-    def rank(item: tuple[Priced, Prediction]) -> tuple[bool, int, float]:
-        step_s = item[1].step_time_s
-        is_as_fast = step_s <= AS_FAST_RATIO * fastest_s
-        return not is_as_fast, _num_changes(item[0], plan) if is_as_fast else 0, step_s
-
-    yield from sorted(predictions.items(), key=rank)
-
-
-def _num_changes(priced: Priced, plan: Plan) -> int:
-    choice = priced.choice
-    return sum(
-        (
-            choice.mesh.tp != plan.mesh.tp,
-            choice.mesh.pp != plan.mesh.pp,
-            choice.zero != plan.zero,
-            choice.recompute != plan.recompute,
-            choice.is_sequence_parallel != plan.is_sequence_parallel,
-            priced.setup.microbatch != plan.microbatch,
-        )
-    )
 
 
 def _simulated_peak(graph: ModelGraph, plan: Plan, cluster: Cluster) -> int:
@@ -111,6 +85,7 @@ def _changes(before: Plan, after: Plan) -> Iterator[str]:
     for name, what in (
         ("zero", "zero"),
         ("recompute", "recompute"),
+        ("stage_recompute", "recompute by stage"),
         ("microbatch", "mb"),
         ("schedule", "schedule"),
     ):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from shardstage.cluster import Cluster
-from shardstage.cost import Links, Prediction, fold, predict_step, profile
+from shardstage.cost import Links, Prediction, Profiler, fold, predict_step
 from shardstage.errors import PlanError
 from shardstage.graph import ModelGraph
 from shardstage.plan import Plan
@@ -29,13 +29,14 @@ def predict(graph: ModelGraph, plan: Plan, cluster: Cluster) -> Prediction:
     folded = fold(graph, boundaries=boundaries)
     custom = schedule_of(plan) if plan.schedule == "custom" else None
     setup = setup_of(plan, tuple(folded.unit_at(position) for position in boundaries), custom)
-    priced = profile(
+    profiler = Profiler(
         folded,
         cluster,
         tp=plan.mesh.tp,
-        microbatch=setup.microbatch,
         sequence=plan.sequence,
         is_sequence_parallel=plan.is_sequence_parallel,
         replicate=plan.replicate,
+        is_compiled=plan.is_compiled,
     )
-    return predict_step(priced, setup, Links(cluster, plan.mesh))
+    links = Links(cluster, plan.mesh, num_shards=plan.zero_ranks, ep=plan.ep)
+    return predict_step(profiler.at(setup.microbatch, links), setup, links)

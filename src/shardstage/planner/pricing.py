@@ -1,31 +1,39 @@
-"""``Pricing``: peak bytes and a lower bound of the time of many choices, quickly."""
+"""``Pricing``: what a choice of the space costs exactly; what several choices share is computed once."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Final
 
 from shardstage.cluster import Cluster
 from shardstage.cost import (
     Folded,
     Links,
+    Prediction,
     Profile,
+    Profiler,
     StepSetup,
     balanced,
     fold,
-    least_step_s,
-    profile,
-    stage_memory,
+    predict_step,
+    rank_memory,
 )
+from shardstage.cost.compute import moved_s
+from shardstage.cost.links import LinkCosts
+from shardstage.cost.pipeline import StageTime, pipeline_s
+from shardstage.cost.profile import RECOMPUTES, Recompute
 from shardstage.graph import ModelGraph
 from shardstage.graph.cuts import good_positions
 from shardstage.layout import Mesh
-from shardstage.plan import Precision, Recompute
+from shardstage.plan import Precision
 from shardstage.plan.plan import Plan
-from shardstage.planner.candidates import Choice
+from shardstage.planner.chain import Chain, ChainCosts
+from shardstage.planner.space import Choice, Group, Space
+from shardstage.planner.stages import best_cut
 
-__all__ = ["Priced", "Pricing"]
+__all__ = ["Priced", "Pricing", "TooSlow"]
 
 ENOUGH_UNITS: Final = 16
 """With so many blocks, stages of whole blocks are balanced well enough."""
@@ -33,22 +41,20 @@ ENOUGH_UNITS: Final = 16
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Priced:
-    """A choice with its stages: ``positions`` are the ops of the whole graph that they begin at."""
+    """A choice with its stages and its price: ``positions`` are the ops of the whole graph that the stages begin at."""
 
     choice: Choice
-    profile: Profile
     setup: StepSetup
-    links: Links
     positions: tuple[int, ...]
-    peak_bytes: int
-    least_step_s: float
+    prediction: Prediction
+
+    @property
+    def seconds(self) -> float:
+        return self.prediction.step_time_s
 
 
 class Pricing:
-    """Prices choices for one graph, cluster and batch; what several choices share is computed once.
-
-    A profile depends on (tp, sequence parallel, microbatch), the cut into stages on (tp, sequence parallel, pp, recompute).
-    """
+    """Prices choices for one graph, cluster and batch."""
 
     def __init__(
         self,
@@ -59,81 +65,218 @@ class Pricing:
         global_batch: int,
         sequence: int | None,
         precision: Precision,
+        is_compiled: bool = False,
+        modes: tuple[Recompute, ...] = RECOMPUTES,
     ) -> None:
-        self._cluster = cluster
+        self.cluster = cluster
+        self.costs = LinkCosts(cluster)
+        self.folded: Folded = _fold_for(graph, num_ranks)
+        self.modes = modes
         self._global_batch = global_batch
         self._sequence = sequence
         self._precision = precision
-        self._folded = _fold_for(graph, num_ranks)
-        self._profiles: dict[tuple[int, bool, int], Profile] = {}
-        self._links: dict[Mesh, Links] = {}
-        self._cuts: dict[tuple[int, bool, int, Recompute], tuple[int, ...]] = {}
-
-    @cached_property
-    def num_units(self) -> int:
-        return len(self._folded.units)
-
-    def price(self, choice: Choice) -> Priced:
-        num_microbatches = -(-max(choice.shares) // choice.microbatch)
-        microbatch = -(-max(choice.shares) // num_microbatches)
-        priced = self._profile(choice, microbatch)
-        setup = StepSetup(
-            mesh=choice.mesh,
-            starts=self._starts(choice, priced),
-            microbatch=microbatch,
-            num_microbatches=num_microbatches,
-            global_batch=self._global_batch,
-            sequence=self._sequence,
-            zero=choice.zero,
-            recompute=choice.recompute,
-            schedule="1f1b",
-            precision=self._precision,
-            bucket_bytes=Plan.bucket_bytes,
+        self._is_compiled = is_compiled
+        self._profilers: dict[tuple[int, bool], Profiler] = {}
+        self._chains: dict[Group, Chain] = {}
+        self._cuts: dict[tuple[int, int, Recompute], tuple[int, ...]] = {}
+        self.least_factor = (
+            1.0 if cluster.calibration is None else min(cluster.calibration.factors.values(), default=1.0)
         )
-        links = self._links_of(choice.mesh)
-        memory = [stage_memory(priced, setup, stage).total_bytes for stage in range(choice.mesh.pp)]
+
+    @property
+    def num_units(self) -> int:
+        return len(self.folded.units)
+
+    def profiler(self, tp: int, is_sequence_parallel: bool) -> Profiler:
+        key = (tp, is_sequence_parallel)
+        if key not in self._profilers:
+            self._profilers[key] = Profiler(
+                self.folded,
+                self.cluster,
+                tp=tp,
+                sequence=self._sequence,
+                is_sequence_parallel=is_sequence_parallel,
+                is_compiled=self._is_compiled,
+            )
+        return self._profilers[key]
+
+    def chain(self, group: Group) -> Chain:
+        """The units of a group with their sums."""
+        if group not in self._chains:
+            self._chains[group] = Chain(self._profile(group))
+        return self._chains[group]
+
+    def prepare(self, space: Space) -> None:
+        """Prices the kernels of all groups of a space in one go."""
+        sizes = {b / cp for b in space.microbatches for cp in space.cps}
+        for key in dict.fromkeys((g.tp, g.is_sequence_parallel) for g in space.groups()):
+            self.profiler(*key).prepare(sizes)
+
+    def least_units_s(self, group: Group) -> float:
+        """A lower bound of the seconds of all units for one microbatch of a group, without pricing kernel by kernel."""
+        profiler = self.profiler(group.tp, group.is_sequence_parallel)
+        return profiler.least_s(group.microbatch / group.cp)
+
+    def _profile(self, group: Group) -> Profile:
+        mesh = Mesh(dp=max(1, group.ep // group.cp), cp=group.cp, tp=group.tp)
+        links = Links(self.cluster, mesh, ep=group.ep, costs=self.costs)
+        return self.profiler(group.tp, group.is_sequence_parallel).at(group.microbatch, links)
+
+    def price(self, choice: Choice, limit_bytes: int, below_s: float = math.inf) -> Priced | None:
+        """The choice at its best cut; None where it does not fit. Raises ``TooSlow`` where it cannot come below ``below_s``."""
+        chain = self.chain(choice.group)
+        setup = self.setup(choice)
+        links = self.links(choice)
+        if choice.schedule.per_rank == 1:
+            found = self._cut(chain, setup, links, limit_bytes, below_s)
+        else:
+            found = self._even(chain, setup, links, limit_bytes, below_s)
+        if found is None:
+            return None
+        return self._priced(choice, chain, links, found)
+
+    def _priced(self, choice: Choice, chain: Chain, links: Links, setup: StepSetup) -> Priced:
         return Priced(
             choice=choice,
-            profile=priced,
             setup=setup,
-            links=links,
-            positions=tuple(self._folded.units[start].start for start in setup.starts),
-            peak_bytes=max(memory),
-            least_step_s=least_step_s(priced, setup, links),
+            positions=tuple(self.folded.units[start].start for start in setup.starts),
+            prediction=predict_step(chain.profile, setup, links),
         )
 
-    def _links_of(self, mesh: Mesh) -> Links:
-        if mesh not in self._links:
-            self._links[mesh] = Links(self._cluster, mesh)
-        return self._links[mesh]
+    def links(self, choice: Choice) -> Links:
+        return Links(
+            self.cluster,
+            choice.mesh,
+            num_shards=choice.zero.num_ranks,
+            ep=choice.group.ep,
+            costs=self.costs,
+        )
 
-    def _profile(self, choice: Choice, microbatch: int) -> Profile:
-        key = (choice.mesh.tp, choice.is_sequence_parallel, microbatch)
-        if key not in self._profiles:
-            self._profiles[key] = profile(
-                self._folded,
-                self._cluster,
-                tp=choice.mesh.tp,
-                microbatch=microbatch,
-                sequence=self._sequence,
-                is_sequence_parallel=choice.is_sequence_parallel,
-            )
-        return self._profiles[key]
+    def setup(self, choice: Choice) -> StepSetup:
+        """The choice before its stages are cut."""
+        share = -(-self._global_batch // choice.mesh.dp)
+        num_stages = choice.mesh.pp * choice.schedule.per_rank
+        return StepSetup(
+            mesh=choice.mesh,
+            starts=tuple(range(num_stages)),
+            microbatch=choice.group.microbatch,
+            num_microbatches=-(-share // choice.group.microbatch),
+            global_batch=self._global_batch,
+            sequence=self._sequence,
+            zero=choice.zero.level,
+            recompute="none",
+            schedule=choice.schedule.name,
+            precision=self._precision,
+            bucket_bytes=Plan.bucket_bytes,
+            ep=choice.group.ep,
+            zero_ranks=choice.zero.num_ranks,
+        )
 
-    def _starts(self, choice: Choice, priced: Profile) -> tuple[int, ...]:
-        """First units of stages with nearly equal time; balance hardly depends on the microbatch, so the first one's serves all."""
-        key = (choice.mesh.tp, choice.is_sequence_parallel, choice.mesh.pp, choice.recompute)
+    def _cut(
+        self, chain: Chain, setup: StepSetup, links: Links, limit_bytes: int, below_s: float
+    ) -> StepSetup | None:
+        """Stages and what they recompute, solved exactly."""
+        is_summed = setup.num_microbatches > 1
+        element_s = moved_s(setup.accumulation_bytes, self.cluster.device) if is_summed else 0.0
+        costs = ChainCosts(
+            chain,
+            setup,
+            limit_bytes,
+            element_s / (setup.num_shards if setup.sharding_level >= 2 else 1),
+            None if setup.sharding_level < 2 else self._waits(chain, setup, links),
+        )
+        cut = best_cut(costs, setup.mesh.pp, setup.num_microbatches, self.modes, below_s=below_s)
+        if cut is None:
+            return None
+        if (
+            setup.schedule in ("1f1b", "gpipe")
+            and cut.pipeline_s(setup.num_microbatches) * self.least_factor >= below_s
+        ):
+            raise TooSlow
+        return _with_stages(setup, cut.starts, cut.recompute)
+
+    def _waits(self, chain: Chain, setup: StepSetup, links: Links) -> Callable[[int, int], float]:
+        """Seconds that ZeRO-2/3 adds to a run of units for each microbatch, in ``cost.step``'s way."""
+        gather = [
+            links.shards_s("all_gather", u.own_elements * setup.compute_bytes) for u in chain.profile.units
+        ]
+        scatter = [
+            links.shards_s("reduce_scatter", u.own_elements * setup.wire_bytes)
+            + links.copies_s(u.own_elements * setup.wire_bytes)
+            for u in chain.profile.units
+        ]
+        gathers, scatters = _sums(gather), _sums(scatter)
+        again = 1.0 if setup.sharding_level == 3 else 0.0
+
+        def waits(start: int, stop: int) -> float:
+            gathered = gathers[stop] - gathers[start]
+            hidden_forward = links.hidden_ratio * (chain.forward_s[stop] - chain.forward_s[start])
+            hidden_backward = links.hidden_ratio * (chain.backward_s[stop] - chain.backward_s[start])
+            backward = again * gathered + scatters[stop] - scatters[start] - hidden_backward
+            return max(gather[start], gathered - hidden_forward) + max(scatter[start], backward)
+
+        return waits
+
+    def _even(
+        self, chain: Chain, setup: StepSetup, links: Links, limit_bytes: int, below_s: float
+    ) -> StepSetup | None:
+        """Several stages a rank: cut for balance, all recomputing alike, as little as fits."""
+        for mode in self.modes:
+            starts = self._balanced(chain, setup.num_stages, mode)
+            made = _with_stages(setup, starts, (mode,) * setup.num_stages)
+            times = _stage_times(chain, starts, mode)
+            least_s = pipeline_s(setup.schedule, times, setup.mesh.pp, setup.num_microbatches)
+            if least_s * self.least_factor >= below_s:
+                raise TooSlow
+            ranks = (0, setup.mesh.pp - 1, *range(1, setup.mesh.pp - 1))[: setup.mesh.pp]
+            if all(rank_memory(chain.profile, made, rank).total_bytes <= limit_bytes for rank in ranks):
+                return made
+        return None
+
+    def _balanced(self, chain: Chain, num_stages: int, mode: Recompute) -> tuple[int, ...]:
+        key = (id(chain), num_stages, mode)
         if key not in self._cuts:
             weights = [
-                unit.forward_s
-                + unit.backward_s
-                + unit.tp_forward_s
-                + unit.tp_backward_s
-                + unit.kept[choice.recompute].recompute_s
-                for unit in priced.units
+                u.forward_s
+                + u.backward_s
+                + u.talk_s(forward=True)
+                + u.talk_s(forward=False)
+                + u.kept[mode].recompute_s
+                for u in chain.profile.units
             ]
-            self._cuts[key] = balanced(weights, choice.mesh.pp)
+            self._cuts[key] = balanced(weights, num_stages)
         return self._cuts[key]
+
+
+class TooSlow(Exception):
+    """A choice whose price cannot come below the best one's."""
+
+
+def _stage_times(chain: Chain, starts: tuple[int, ...], mode: Recompute) -> list[StageTime]:
+    """Seconds of stages without what ZeRO waits for and the sums of gradients."""
+    stops = (*starts[1:], chain.num_units)
+    again = chain.recompute_s[mode]
+    return [
+        StageTime(
+            chain.forward_s[stop] - chain.forward_s[start],
+            chain.backward_s[stop] - chain.backward_s[start] + again[stop] - again[start],
+        )
+        for start, stop in zip(starts, stops, strict=True)
+    ]
+
+
+def _with_stages(setup: StepSetup, starts: tuple[int, ...], modes: tuple[Recompute, ...]) -> StepSetup:
+    if len(set(modes)) == 1:
+        return replace(setup, starts=starts, recompute=modes[0])
+    return replace(setup, starts=starts, recompute_of_stages=modes)
+
+
+def _sums(values: list[float]) -> list[float]:
+    total, sums = 0.0, [0.0]
+    for value in values:
+        total += value
+        sums.append(total)
+    return sums
 
 
 def _fold_for(graph: ModelGraph, num_ranks: int) -> Folded:

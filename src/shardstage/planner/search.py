@@ -1,69 +1,67 @@
-"""``search``: every mesh and memory saver priced, the fastest plan that fits chosen.
+"""``search``: the fastest plan of the declared space that fits, with a certificate.
 
-A first, honest search: all of dp × tp × pp × ZeRO × microbatch × recompute × sequence parallel is enumerated; what does not fit into
-memory is rejected by its excess, what cannot beat the best by its lower bound, and every other candidate is priced in full. So the
-result is the best of what was enumerated *under the cost model*, no more: stages are cut for balanced time, not searched jointly.
+    1  every group of choices whose units cost the same gets a bound (``bounds``), and groups are taken in its order
+    2  in a group every choice gets a bound; choices are taken in its order until no bound beats the best price so far
+    3  a choice is priced exactly: its stages and what each recomputes by ``stages``, the step by ``cost.predict_step``
+
+Nothing is left out but by a bound on time or memory, so the result is the best of the space *under the cost model*, and the certificate
+counts how each choice was dealt with. The winner is the fastest to the last bit; of equal ones, the first enumerated.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+import heapq
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Final
+from typing import Any, Final
+
+import numpy as np
 
 from shardstage.cluster import Cluster
-from shardstage.cost import Prediction, predict_step
+from shardstage.cost import Prediction
+from shardstage.cost.kernels import is_attention, is_expert
 from shardstage.errors import PlanError
 from shardstage.graph import ModelGraph
-from shardstage.plan import Plan, Precision, Request, format_request
+from shardstage.layout import balanced_sizes
+from shardstage.plan import Plan, Precision, Request, shorthand
 from shardstage.plan.complete import ranges
-from shardstage.planner.candidates import choices
-from shardstage.planner.pricing import Priced, Pricing
-from shardstage.units import format_bytes, format_ratio, format_s
+from shardstage.planner.bounds import Bounds, BoundSettings, bounds_of
+from shardstage.planner.certificate import Certificate, Counts
+from shardstage.planner.lattice import Lattice
+from shardstage.planner.pricing import Priced, Pricing, TooSlow
+from shardstage.planner.space import Choice, Group, Space, declared_space
+from shardstage.units import dtype_bytes, format_bytes
 
-__all__ = [
-    "AS_FAST_RATIO",
-    "Candidate",
-    "SearchResult",
-    "as_plan",
-    "predict_promising",
-    "search",
-    "usable_bytes",
-]
+__all__ = ["Candidate", "SearchResult", "Searcher", "as_plan", "search", "usable_bytes"]
 
 USABLE_MEMORY_RATIO: Final = MappingProxyType({"cuda": 0.92})
 """What a device's memory holds beside tensors of a step: CUDA's context, NCCL's buffers and what the allocator cannot use; our estimate."""
 
-AS_FAST_RATIO: Final = 1.01
-"""Times within one per cent are one to a model that errs by more; the simplest of such plans is taken."""
-
-MIN_PRICED: Final = 12
-"""So many candidates are priced in full even where their bounds are hopeless, to show what comes after the best."""
+KEPT_RUNNERS_UP: Final = 8
+"""Of choices that were priced, so many of different meshes are kept to show what comes after the best."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """A plan that was considered: priced, or rejected for a reason. ``text`` is its shorthand."""
+    """A plan that was priced. ``text`` is its shorthand."""
 
     text: str
-    prediction: Prediction | None
-    reason: str = ""
+    prediction: Prediction
+    plan: Plan = field(repr=False)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SearchResult:
-    """``best`` with its prediction, and all that was considered: priced ones first, then the slow, then the too large; fastest first."""
+    """The best plan, its price, and the proof; ``runners_up`` are the best of other meshes that were priced, fastest first."""
 
     best: Plan
     prediction: Prediction
-    considered: tuple[Candidate, ...]
-
-    @cached_property
-    def alternatives(self) -> tuple[Candidate, ...]:
-        """The priced candidates after the best."""
-        return tuple(c for c in self.considered if c.prediction is not None)[1:]
+    certificate: Certificate
+    runners_up: tuple[Candidate, ...]
+    limit_bytes: int
+    priced: Priced = field(repr=False)
 
 
 def search(
@@ -75,39 +73,27 @@ def search(
     sequence: int | None,
     precision: Precision = "float32",
     memory_bytes: int | None = None,
+    fix: Request | None = None,
+    fixed: frozenset[str] = frozenset(),
+    is_runnable: bool = True,
 ) -> SearchResult:
-    """The fastest plan for exactly ``num_ranks`` ranks under the cost model; ``memory_bytes`` is what a rank may hold.
+    """The fastest plan for ``num_ranks`` ranks that holds at most ``memory_bytes`` a rank.
 
-    Raises ``PlanError`` if no plan fits, with the nearest miss.
+    ``fixed`` names decisions that ``fix`` has taken (``tp``, ``zero``, ``microbatch``, …). ``is_runnable`` leaves out what this release
+    prices but does not run. Raises ``PlanError`` if the cluster is too small, or nothing fits.
     """
-    if num_ranks > cluster.num_devices:
-        raise PlanError(
-            f"{num_ranks} ranks need as many devices, and cluster {cluster.name!r} has {cluster.num_devices}",
-            hint=f"--cluster {cluster.name}:{num_ranks}",
-        )
-    limit = memory_bytes or usable_bytes(cluster)
-    pricing = Pricing(
-        graph, cluster, num_ranks=num_ranks, global_batch=global_batch, sequence=sequence, precision=precision
+    searcher = Searcher(
+        graph,
+        cluster,
+        num_ranks=num_ranks,
+        global_batch=global_batch,
+        sequence=sequence,
+        precision=precision,
+        fix=fix,
+        fixed=fixed,
+        is_runnable=is_runnable,
     )
-    priced = [
-        pricing.price(choice)
-        for choice in choices(graph, cluster, num_ranks, global_batch, sequence, pricing.num_units)
-    ]
-    if not priced:
-        raise PlanError(
-            f"a batch of {global_batch} samples cannot be shared by {num_ranks} ranks in any way",
-            hint=f"--batch {num_ranks}",
-        )
-    fitting = [p for p in priced if p.peak_bytes <= limit]
-    if not fitting:
-        raise _nothing_fits(priced, limit, num_ranks)
-    predictions = predict_promising(fitting)
-    best = _simplest_of_fastest(predictions)
-    return SearchResult(
-        best=as_plan(graph, best, precision),
-        prediction=predictions[best],
-        considered=tuple(_considered(best, predictions, fitting, priced, limit)),
-    )
+    return searcher.best(memory_bytes or usable_bytes(cluster))
 
 
 def usable_bytes(cluster: Cluster) -> int:
@@ -115,89 +101,291 @@ def usable_bytes(cluster: Cluster) -> int:
     return int(USABLE_MEMORY_RATIO.get(cluster.device.kind, 1.0) * cluster.device.memory_bytes)
 
 
-def predict_promising(fitting: Sequence[Priced]) -> dict[Priced, Prediction]:
-    """Full prices in the order of the lower bounds, until no bound can beat the best."""
-    predictions: dict[Priced, Prediction] = {}
-    fastest_s = float("inf")
-    for candidate in sorted(fitting, key=lambda p: p.least_step_s):
-        if candidate.least_step_s > AS_FAST_RATIO * fastest_s and len(predictions) >= MIN_PRICED:
-            break
-        predictions[candidate] = predict_step(candidate.profile, candidate.setup, candidate.links)
-        fastest_s = min(fastest_s, predictions[candidate].step_time_s)
-    return predictions
+class Searcher:
+    """One space; it is searched again quickly under another memory limit, as bounds and units do not depend on it."""
+
+    def __init__(
+        self,
+        graph: ModelGraph,
+        cluster: Cluster,
+        *,
+        num_ranks: int,
+        global_batch: int,
+        sequence: int | None,
+        precision: Precision = "float32",
+        fix: Request | None = None,
+        fixed: frozenset[str] = frozenset(),
+        is_runnable: bool = True,
+    ) -> None:
+        _check_size(cluster, num_ranks)
+        request = fix or Request()
+        self.graph = graph
+        self.cluster = cluster
+        self.precision: Precision = precision
+        self.global_batch = global_batch
+        self.sequence = sequence
+        self.is_compiled = request.is_compiled
+        self.pricing = Pricing(
+            graph,
+            cluster,
+            num_ranks=num_ranks,
+            global_batch=global_batch,
+            sequence=sequence,
+            precision=precision,
+            is_compiled=self.is_compiled,
+            **({"modes": (request.recompute,)} if "recompute" in fixed else {}),
+        )
+        self.space: Space = declared_space(
+            graph,
+            cluster,
+            num_ranks=num_ranks,
+            global_batch=global_batch,
+            sequence=sequence,
+            num_units=self.pricing.num_units,
+            num_experts=_num_experts(graph),
+            has_attention=_has_only_fused_attention(graph),
+            fix=fix,
+            fixed=fixed,
+            is_runnable=is_runnable,
+        )
+        compute_bytes = dtype_bytes(precision)
+        self._settings = BoundSettings(
+            compute_bytes=compute_bytes,
+            master_bytes=max(4, compute_bytes),
+            bucket_bytes=Plan.bucket_bytes,
+            least_factor=self.pricing.least_factor,
+        )
+        self._bounds: dict[Group, Bounds | None] = {}
+        self._order: list[tuple[float, Group]] = []
+        self._unit_bounds: dict[Group, float] = {}
+        self.lattice = Lattice(self.space, self.pricing.costs, self.pricing.num_units)
+
+    def best(self, limit_bytes: int) -> SearchResult:
+        """The fastest plan within a limit; ``PlanError`` where nothing fits."""
+        found = _Found()
+        queue: list[tuple[float, int, _Walk | Group]] = [
+            (least_s, number, group) for number, (least_s, group) in enumerate(self._groups())
+        ]
+        while queue:
+            least_s, number, item = heapq.heappop(queue)
+            if least_s >= found.best_s:
+                found.least_pruned_s = min(found.least_pruned_s, least_s)
+                left = item.num_left if isinstance(item, _Walk) else self.lattice.num_choices(item)
+                found.counts.by_bound += left
+                continue
+            if isinstance(item, _Walk):
+                self._price(item, limit_bytes, found)
+                walk: _Walk | None = item
+            elif (units_s := self._units_bound_s(item)) > least_s:
+                heapq.heappush(queue, (units_s, number, item))
+                continue
+            else:
+                walk = self._walk(item, limit_bytes, found)
+            if walk is not None and walk.num_left:
+                heapq.heappush(queue, (walk.least_s, number, walk))
+        if found.best is None:
+            raise self._nothing_fits(limit_bytes)
+        best = found.best
+        return SearchResult(
+            best=self.as_plan(best),
+            prediction=best.prediction,
+            certificate=Certificate.of(
+                graph=self.graph,
+                cluster=self.cluster,
+                space=self.space,
+                limit_bytes=limit_bytes,
+                cost_s=best.seconds,
+                counts=found.counts,
+                best_bound_s=found.least_pruned_s,
+            ),
+            runners_up=tuple(self._runners_up(found)),
+            limit_bytes=limit_bytes,
+            priced=best,
+        )
+
+    @property
+    def num_units(self) -> int:
+        return self.pricing.num_units
+
+    def as_plan(self, priced: Priced) -> Plan:
+        return as_plan(self.graph, priced, self.precision, is_compiled=self.is_compiled)
+
+    def _groups(self) -> list[tuple[float, Group]]:
+        """Groups with a bound from the seconds of their tokens alone, best first: all ranks compute all the time.
+
+        seconds >= (batch / microbatch) × seconds of all units × (tp × cp / ranks)
+        """
+        if not self._order:
+            self.pricing.prepare(self.space)
+            found = [
+                (self._seconds_of(group, self.pricing.least_units_s(group)), number, group)
+                for number, group in enumerate(self.space.groups())
+                if self.lattice.num_choices(group)
+            ]
+            self._order = [(least_s, group) for least_s, _, group in sorted(found)]
+        return self._order
+
+    def _units_bound_s(self, group: Group) -> float:
+        """The same bound from what the group's units cost exactly."""
+        if group not in self._unit_bounds:
+            chain = self.pricing.chain(group)
+            self._unit_bounds[group] = self._seconds_of(group, chain.both_s[-1])
+        return self._unit_bounds[group]
+
+    def _seconds_of(self, group: Group, units_s: float) -> float:
+        share = group.tp * group.cp / self.space.num_ranks
+        return self.global_batch / group.microbatch * units_s * share * self.pricing.least_factor
+
+    def _bounds_of(self, group: Group) -> Bounds | None:
+        if group not in self._bounds:
+            self._bounds[group] = bounds_of(
+                self.lattice, group, self.pricing.chain(group), self.pricing.costs, self._settings
+            )
+        return self._bounds[group]
+
+    def _walk(self, group: Group, limit_bytes: int, found: _Found) -> _Walk | None:
+        """The choices of a group that may fit, in the order of their bounds."""
+        bounds = self._bounds_of(group)
+        if bounds is None:
+            return None
+        seconds = bounds.seconds.ravel()
+        too_large = (bounds.state_bytes.ravel() > limit_bytes) & np.isfinite(seconds)
+        found.counts.by_memory += int(too_large.sum())
+        open_ones = np.flatnonzero(np.isfinite(seconds) & ~too_large)
+        return _Walk(bounds, open_ones[np.argsort(seconds[open_ones], kind="stable")])
+
+    def _price(self, walk: _Walk, limit_bytes: int, found: _Found) -> None:
+        """Prices the next choice of a walk."""
+        choice = walk.next()
+        try:
+            priced = self.pricing.price(choice, limit_bytes, found.best_s)
+        except TooSlow:
+            found.counts.priced += 1
+            return
+        if priced is None:
+            found.counts.unfit += 1
+        else:
+            found.counts.priced += 1
+            found.add(priced)
+
+    def _runners_up(self, found: _Found) -> Iterator[Candidate]:
+        for priced in found.runners_up():
+            plan = self.as_plan(priced)
+            yield Candidate(
+                text=shorthand(plan, default_precision=self.precision),
+                prediction=priced.prediction,
+                plan=plan,
+            )
+
+    def _nothing_fits(self, limit_bytes: int) -> PlanError:
+        least = (
+            min(
+                (float(bounds.state_bytes[np.isfinite(bounds.seconds)].min()), group)
+                for group, bounds in self._bounds.items()
+                if bounds is not None and bounds.num_choices
+            )
+            if any(b is not None and b.num_choices for b in self._bounds.values())
+            else None
+        )
+        num_ranks = self.space.num_ranks
+        if least is None:
+            return PlanError(
+                f"a batch of {self.global_batch} samples cannot be shared by {num_ranks} ranks in any way that is asked for",
+                hint=f"--batch {num_ranks}, or fewer --fix",
+            )
+        needed = max(int(least[0]), limit_bytes + 1)
+        return PlanError(
+            f"no plan for {num_ranks} ranks fits into {format_bytes(limit_bytes)} a rank; "
+            f"parameters, optimizer and one microbatch take at least {format_bytes(int(least[0]))}",
+            hint=f"--ranks {num_ranks * max(2, -(-needed // limit_bytes))}, "
+            f"or --max-memory {format_bytes(2 * needed).replace(' ', '')}",
+        )
 
 
-def _simplest_of_fastest(predictions: dict[Priced, Prediction]) -> Priced:
-    fastest_s = min(p.step_time_s for p in predictions.values())
-    as_fast = [c for c, p in predictions.items() if p.step_time_s <= AS_FAST_RATIO * fastest_s]
-    return min(as_fast, key=lambda c: (c.choice.complexity, predictions[c].step_time_s))
+class _Walk:
+    """The choices of a group that are still open, best bound first."""
+
+    def __init__(self, bounds: Bounds, order: Any) -> None:
+        self._bounds = bounds
+        self._order = order
+        self._at = 0
+
+    @property
+    def num_left(self) -> int:
+        return len(self._order) - self._at
+
+    @property
+    def least_s(self) -> float:
+        return float(self._bounds.seconds.flat[self._order[self._at]])
+
+    def next(self) -> Choice:
+        self._at += 1
+        return self._bounds.choice(int(self._order[self._at - 1]))
 
 
-def as_plan(graph: ModelGraph, priced: Priced, precision: Precision) -> Plan:
+@dataclass
+class _Found:
+    """The state of a search: the best so far, the best of other meshes, and how choices were dealt with."""
+
+    best: Priced | None = None
+    counts: Counts = field(default_factory=Counts)
+    least_pruned_s: float = math.inf
+    by_mesh: dict[tuple[int, int, int, int], Priced] = field(default_factory=dict)
+
+    @property
+    def best_s(self) -> float:
+        return math.inf if self.best is None else self.best.seconds
+
+    def add(self, priced: Priced) -> None:
+        mesh = priced.choice.mesh
+        key = (mesh.tp, mesh.pp, mesh.cp, priced.choice.group.ep)
+        if key not in self.by_mesh or priced.seconds < self.by_mesh[key].seconds:
+            self.by_mesh[key] = priced
+        if priced.seconds < self.best_s:
+            self.best = priced
+
+    def runners_up(self) -> list[Priced]:
+        others = [priced for priced in self.by_mesh.values() if priced is not self.best]
+        return heapq.nsmallest(KEPT_RUNNERS_UP, others, key=lambda priced: priced.seconds)
+
+
+def as_plan(graph: ModelGraph, priced: Priced, precision: Precision, *, is_compiled: bool = False) -> Plan:
     """The plan that a priced choice stands for."""
-    choice = priced.choice
+    setup = priced.setup
     return Plan(
-        mesh=choice.mesh,
+        mesh=setup.mesh,
         stages=ranges(graph, priced.positions),
-        global_batch=priced.setup.global_batch,
-        sequence=priced.setup.sequence,
-        microbatch=choice.microbatch,
-        shares=choice.shares,
-        zero=choice.zero,
-        recompute=choice.recompute,
-        schedule="1f1b",
+        global_batch=setup.global_batch,
+        sequence=setup.sequence,
+        microbatch=setup.microbatch,
+        shares=balanced_sizes(setup.global_batch, setup.mesh.dp),
+        zero=priced.choice.zero.level,
+        recompute=setup.recompute,
+        stage_recompute=setup.recompute_of_stages,
+        schedule=priced.choice.schedule.name,
         precision=precision,
-        is_sequence_parallel=choice.is_sequence_parallel,
+        is_sequence_parallel=priced.choice.group.is_sequence_parallel,
+        is_compiled=is_compiled,
+        ep=setup.ep,
+        zero_ranks=setup.zero_ranks,
     )
 
 
-def _considered(
-    best: Priced,
-    predictions: dict[Priced, Prediction],
-    fitting: list[Priced],
-    priced: list[Priced],
-    limit: int,
-) -> Iterator[Candidate]:
-    best_s = predictions[best].step_time_s
-    yield Candidate(text=_text(best), prediction=predictions[best])
-    others = [c for c in predictions if c is not best]
-    for candidate in sorted(others, key=lambda c: predictions[c].step_time_s):
-        prediction = predictions[candidate]
-        slower = prediction.step_time_s / best_s - 1
-        reason = f"{format_ratio(slower)} slower" if slower > AS_FAST_RATIO - 1 else "as fast, not as simple"
-        yield Candidate(text=_text(candidate), prediction=prediction, reason=reason)
-    for candidate in sorted((c for c in fitting if c not in predictions), key=lambda c: c.least_step_s):
-        reason = f"takes at least {format_s(candidate.least_step_s)}"
-        yield Candidate(text=_text(candidate), prediction=None, reason=reason)
-    for candidate in sorted((c for c in priced if c.peak_bytes > limit), key=lambda c: c.least_step_s):
-        yield Candidate(text=_text(candidate), prediction=None, reason=_excess(candidate, limit))
+def _num_experts(graph: ModelGraph) -> int:
+    """The number of experts of the layers that have some; 0 without any."""
+    return next((graph.values[op.inputs[1]].shape[0] for op in graph.ops if is_expert(op)), 0)
 
 
-def _excess(candidate: Priced, limit: int) -> str:
-    return (
-        f"needs {format_bytes(candidate.peak_bytes)}, {format_bytes(candidate.peak_bytes - limit)} too much"
+def _has_only_fused_attention(graph: ModelGraph) -> bool:
+    """Whether all attention runs as one kernel, which context parallelism can feed part by part."""
+    return any(is_attention(op) for op in graph.ops) and not any(
+        op.target.startswith(("aten.softmax", "aten._softmax")) and "mlp" not in op.module for op in graph.ops
     )
 
 
-def _text(candidate: Priced) -> str:
-    choice = candidate.choice
-    request = Request(
-        dp=choice.mesh.dp,
-        tp=choice.mesh.tp,
-        pp=choice.mesh.pp,
-        is_sequence_parallel=choice.is_sequence_parallel,
-        zero=choice.zero,
-        microbatch=choice.microbatch,
-        recompute=choice.recompute,
-    )
-    return format_request(request)
-
-
-def _nothing_fits(priced: list[Priced], limit: int, num_ranks: int) -> PlanError:
-    nearest = min(priced, key=lambda p: p.peak_bytes)
-    factor = -(-nearest.peak_bytes // limit)
-    return PlanError(
-        f"none of {len(priced)} plans for {num_ranks} ranks fits into {format_bytes(limit)} a rank; the nearest, "
-        f"{_text(nearest)}, {_excess(nearest, limit)}",
-        hint=f"--ranks {num_ranks * factor}, or --memory {format_bytes(nearest.peak_bytes).replace(' ', '')}",
-    )
+def _check_size(cluster: Cluster, num_ranks: int) -> None:
+    if num_ranks > cluster.num_devices:
+        raise PlanError(
+            f"{num_ranks} ranks need as many devices, and cluster {cluster.name!r} has {cluster.num_devices}",
+            hint=f"--cluster {cluster.name}:{num_ranks}",
+        )

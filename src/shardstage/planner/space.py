@@ -14,7 +14,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Final, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
+
+import numpy as np
 
 from shardstage.cluster import Cluster
 from shardstage.graph import ModelGraph
@@ -108,22 +110,21 @@ class Space:
                         for microbatch in self.microbatches:
                             yield Group(tp, is_sp, cp, ep, microbatch)
 
-    def meshes(self, group: Group) -> Iterator[Mesh]:
-        """Meshes of a group, without their orders, each with a largest share that makes microbatches of exactly the group's size."""
+    def meshes(self, tp: int, cp: int) -> Iterator[Mesh]:
+        """Meshes without their orders: as many data-parallel ranks as are left, or the fewest with as small a share."""
         for pp in self.pps:
-            for dp in self._dps(self.num_ranks // (group.tp * group.cp * pp)):
-                share = -(-self.global_batch // dp)
-                num_microbatches = -(-share // group.microbatch)
-                if (
-                    -(-share // num_microbatches) != group.microbatch
-                    or self.global_batch // dp < num_microbatches
-                ):
-                    continue
-                if (dp * group.cp) % group.ep:
-                    continue
-                mesh = Mesh(pp=pp, dp=dp, tp=group.tp, cp=group.cp)
+            for dp in self._dps(self.num_ranks // (tp * cp * pp)):
+                mesh = Mesh(pp=pp, dp=dp, tp=tp, cp=cp)
                 if not self.uses_all_ranks or mesh.world_size == self.num_ranks:
                     yield mesh
+
+    def takes(self, group: Group, dp: Any, share: Any) -> Any:
+        """Which meshes (arrays of their dp and largest share) run microbatches of exactly the group's size, none of them empty, and have
+        ranks for its experts."""
+        num_microbatches = np.ceil(share / group.microbatch)
+        is_exact = np.ceil(share / num_microbatches) == group.microbatch
+        is_full = self.global_batch // dp >= num_microbatches
+        return is_exact & is_full & ((dp * group.cp) % group.ep == 0)
 
     def zeros_of(self, mesh: Mesh) -> tuple[Zero, ...]:
         """ZeRO over all replicas, or over those of a node where more nodes hold copies."""

@@ -16,7 +16,7 @@ by dynamic programming, for each cap whose product alone could still win. The re
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple, Protocol
 
 from shardstage.cost.profile import RECOMPUTES, Recompute
@@ -120,17 +120,24 @@ def _is_possible(costs: StageCosts, stage: int, start: int, stop: int, cap: floa
 
 
 def _farthest(costs: StageCosts, stage: int, start: int, last: int, cap: float, mode: Recompute) -> int:
-    """The farthest end of a stage, by bisection over what is monotone."""
-    if not _is_possible(costs, stage, start, start + 1, cap, mode):
-        return start
-    low, high = start + 1, last + 1
-    while high - low > 1:
-        middle = (low + high) // 2
-        if _is_possible(costs, stage, start, middle, cap, mode):
-            low = middle
-        else:
-            high = middle
-    return low
+    """The farthest end of a stage, by bisection over what is monotone: time first, which is cheaper to ask for than memory."""
+
+    def bisect(is_possible: Callable[[int], bool], most: int) -> int:
+        low, high = start, most + 1  # possible up to low
+        while high - low > 1:
+            middle = (low + high) // 2
+            if is_possible(middle):
+                low = middle
+            else:
+                high = middle
+        return low
+
+    in_time = last
+    if cap != math.inf:
+        in_time = bisect(lambda stop: costs.seconds(stage, start, stop, mode) <= cap, last)
+    if in_time == start or costs.fits(stage, start, in_time, mode):
+        return in_time
+    return bisect(lambda stop: costs.fits(stage, start, stop, mode), in_time - 1)
 
 
 def _with_least_sum(

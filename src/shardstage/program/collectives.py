@@ -52,8 +52,9 @@ def stage_calls(segment: Segment, plan: Plan, units: Sequence[Unit]) -> StageCal
             # FSDP2 gathers what comes next while this block computes.
             while waiting and waiting[0] >= max((n for n in gathering if n < number), default=0):
                 backward.append(gathering[waiting.pop(0)].gather())
-        again = _again(segment, block, plan.recompute)
-        backward += _backward(segment, block, plan.recompute, again)
+        recompute = plan.recompute_of(segment.index)
+        again = _again(segment, block, recompute)
+        backward += _backward(segment, block, recompute, again)
         if number in by_block and by_block[number].is_trained and number not in ends:
             backward.append(by_block[number].reduce())
     backward += [unit.reduce() for unit in units if unit.block is None and unit.is_trained]

@@ -11,6 +11,7 @@ from typing import Any
 from shardstage.errors import PlanError
 from shardstage.graph import ModelGraph
 from shardstage.graph.cuts import Edge, shared_parameters
+from shardstage.plan.check import require_runnable
 from shardstage.plan.plan import Plan
 from shardstage.plan.schedule import schedule_of
 from shardstage.program.collectives import StageCalls, stage_calls
@@ -40,6 +41,7 @@ def lower(graph: ModelGraph, plan: Plan, stages: StageGraphs | None = None) -> P
     ``stages`` are the plan's stage graphs where the caller has them. Raises ``PlanError`` for a stage that begins at an op the graph does
     not have, ``PlanError`` for a schedule that cannot be.
     """
+    require_runnable(plan)
     return _Lowering(stages or StageGraphs(graph, plan)).program()
 
 

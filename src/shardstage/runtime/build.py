@@ -109,7 +109,7 @@ def assemble_engine(
         tp_rank=groups.tp,
         tp_size=mesh.tp,
         random=RandomState(seed=seed),
-        may_overwrite=plan.recompute != "selective",
+        may_overwrite=all(plan.recompute_of(stage) != "selective" for stage in own),
         device_kind=device_kind or device.type,
     )
     precision: torch.dtype = getattr(torch, plan.precision)
@@ -121,7 +121,7 @@ def assemble_engine(
             {p.name: _info(p, graphs) for p in held[stage]},
             context=context,
             writer=writer,
-            recompute=plan.recompute,
+            recompute=plan.recompute_of(stage),
             parameter_dtype=master if is_fully_sharded else None,
         )
         for stage in own

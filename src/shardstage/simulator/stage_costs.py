@@ -85,7 +85,7 @@ class StageCosts:
             times[op.name].backward_s / max(1, round(backward_flops(graph, op) / forward_flops(graph, op)))
             for op in _split_ops(graph)
         )
-        recompute, num_ops = self.plan.recompute, len(graph.ops)
+        recompute, num_ops = self.plan.recompute_of(segment.index), len(graph.ops)
         return StageCost(
             forward_s=forward_s,
             input_s=backward_s - weight_s + self._recompute_s(segment),
@@ -98,7 +98,7 @@ class StageCosts:
 
     def _recompute_s(self, segment: Segment) -> float:
         """Seconds of computing layers again: products by their FLOPs, all else whole."""
-        graph, recompute = segment.graph, self.plan.recompute
+        graph, recompute = segment.graph, self.plan.recompute_of(segment.index)
         total_s = 0.0
         for block in segment.blocks:
             if recompute == "none" or not block.is_layer:
@@ -117,7 +117,8 @@ class StageCosts:
         """What the engine keeps: what autograd saves, and what the stage hands on until its gradient comes."""
         graph = segment.graph
         received = {edge.value for edge in segment.receives}
-        names = saved_values(graph, 0, len(graph.ops), self.plan.recompute, blocks=segment.blocks)
+        recompute = self.plan.recompute_of(segment.index)
+        names = saved_values(graph, 0, len(graph.ops), recompute, blocks=segment.blocks)
         sent = [
             edge.value
             for edge in segment.sends

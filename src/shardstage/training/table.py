@@ -77,8 +77,8 @@ def _details(plan: Plan) -> Iterator[str]:
     mesh = plan.mesh
     yield f"dp={mesh.dp}, tp={mesh.tp}, pp={mesh.pp} on {_counted(mesh.world_size, 'rank')}"
     yield f"zero={plan.zero}"
-    if plan.recompute != "none":
-        yield f"recompute={plan.recompute}"
+    if plan.recompute != "none" or plan.stage_recompute:
+        yield f"recompute={'/'.join(plan.stage_recompute) or plan.recompute}"
     yield f"{_counted(plan.num_microbatches, 'microbatch', 'microbatches')} of {plan.microbatch}"
     if mesh.pp > 1:
         yield plan.schedule

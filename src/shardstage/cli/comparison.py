@@ -1,0 +1,278 @@
+"""What ``shardstage plan`` shows beside the plan: its proof, what else there was, why not, and time against memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import TYPE_CHECKING, Any, Final
+
+from rich.console import Console
+from rich.table import Table
+
+from shardstage.cli.choosing import Chosen, choose_plan
+from shardstage.errors import PlanError
+from shardstage.plan import Precision, plan_to_toml, shorthand
+from shardstage.units import format_bytes, format_ratio, format_s
+
+if TYPE_CHECKING:
+    from shardstage.cluster import Cluster
+    from shardstage.cost import Prediction
+    from shardstage.graph import ModelGraph
+    from shardstage.planner import Alternative, Point
+
+__all__ = ["Comparison", "as_table", "choose", "comparison_page", "print_comparison"]
+
+MEMORY_SLACK: Final = 1.25
+"""With the objective memory a plan may take a quarter longer than the fastest."""
+
+MOST_SHOWN: Final = 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """``front`` is by falling memory; ``dollars`` is the price of a step where the devices have one."""
+
+    alternatives: tuple[Alternative, ...] = ()
+    front: tuple[Point, ...] = ()
+    dollars: float | None = None
+
+
+def choose(
+    text: str,
+    graph: ModelGraph,
+    machine: Cluster,
+    *,
+    num_ranks: int,
+    batch: int,
+    sequence: int,
+    precision: Precision,
+    memory: str | None,
+    fix: str,
+    is_runnable: bool,
+    objective: str,
+) -> tuple[Chosen, Comparison]:
+    """The plan by the objective, and what it is compared with; ``PlanError`` for an objective that is none."""
+    from shardstage.planner import alternatives, front
+
+    if objective not in ("time", "cost", "memory"):
+        raise PlanError(f"objective {objective!r} is not one of time, cost, memory", hint="--objective time")
+
+    def on(ranks: int) -> Chosen:
+        return choose_plan(
+            text, graph, machine, ranks, batch, sequence, precision, memory, fix=fix, is_runnable=is_runnable
+        )
+
+    chosen = _cheapest(on, num_ranks) if objective == "cost" and text == "auto" else on(num_ranks)
+    if chosen.found is None or chosen.searcher is None:
+        return chosen, Comparison(dollars=_dollars(chosen, machine))
+    points = front(chosen.searcher, chosen.found.limit_bytes)
+    if objective == "memory":
+        slowest_s = MEMORY_SLACK * chosen.prediction.step_time_s
+        least = [point for point in points if point.prediction.step_time_s <= slowest_s][-1]
+        found = chosen.searcher.best(least.prediction.peak_bytes)
+        chosen = Chosen(plan=found.best, prediction=found.prediction, found=found, searcher=chosen.searcher)
+    assert chosen.found is not None and chosen.searcher is not None
+    return chosen, Comparison(
+        alternatives=alternatives(chosen.searcher, chosen.found),
+        front=points,
+        dollars=_dollars(chosen, machine),
+    )
+
+
+def _cheapest(on: Any, num_ranks: int) -> Chosen:
+    """The plan whose step takes fewest device-seconds, over all ranks, half of them, a quarter, …"""
+    best: Chosen | None = None
+    ranks, error = num_ranks, None
+    while ranks:
+        try:
+            chosen: Chosen = on(ranks)
+        except PlanError as raised:
+            error = error or raised
+            break
+        if best is None or _device_s(chosen) < _device_s(best):
+            best = chosen
+        ranks //= 2
+    if best is None:
+        assert error is not None
+        raise error
+    return best
+
+
+def _device_s(chosen: Chosen) -> float:
+    return chosen.plan.mesh.world_size * chosen.prediction.step_time_s
+
+
+def _dollars(chosen: Chosen, machine: Cluster) -> float | None:
+    price = machine.device.price_per_hour
+    return None if price is None or machine.is_mixed else price * _device_s(chosen) / 3600
+
+
+def print_comparison(console: Console, chosen: Chosen, comparison: Comparison) -> None:
+    """The proof in a sentence, then runners-up, why-nots and the front."""
+    if comparison.dollars is not None:
+        console.print(f"cost       ${comparison.dollars:,.4f} a step at the preset's hourly price")
+    if chosen.found is None:
+        return
+    proof = chosen.found.certificate
+    console.print(
+        f"proof      best of {proof.enumerated:,} plans, gap {format_ratio(proof.gap)}: {proof.priced:,} priced, "
+        f"{proof.by_bound:,} too slow and {proof.by_memory + proof.unfit:,} too large by their bounds",
+        soft_wrap=True,
+    )
+    runners = [(c.text, c.prediction, "") for c in chosen.found.runners_up[:MOST_SHOWN]]
+    _print_table(console, "runners-up", "plan", runners, chosen.prediction)
+    whys = [(a.change, a.prediction, a.reason) for a in comparison.alternatives[: 2 * MOST_SHOWN]]
+    _print_table(console, "why not", "change", whys, chosen.prediction)
+    if len(comparison.front) > 1:
+        points = [(p.text, p.prediction, "") for p in comparison.front]
+        _print_table(console, "less memory", "plan", points, chosen.prediction)
+
+
+def _print_table(
+    console: Console,
+    title: str,
+    what: str,
+    rows: Sequence[tuple[str, Prediction | None, str]],
+    best: Prediction,
+) -> None:
+    if not rows:
+        return
+    table = Table(box=None, pad_edge=False, title=title, title_justify="left")
+    table.add_column(what, overflow="fold")
+    table.add_column("step time", no_wrap=True)
+    table.add_column("memory", no_wrap=True)
+    table.add_column("why not" if any(reason for *_, reason in rows) else "slower")
+    for text, prediction, reason in rows:
+        time = "" if prediction is None else format_s(prediction.step_time_s)
+        peak = "" if prediction is None else format_bytes(prediction.peak_bytes)
+        if not reason and prediction is not None:
+            reason = format_ratio(prediction.step_time_s / best.step_time_s - 1)
+        table.add_row(text, time, peak, reason)
+    console.print(table)
+
+
+def as_table(chosen: Chosen, comparison: Comparison, notes: Sequence[str]) -> dict[str, Any]:
+    """Everything as one JSON object; seconds and bytes are numbers."""
+    prediction, plan = chosen.prediction, chosen.plan
+    return {
+        "plan": shorthand(plan),
+        "plan_file": plan_to_toml(plan),
+        "ranks": plan.mesh.world_size,
+        **_numbers(prediction),
+        "step_time_low_s": prediction.step_time_low_s,
+        "step_time_high_s": prediction.step_time_high_s,
+        "parts_s": dict(prediction.parts),
+        "tokens_per_s": prediction.tokens_per_s,
+        "mfu": prediction.mfu,
+        "bubble_ratio": prediction.bubble_ratio,
+        "rank_peak_bytes": [prediction.rank_peak_bytes(pp) for pp in range(plan.mesh.pp)],
+        "dollars": comparison.dollars,
+        "certificate": None if chosen.found is None else chosen.found.certificate.to_dict(),
+        "runners_up": []
+        if chosen.found is None
+        else [{"plan": c.text, **_numbers(c.prediction)} for c in chosen.found.runners_up],
+        "why_not": [
+            {"change": a.change, "reason": a.reason, **_numbers(a.prediction)}
+            for a in comparison.alternatives
+        ],
+        "front": [{"plan": p.text, **_numbers(p.prediction)} for p in comparison.front],
+        "notes": list(notes),
+    }
+
+
+def _numbers(prediction: Prediction | None) -> dict[str, float | int | None]:
+    if prediction is None:
+        return {"step_time_s": None, "peak_bytes": None}
+    return {"step_time_s": prediction.step_time_s, "peak_bytes": prediction.peak_bytes}
+
+
+WIDTH: Final = 640
+HEIGHT: Final = 300
+MARGIN: Final = 60
+
+
+def comparison_page(model: str, machine: Cluster, chosen: Chosen, comparison: Comparison) -> str:
+    """A page that stands alone: the front as a picture, the mesh on the topology, the tables."""
+    rows = "".join(
+        f"<tr><td>{escape(a.change)}</td><td>{format_s(a.prediction.step_time_s) if a.prediction else ''}</td>"
+        f"<td>{format_bytes(a.prediction.peak_bytes) if a.prediction else ''}</td><td>{escape(a.reason)}</td></tr>"
+        for a in comparison.alternatives
+    )
+    proof = ""
+    if chosen.found is not None:
+        certificate = chosen.found.certificate
+        proof = f"Best of {certificate.enumerated:,} plans, gap {format_ratio(certificate.gap)}."
+    return (
+        f"<!doctype html><html lang=en><meta charset=utf-8><title>Shardstage: {escape(model)}</title>"
+        "<style>body{font:15px system-ui,sans-serif;max-width:46rem;margin:2rem auto;padding:0 1rem;color:#222;background:#fff}"
+        "td,th{padding:.2rem .8rem .2rem 0;text-align:left;vertical-align:top}svg{max-width:100%}</style>"
+        f"<h1>{escape(model)} on {chosen.plan.mesh.world_size} × {escape(machine.device.name)}</h1>"
+        f"<p><b>{escape(shorthand(chosen.plan))}</b></p><p>{format_s(chosen.prediction.step_time_s)} a step, "
+        f"{format_bytes(chosen.prediction.peak_bytes)} a rank. {proof}</p>"
+        f"<h2>Time against memory</h2>{_front_picture(comparison.front)}"
+        f"<h2>The mesh on the machine</h2>{_mesh_picture(machine, chosen)}"
+        f"<h2>Why not</h2><table><tr><th>change<th>step time<th>memory<th>reason</tr>{rows}</table></html>\\n"
+    )
+
+
+def _front_picture(points: Sequence[Point]) -> str:
+    """Peak memory to the right, step time upwards."""
+    if not points:
+        return "<p>The plan was given, not searched.</p>"
+    most_b = max(p.prediction.peak_bytes for p in points) * 1.1
+    most_s = max(p.prediction.step_time_s for p in points) * 1.15
+
+    def at(point: Point) -> tuple[float, float]:
+        x = MARGIN + (WIDTH - 2 * MARGIN) * point.prediction.peak_bytes / most_b
+        return x, HEIGHT - MARGIN - (HEIGHT - 2 * MARGIN) * point.prediction.step_time_s / most_s
+
+    line = " ".join(f"{x:.1f},{y:.1f}" for x, y in map(at, points))
+    dots = "".join(
+        f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="#2563eb"><title>{escape(p.text)}</title></circle>'
+        f'<text x="{x:.1f}" y="{y - 9:.1f}" font-size="11" text-anchor="middle">{format_s(p.prediction.step_time_s)}</text>'
+        f'<text x="{x:.1f}" y="{HEIGHT - MARGIN + 16}" font-size="11" text-anchor="middle">'
+        f"{format_bytes(p.prediction.peak_bytes)}</text>"
+        for p, (x, y) in ((p, at(p)) for p in points)
+    )
+    base = HEIGHT - MARGIN
+    return (
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="step time against peak memory">'
+        f'<path d="M{MARGIN} {MARGIN / 2}V{base}H{WIDTH - MARGIN / 2}" fill="none" stroke="#888"/>'
+        f'<polyline points="{line}" fill="none" stroke="#2563eb"/>{dots}'
+        f'<text x="{WIDTH / 2}" y="{HEIGHT - 12}" font-size="12" text-anchor="middle">peak memory of a rank</text>'
+        f'<text x="14" y="{HEIGHT / 2}" font-size="12" transform="rotate(-90 14 {HEIGHT / 2})" text-anchor="middle">'
+        "step time</text></svg>"
+    )
+
+
+COLOURS: Final = ("#bfdbfe", "#fde68a", "#bbf7d0", "#fecaca", "#ddd6fe", "#fed7aa", "#a5f3fc", "#e5e7eb")
+CELL: Final = 34
+MOST_NODES: Final = 8
+
+
+def _mesh_picture(machine: Cluster, chosen: Chosen) -> str:
+    """The first nodes, a box for each rank: coloured by pipeline rank, named by its coordinates."""
+    mesh = chosen.plan.mesh
+    node = machine.devices_per(machine.levels[0])
+    num_nodes = min(MOST_NODES, -(-mesh.world_size // node))
+    cells = []
+    for rank in range(min(mesh.world_size, num_nodes * node)):
+        row, column = divmod(rank, node)
+        pp, dp, tp = (mesh.coordinate(rank, axis) for axis in ("pp", "dp", "tp"))
+        x, y = 70 + column * (2 * CELL + 4), 20 + row * (CELL + 6)
+        cells.append(
+            f'<rect x="{x}" y="{y}" width="{2 * CELL}" height="{CELL}" rx="4" fill="{COLOURS[pp % len(COLOURS)]}"/>'
+            f'<text x="{x + CELL}" y="{y + 21}" font-size="10" text-anchor="middle">p{pp} d{dp} t{tp}</text>'
+        )
+    names = "".join(
+        f'<text x="4" y="{41 + n * (CELL + 6)}" font-size="11">{escape(machine.levels[0].name)} {n}</text>'
+        for n in range(num_nodes)
+    )
+    left = mesh.world_size - num_nodes * node
+    more = f"<p>… and {left:,} more ranks.</p>" if left > 0 else ""
+    width, height = 80 + node * (2 * CELL + 4), 30 + num_nodes * (CELL + 6)
+    return (
+        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="ranks on nodes">{names}{"".join(cells)}</svg>'
+        f"<p>p: pipeline rank (colour), d: data-parallel rank, t: tensor-parallel rank.</p>{more}"
+    )

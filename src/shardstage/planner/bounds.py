@@ -1,0 +1,166 @@
+"""``bounds_of``: admissible lower bounds of the step time of all choices of a group at once.
+
+A choice's stages are not cut yet: whatever the cut, the slowest of p stages takes at least the mean and at least the heaviest unit, and
+so does what waits for ZeRO's gathers (by convexity), the optimizer and the memory of parameters.
+
+    seconds >= m × max(mean stage, heaviest unit) + bubble of mean stages + optimizer of a mean stage + the norm's sum
+
+The bubble's formula asks for means only (``cost.pipeline``). Exposed reductions of gradients count where there is no pipeline, as there a
+mean stage is the stage. Arrays are indexed [mesh, schedule, ZeRO].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from shardstage.cost.compute import moved_s, optimizer_s
+from shardstage.cost.links import LinkCosts, Links
+from shardstage.cost.memory import MOMENTS
+from shardstage.cost.pipeline import LATE_BUBBLES, SPLITTING
+from shardstage.layout import Mesh
+from shardstage.planner.chain import Chain
+from shardstage.planner.lattice import Lattice, MeshTable
+from shardstage.planner.space import Choice, Group, Schedule, Zero
+
+__all__ = ["Bounds", "bounds_of"]
+
+Array = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """``seconds`` and ``state_bytes`` are lower bounds; choices that the space does not have are infinite."""
+
+    group: Group
+    meshes: tuple[Mesh, ...]
+    schedules: tuple[Schedule, ...]
+    zeros: tuple[Zero, ...]
+    seconds: Array
+    state_bytes: Array
+
+    def choice(self, index: int) -> Choice:
+        mesh, schedule, zero = np.unravel_index(index, self.seconds.shape)
+        return Choice(
+            mesh=self.meshes[mesh],
+            group=self.group,
+            zero=self.zeros[zero],
+            schedule=self.schedules[schedule],
+        )
+
+    @property
+    def num_choices(self) -> int:
+        return int(np.isfinite(self.seconds).sum())
+
+
+def bounds_of(
+    lattice: Lattice, group: Group, chain: Chain, costs: LinkCosts, settings: BoundSettings
+) -> Bounds | None:
+    """Bounds of all choices of a group; None where it has none."""
+    meshes = lattice.table(group)
+    if meshes is None:
+        return None
+    table = _Table(group, chain, costs, settings, meshes, lattice.zeros)
+    seconds = np.stack([table.seconds(schedule) for schedule in lattice.schedules], axis=1)
+    seconds[~meshes.has] = np.inf
+    state = np.broadcast_to(table.state_bytes[:, None, :], seconds.shape)
+    return Bounds(group, meshes.meshes, lattice.schedules, lattice.zeros, seconds, state)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BoundSettings:
+    """What all choices share: bytes of an element computed with and in the optimizer, of a bucket."""
+
+    compute_bytes: int
+    master_bytes: int
+    bucket_bytes: int
+    least_factor: float = 1.0
+
+
+class _Table:
+    """One group's figures as arrays [mesh] or [mesh, ZeRO]."""
+
+    def __init__(
+        self,
+        group: Group,
+        chain: Chain,
+        costs: LinkCosts,
+        settings: BoundSettings,
+        meshes: MeshTable,
+        zeros: Sequence[Zero],
+    ) -> None:
+        self.settings = settings
+        self.chain = chain
+        n = chain.num_units
+        device = costs.cluster.device
+        c, w = settings.compute_bytes, settings.master_bytes
+        elements = chain.own[n] + sum(chain.profile.shared_elements.values())
+        experts = chain.experts[n]
+        forward, backward = chain.forward_s[n], chain.backward_s[n]
+        self.pp, talk = meshes.pp, meshes.talk
+        self.m = np.ceil(meshes.share / group.microbatch)
+        level = np.array([zero.level for zero in zeros], dtype=np.float64)[None, :]
+        is_near = np.array([zero.num_ranks is not None for zero in zeros])[None, :]
+        hidden = Links(costs.cluster, meshes.meshes[0], costs=costs).hidden_ratio
+        self.norm = talk.norm_s
+        pp = self.pp[:, None]
+        own, gathered = elements / pp, chain.own[n] / pp
+        num_buckets = np.maximum(1.0, np.floor(own * c / settings.bucket_bytes))
+        has_copies = (talk.replicas > 1)[:, None]
+
+        def shards_s(far: Array, near: Array, num_bytes: Array, calls: Array | float) -> Any:
+            latency, per_byte = (np.where(is_near, near[:, i : i + 1], far[:, i : i + 1]) for i in (0, 1))
+            return has_copies * (calls * latency + num_bytes * per_byte)
+
+        def copies_s(num_bytes: Array, calls: Array | float) -> Any:
+            each = calls * talk.copies[:, :1] + num_bytes / talk.near_ranks[:, None] * talk.copies[:, 1:]
+            return has_copies * np.where(is_near, each, 0.0)
+
+        gather = shards_s(talk.gather, talk.near_gather, gathered * c, 1.0)
+        scatter = shards_s(talk.scatter, talk.near_scatter, gathered * w, 1.0) + copies_s(gathered * w, 1.0)
+        again = np.where(level == 3, gather, 0.0)
+        waits_f = np.where(level >= 2, np.maximum(0.0, gather - hidden * forward / pp), 0.0)
+        waits_b = np.where(level >= 2, np.maximum(0.0, again + scatter - hidden * backward / pp), 0.0)
+        after = np.where(level == 1, shards_s(talk.gather, talk.near_gather, own * c, num_buckets), 0.0)
+        reduced = has_copies * (num_buckets * talk.reduce[:, :1] + own * w * talk.reduce[:, 1:])
+        cut = shards_s(talk.scatter, talk.near_scatter, own * w, num_buckets) + copies_s(own * w, num_buckets)
+        summed = np.where(level == 0, reduced, cut)
+        exposed = np.where(level < 2, np.maximum(0.0, summed - hidden * backward), 0.0)
+        after = after + np.where(pp == 1, exposed, 0.0)
+        shards = np.where(
+            level == 0, 1.0, np.where(is_near, talk.near_ranks[:, None], talk.replicas[:, None])
+        )
+        expert_shards = np.maximum(1, np.floor(shards / group.ep))
+        part = ((elements - experts) / shards + experts / expert_shards) / pp
+        added = np.where(level >= 2, part, elements / pp) * np.where(self.m[:, None] > 1, 1.0, 0.0)
+        accumulation = added * (moved_s(c + 2.0 * w, device))
+        self.forward = forward / pp + waits_f
+        self.backward = backward / pp + waits_b + accumulation
+        self.after = after + part * optimizer_s(1, w, 0, device) + self.norm[:, None]
+        whole = np.where(level == 3, 0.0, elements / pp)
+        gradients = np.where(level >= 2, part * w, elements / pp * w + np.where(level == 1, part * w, 0.0))
+        master = np.where((level >= 2) | (c != w), part * w, 0.0)
+        self.state_bytes = whole * c + gradients + master + MOMENTS * part * w
+        saved = chain.saved["full"][n] / pp
+        self.state_bytes = self.state_bytes + saved
+
+    def seconds(self, schedule: Schedule) -> Any:
+        """[mesh, ZeRO]"""
+        v, m, p = schedule.per_rank, self.m[:, None], self.pp[:, None]
+        mean = self.forward + self.backward
+        slowest = np.maximum(mean, self.chain.slowest_unit_s)
+        if schedule.name in ("1f1b", "gpipe"):
+            total = (m - 1) * slowest + p * mean
+        else:
+            forward, backward = self.forward / v, self.backward / v
+            if schedule.name in SPLITTING:
+                late = LATE_BUBBLES.get(schedule.name, 0.0) * np.maximum(0.0, 2 * p - m) / p
+                bubble = (p - 1) * forward * (1 + late)
+            else:
+                bubble = (p - 1) * (forward + backward)
+            total = m * slowest + bubble
+        return self.settings.least_factor * (total + self.after)

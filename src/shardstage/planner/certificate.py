@@ -1,0 +1,88 @@
+"""``Certificate``: why no plan of the space is better, in numbers that a second routine checks.
+
+enumerated = priced + does not fit + by bound + by memory
+gap        = (cost - best bound) / cost, where the best bound is the least of a choice that was not priced; 0 where it is no less
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from shardstage.cluster import Cluster
+from shardstage.graph import ModelGraph
+from shardstage.graph.file import fingerprint
+from shardstage.planner.space import Space
+
+__all__ = ["Certificate", "Counts"]
+
+
+@dataclass
+class Counts:
+    """How choices were dealt with: priced exactly, found not to fit at any cut, left out by a bound on time or on memory."""
+
+    priced: int = 0
+    unfit: int = 0
+    by_bound: int = 0
+    by_memory: int = 0
+
+    @property
+    def enumerated(self) -> int:
+        return self.priced + self.unfit + self.by_bound + self.by_memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class Certificate:
+    """The proof of a search; hashes say what was searched."""
+
+    graph: str
+    cluster: str
+    space: str
+    limit_bytes: int
+    cost_s: float
+    best_bound_s: float
+    priced: int
+    unfit: int
+    by_bound: int
+    by_memory: int
+
+    @staticmethod
+    def of(
+        *,
+        graph: ModelGraph,
+        cluster: Cluster,
+        space: Space,
+        limit_bytes: int,
+        cost_s: float,
+        counts: Counts,
+        best_bound_s: float,
+    ) -> Certificate:
+        return Certificate(
+            graph=fingerprint(graph),
+            cluster=cluster_hash(cluster),
+            space=space.fingerprint,
+            limit_bytes=limit_bytes,
+            cost_s=cost_s,
+            best_bound_s=min(cost_s, best_bound_s),
+            priced=counts.priced,
+            unfit=counts.unfit,
+            by_bound=counts.by_bound,
+            by_memory=counts.by_memory,
+        )
+
+    @property
+    def enumerated(self) -> int:
+        return self.priced + self.unfit + self.by_bound + self.by_memory
+
+    @property
+    def gap(self) -> float:
+        """How much faster an unpriced choice might be, as a share of the cost."""
+        return max(0.0, 1.0 - self.best_bound_s / self.cost_s)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "enumerated": self.enumerated, "gap": self.gap}
+
+
+def cluster_hash(cluster: Cluster) -> str:
+    return hashlib.sha256(cluster.to_toml().encode()).hexdigest()[:16]

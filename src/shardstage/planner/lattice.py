@@ -1,0 +1,154 @@
+"""``Lattice``: the meshes of a space with what talking over them costs, as arrays, computed once for each (tp, cp).
+
+Which of them a group has depends on its microbatch and its experts alone: a mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from shardstage.cluster import CollectiveKind
+from shardstage.cost.links import LinkCosts
+from shardstage.layout import Mesh
+from shardstage.planner.space import Group, Schedule, Space, Zero
+
+__all__ = ["Lattice", "MeshTable", "Talk"]
+
+Array = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Talk:
+    """For each mesh seconds before the first byte and for each byte of collectives, [mesh, 2], and how many ranks they are over.
+
+    ``near`` are those that ZeRO cuts over within a node, ``copies`` the groups that hold the same parts.
+    """
+
+    replicas: Array
+    near_ranks: Array
+    gather: Array
+    scatter: Array
+    reduce: Array
+    near_gather: Array
+    near_scatter: Array
+    copies: Array
+    norm_s: Array
+
+
+@dataclass(frozen=True)
+class MeshTable:
+    """``has`` [mesh, schedule, ZeRO] says what the space offers; ``share`` are the samples of the fullest data-parallel rank."""
+
+    meshes: tuple[Mesh, ...]
+    pp: Array
+    dp: Array
+    share: Array
+    talk: Talk
+    has: npt.NDArray[np.bool_]
+
+    def at(self, mask: Any) -> MeshTable:
+        """The meshes that the mask keeps."""
+        talk = Talk(**{name: getattr(self.talk, name)[mask] for name in Talk.__dataclass_fields__})
+        meshes = tuple(mesh for mesh, is_kept in zip(self.meshes, mask, strict=True) if is_kept)
+        return MeshTable(meshes, self.pp[mask], self.dp[mask], self.share[mask], talk, self.has[mask])
+
+
+class Lattice:
+    """The meshes of a space for a model of ``num_units`` units."""
+
+    def __init__(self, space: Space, costs: LinkCosts, num_units: int) -> None:
+        self.space = space
+        self.schedules: tuple[Schedule, ...] = space.schedules
+        self.zeros: tuple[Zero, ...] = _all_zeros(space)
+        self._costs = costs
+        self._num_units = num_units
+        self._tables: dict[tuple[int, int], MeshTable | None] = {}
+
+    def table(self, group: Group) -> MeshTable | None:
+        """The meshes of a group; None where it has none."""
+        whole = self._whole(group.tp, group.cp)
+        if whole is None:
+            return None
+        mask = self._mask(whole, group)
+        return whole.at(mask) if mask.any() else None
+
+    def num_choices(self, group: Group) -> int:
+        whole = self._whole(group.tp, group.cp)
+        return 0 if whole is None else int(whole.has[self._mask(whole, group)].sum())
+
+    def _mask(self, whole: MeshTable, group: Group) -> Any:
+        return self.space.takes(group, whole.dp, whole.share)
+
+    def _whole(self, tp: int, cp: int) -> MeshTable | None:
+        if (tp, cp) not in self._tables:
+            self._tables[tp, cp] = self._made(tp, cp)
+        return self._tables[tp, cp]
+
+    def _made(self, tp: int, cp: int) -> MeshTable | None:
+        space = self.space
+        meshes = [
+            Mesh(pp=mesh.pp, dp=mesh.dp, tp=tp, cp=cp, order=order)
+            for mesh in space.meshes(tp, cp)
+            for order in space.orders_of(mesh)
+            if mesh.pp <= self._num_units
+        ]
+        if not meshes:
+            return None
+        has = np.zeros((len(meshes), len(self.schedules), len(self.zeros)), dtype=bool)
+        for i, mesh in enumerate(meshes):
+            zeros = space.zeros_of(mesh)
+            offered = space.schedules_of(mesh.pp)
+            z = [zero in zeros for zero in self.zeros]
+            s = [each in offered and mesh.pp * each.per_rank <= self._num_units for each in self.schedules]
+            has[i] = np.outer(s, z)
+        dp = np.array([mesh.dp for mesh in meshes], dtype=np.float64)
+        return MeshTable(
+            meshes=tuple(meshes),
+            pp=np.array([mesh.pp for mesh in meshes], dtype=np.float64),
+            dp=dp,
+            share=np.ceil(space.global_batch / dp),
+            talk=_talk(self._costs, meshes, space.node_size),
+            has=has,
+        )
+
+
+def _all_zeros(space: Space) -> tuple[Zero, ...]:
+    levels = [Zero(level) for level in space.zeros]
+    near = sorted({max(1, space.node_size // tp) for tp in space.tps})
+    return (*levels, *(Zero(level, n) for n in near if n > 1 for level in space.zeros if level))
+
+
+def _talk(costs: LinkCosts, meshes: Sequence[Mesh], node_size: int) -> Talk:
+    rows = []
+    for mesh in meshes:
+        stride, replicas = mesh.stride("cp" if mesh.cp > 1 else "dp"), mesh.num_replicas
+        near = max(1, node_size // mesh.tp)
+        near = near if replicas % near == 0 else 1
+        rows.append(
+            (
+                *(replicas, near),
+                *_linear(costs, "all_gather", replicas, stride),
+                *_linear(costs, "reduce_scatter", replicas, stride),
+                *_linear(costs, "all_reduce", replicas, stride),
+                *_linear(costs, "all_gather", near, stride),
+                *_linear(costs, "reduce_scatter", near, stride),
+                *_linear(costs, "all_reduce", replicas // near, stride * near),
+                costs.cost("all_reduce", mesh.world_size, 1).latency_s,
+            )
+        )
+    table = np.array(rows)
+    pairs = {name: table[:, 2 + 2 * i : 4 + 2 * i] for i, name in enumerate(_PAIRS)}
+    return Talk(replicas=table[:, 0], near_ranks=table[:, 1], norm_s=table[:, 14], **pairs)
+
+
+_PAIRS = ("gather", "scatter", "reduce", "near_gather", "near_scatter", "copies")
+
+
+def _linear(costs: LinkCosts, kind: CollectiveKind, count: int, stride: int) -> tuple[float, float]:
+    cost = costs.cost(kind, count, stride)
+    return cost.latency_s, 1.0 / cost.bytes_per_s

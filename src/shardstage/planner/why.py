@@ -1,0 +1,187 @@
+"""``alternatives``: what one other decision would cost, and why it was not taken; ``front``: what less memory costs.
+
+An alternative is the best plan with one decision changed and its stages cut anew: twice or half the tensor-parallel ranks, another ZeRO
+level, another schedule. Its reason names the cause that grew most, or the memory that it lacks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Final
+
+from shardstage.cost import Prediction, rank_memory
+from shardstage.cost.balance import balanced
+from shardstage.errors import PlanError
+from shardstage.layout import AXES, Mesh
+from shardstage.plan import Plan, shorthand
+from shardstage.planner.pricing import Priced
+from shardstage.planner.search import Searcher, SearchResult
+from shardstage.planner.space import Choice, Schedule, Zero
+from shardstage.units import format_bytes, format_ratio
+
+__all__ = ["Alternative", "Point", "alternatives", "front"]
+
+FRONT_RATIOS: Final = (1.0, 0.8, 0.65, 0.5, 0.4, 0.3, 0.22, 0.16)
+"""Shares of the memory limit that the front is searched at."""
+
+CAUSES: Final = {
+    "products": "matrix products do worse",
+    "memory": "more memory traffic",
+    "host": "launches hold the device up",
+    "tp": "more waiting inside layers",
+    "dp": "gradients and parameters are waited for",
+    "pp": "a longer pipeline bubble",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Alternative:
+    """A decision that was not taken: ``change`` says it (``tp 8 → 16``), ``reason`` why not; the price where it fits."""
+
+    change: str
+    reason: str
+    prediction: Prediction | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """A plan of the front: nothing faster holds less."""
+
+    plan: Plan
+    text: str
+    prediction: Prediction
+
+
+def alternatives(searcher: Searcher, found: SearchResult) -> tuple[Alternative, ...]:
+    """Every single change of the best plan's decisions, cheapest first."""
+    best = found.priced
+    told = []
+    for change, choice in _changed(searcher, best):
+        priced = searcher.pricing.price(choice, found.limit_bytes)
+        if priced is None:
+            reason = _excess(searcher, choice, found.limit_bytes)
+            told.append(Alternative(change=change, reason=reason, prediction=None))
+        else:
+            told.append(
+                Alternative(
+                    change=change, reason=_slower(searcher, best, priced), prediction=priced.prediction
+                )
+            )
+    return tuple(
+        sorted(told, key=lambda a: (a.prediction is None, a.prediction.step_time_s if a.prediction else 0.0))
+    )
+
+
+def front(searcher: Searcher, limit_bytes: int) -> tuple[Point, ...]:
+    """The fastest plans under ever less memory, each with its proof; a point that another one beats in both is left out."""
+    points: list[Point] = []
+    for ratio in FRONT_RATIOS:
+        limit = int(limit_bytes * ratio)
+        if points and points[-1].prediction.peak_bytes <= limit:
+            continue
+        try:
+            found = searcher.best(limit)
+        except PlanError:
+            break
+        text = shorthand(found.best, default_precision=searcher.precision)
+        points.append(Point(plan=found.best, text=text, prediction=found.prediction))
+    return tuple(points)
+
+
+def _changed(searcher: Searcher, best: Priced) -> Iterator[tuple[str, Choice]]:
+    """The choice with one decision changed, as far as it exists for so many ranks."""
+    choice, space = best.choice, searcher.space
+    mesh, group = choice.mesh, choice.group
+    for name in ("tp", "pp", "cp"):
+        size = mesh.size(name)
+        for other in (2 * size, size // 2):
+            if other >= 1 and (changed := _with_axis(searcher, choice, name, other)) is not None:
+                yield f"{name} {size} → {other}", changed
+    for zero in space.zeros_of(mesh):
+        if zero != choice.zero:
+            yield f"zero {_zero_text(choice.zero)} → {_zero_text(zero)}", replace(choice, zero=zero)
+    for schedule in _schedules(searcher, choice):
+        yield (
+            f"schedule {_schedule_text(choice.schedule)} → {_schedule_text(schedule)}",
+            replace(choice, schedule=schedule),
+        )
+    for microbatch in (2 * group.microbatch, group.microbatch // 2):
+        changed_group = group._replace(microbatch=microbatch)
+        share = -(-space.global_batch // mesh.dp)
+        if microbatch in space.microbatches and bool(space.takes(changed_group, mesh.dp, share)):
+            yield f"mb {group.microbatch} → {microbatch}", replace(choice, group=changed_group)
+    if mesh.tp > 1:
+        flipped = group._replace(is_sequence_parallel=not group.is_sequence_parallel)
+        yield ("no sp" if group.is_sequence_parallel else "sp"), replace(choice, group=flipped)
+    if mesh.order == AXES and len(space.orders_of(mesh)) > 1:
+        yield "dp outside pp", replace(choice, mesh=replace(mesh, order=space.orders[1]))
+
+
+def _with_axis(searcher: Searcher, choice: Choice, axis: str, size: int) -> Choice | None:
+    space, mesh, group = searcher.space, choice.mesh, choice.group
+    sizes = {"tp": mesh.tp, "pp": mesh.pp, "cp": mesh.cp, axis: size}
+    dp = min(space.num_ranks // (sizes["tp"] * sizes["pp"] * sizes["cp"]), space.global_batch)
+    offered = {"tp": space.tps, "pp": space.pps, "cp": space.cps}[axis]
+    if size not in offered or dp < 1:
+        return None
+    changed = Mesh(pp=sizes["pp"], dp=dp, tp=sizes["tp"], cp=sizes["cp"])
+    share = -(-space.global_batch // dp)
+    other = group._replace(
+        tp=sizes["tp"], cp=sizes["cp"], is_sequence_parallel=group.is_sequence_parallel and sizes["tp"] > 1
+    )
+    sized = sorted(space.microbatches, key=lambda b: abs(b - group.microbatch))
+    fitting = next((b for b in sized if bool(space.takes(other._replace(microbatch=b), dp, share))), None)
+    if fitting is None:
+        return None
+    zero = choice.zero if choice.zero in space.zeros_of(changed) else space.zeros_of(changed)[0]
+    schedule = choice.schedule if sizes["pp"] > 1 else Schedule("1f1b", 1)
+    if sizes["pp"] * schedule.per_rank > searcher.num_units:
+        return None
+    return Choice(mesh=changed, group=other._replace(microbatch=fitting), zero=zero, schedule=schedule)
+
+
+def _schedules(searcher: Searcher, choice: Choice) -> Iterator[Schedule]:
+    """One of each other kind, with the fewest stages a rank."""
+    names = {choice.schedule.name}
+    for schedule in searcher.space.schedules_of(choice.mesh.pp):
+        if schedule.name not in names and choice.mesh.pp * schedule.per_rank <= searcher.num_units:
+            names.add(schedule.name)
+            yield schedule
+
+
+def _slower(searcher: Searcher, best: Priced, other: Priced) -> str:
+    """By how much, and the cause that grew most."""
+    ratio = other.seconds / best.seconds - 1
+    if ratio <= 0:
+        return "as fast"
+    grown = {
+        cause: other.prediction.parts[cause] - best.prediction.parts[cause] for cause in best.prediction.parts
+    }
+    cause = max(grown, key=grown.__getitem__)
+    text = f"{format_ratio(ratio)} slower: {CAUSES[cause]}"
+    cluster = searcher.cluster
+    near = cluster.devices_per(cluster.levels[0])
+    if cause == "tp" and other.choice.mesh.tp > near:
+        text += f", which leaves the {cluster.levels[0].name} of {near}"
+    return text
+
+
+def _excess(searcher: Searcher, choice: Choice, limit_bytes: int) -> str:
+    """The fullest rank where everything is recomputed."""
+    profile = searcher.pricing.chain(choice.group).profile
+    setup = replace(searcher.pricing.setup(choice), recompute=searcher.pricing.modes[-1])
+    weights = [unit.forward_s + unit.backward_s for unit in profile.units]
+    setup = replace(setup, starts=balanced(weights, setup.num_stages))
+    peaks = [rank_memory(profile, setup, rank).total_bytes for rank in range(setup.mesh.pp)]
+    fullest = peaks.index(max(peaks))
+    where = f"pipeline rank {fullest} at " if setup.mesh.pp > 1 else ""
+    return f"does not fit: {where}{format_bytes(peaks[fullest])} of {format_bytes(limit_bytes)}"
+
+
+def _zero_text(zero: Zero) -> str:
+    return str(zero.level) if zero.num_ranks is None else f"{zero.level} over {zero.num_ranks}"
+
+
+def _schedule_text(schedule: Schedule) -> str:
+    return schedule.name if schedule.per_rank == 1 else f"{schedule.name} v={schedule.per_rank}"
