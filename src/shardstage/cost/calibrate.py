@@ -7,8 +7,8 @@ The factors are the most probable ones: least squares of the logarithms with a r
 A run moves a factor by the share that its cause has of the run, a cause that no run has keeps 1.
 
 Both variances come from the runs (MacKay, "Bayesian Interpolation", Neural Computation 4, 1992, §4), with γ the number of factors that
-the runs determine. The built-in spread σ₀ of predictions, which is over runs of many clusters, counts as six factors and six runs, as many as
-there are factors to be found: a single run cannot tell whether it or its cluster is odd.
+the runs determine. The built-in spread σ₀ of predictions, which is over runs of many clusters, counts as six factors and six runs, as
+many as there are factors to be found: a single run cannot tell whether it or its cluster is odd.
 
 τ² = (6 σ₀² + Σ log² f_c) / (6 + γ)           before any run τ = σ₀: a step of two equal causes has half of σ₀² by its factors,
 σ² = (6 σ₀² / 2 + Σ ε_r²) / (6 + n - γ)       and the other half of its own
