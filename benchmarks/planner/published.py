@@ -11,17 +11,15 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from models import Decoder, Kernels, Shape
-
 from shardstage.cluster import Cluster, load
 from shardstage.cost import (
-    Execution,
     Folded,
     Links,
     Prediction,
     Profile,
     Profiler,
     StepSetup,
+    UnitCost,
     fold,
     predict_step,
     stage_times,
@@ -33,15 +31,14 @@ from shardstage.graph.source import ModelSource
 from shardstage.graph.tasks import causal_task
 from shardstage.layout import Mesh
 
+from frameworks import LOSS_BYTES, Framework, framework_of
+from models import Decoder, Kernels, Shape
+
 __all__ = [
     "DATA",
-    "DEEPSPEED_MEGATRON",
-    "MEGATRON_LOSS_BYTES",
-    "Framework",
     "Job",
     "cluster_of_gpu",
-    "framework_of",
-    "is_priced",
+    "is_ours",
     "job_of",
     "measured_s",
     "microbatches_of",
@@ -57,99 +54,12 @@ CAPTURED_LAYERS = 3
 PRESETS = {"A100-80GB": "a100-80", "A100-40GB": "a100-40", "H100-80GB": "h100"}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Framework:
-    """What a group's software did: kernels, whether pointwise chains were compiled, and the step around them.
-
-    ``loss_bytes`` are moved forward for each logit beyond what a cross-entropy of float32 logits moves.
-    """
-
-    kernels: Kernels
-    is_compiled: bool
-    execution: Execution
-    loss_bytes: float = 0.0
-    bucket_bytes: int = 200 * 2**20
-
-
-MEGATRON_2021 = Execution(
-    accumulation_bytes=6.0,  # param.grad += grad in fp16: no contiguous fp32 buffer yet
-    wire_bytes=2.0,
-    overlaps_gradients=False,  # DDP "local": all_reduce after the last microbatch
-    overlaps_sends=False,  # send_forward_recv_backward waits
-    scatters_sends=True,  # SC21 §4.1, scatter/gather optimisation
-)
-MEGATRON_LOSS_BYTES = 24.0
-"""core/tensor_parallel/cross_entropy.py: maximum (4), subtraction (8), exponentials (8), their sum (4), division (8), where one kernel
-reads float32 logits and writes their logarithms (8)."""
-
-DEEPSPEED_MEGATRON = replace(MEGATRON_2021, scatters_sends=False)
-FSDP = Execution(accumulation_bytes=0.0, wire_bytes=4.0)
-INTERNEVO = Execution(accumulation_bytes=6.0, wire_bytes=2.0, overlaps_sends=False)
-ALEPH_ALPHA = replace(DEEPSPEED_MEGATRON, accumulation_bytes=10.0)
-
-
-def framework_of(row: dict[str, Any]) -> Framework:
-    group, plan = row["group"], row["plan"]
-    gated = row["model"]["mlp_mats"] == 3
-    if group.startswith("megatron"):
-        return Framework(
-            kernels=Kernels(attention="fused-softmax", dropout=0.1),
-            is_compiled=True,
-            execution=FSDP if plan["zero"] == 3 else MEGATRON_2021,
-            loss_bytes=MEGATRON_LOSS_BYTES,
-        )
-    if group == "zero-bubble":
-        return Framework(
-            kernels=Kernels(attention="fused-softmax", dropout=0.1),
-            is_compiled=True,
-            execution=MEGATRON_2021,
-            loss_bytes=MEGATRON_LOSS_BYTES,
-        )
-    if group.startswith("bloom"):
-        return Framework(
-            kernels=Kernels(attention="fused-softmax", dropout=0.1),
-            is_compiled=True,
-            execution=DEEPSPEED_MEGATRON,
-            loss_bytes=MEGATRON_LOSS_BYTES,
-        )
-    if group == "hagemann-2023":
-        kernel = plan["attention_kernel"]
-        return Framework(
-            kernels=Kernels(
-                attention=_HAGEMANN_ATTENTION[kernel.split(" ")[0]],
-                norm="rms" if "RMS" in kernel else "eager-rms",
-                is_rotary=True,
-                has_bias=False,
-            ),
-            is_compiled=False,
-            execution=ALEPH_ALPHA,
-        )
-    return Framework(
-        kernels=Kernels(
-            attention="flash-triton" if group == "mosaic-llm-foundry" else "flash",
-            norm="rms" if gated else "layer",
-            is_rotary=gated,
-            has_bias=False,
-        ),
-        is_compiled=bool(plan.get("compile")),
-        execution=INTERNEVO if group == "internevo" else FSDP,
-    )
-
-
-_HAGEMANN_ATTENTION: dict[str, Any] = {
-    "torch": "written-out",
-    "fused": "fused-softmax",
-    "flash_attentionv1.0.8": "flash-1",
-    "flash_attention2": "flash",
-}
-
-
 def rows() -> Iterator[dict[str, Any]]:
     text = (DATA / "published-runs" / "runs.jsonl").read_text(encoding="utf-8")
     yield from (json.loads(line) for line in text.splitlines())
 
 
-def is_priced(row: dict[str, Any]) -> bool:
+def is_ours(row: dict[str, Any]) -> bool:
     """Whether a row is a timed run of what the cost model knows: dense decoders in 16 bits on devices with a preset."""
     plan, model = row["plan"], row["model"]
     return (
@@ -262,20 +172,51 @@ def predict(job: Job, units: Profile | None = None) -> Prediction:
 
 def profile_of(job: Job) -> Profile:
     """Costs of all units of a job's model for one microbatch."""
-    few, device = _few(job.shape), job.cluster.device
+    few = _few(job.shape)
     node = replace(job.cluster, num_devices=max(8, job.mesh.tp))  # where tensor parallelism stays
     profiler = _profiler(few, job.framework, node, job.mesh.tp, job.sequence, job.is_sequence_parallel)
     microbatch, _ = microbatches_of(job)
     kept = profiler.at(microbatch)
-    num_logits = microbatch * job.sequence * job.shape.vocab / job.mesh.tp
-    head = kept.units[-1]
-    head = replace(head, forward_s=head.forward_s + moved_s(job.framework.loss_bytes * num_logits, device))
-    *first, last = kept.units[:-1]
+    *first, last = (_with_gates(unit, job, microbatch) for unit in kept.units[:-1])
     more = job.shape.layers - few.layers
     return replace(
         kept,
-        units=(*first, *(last,) * (more + 1), head),
+        units=(*first, *(last,) * (more + 1), _with_loss(kept.units[-1], job, microbatch)),
         whole_flops=kept.whole_flops + more * last.forward_flops * job.mesh.tp,
+    )
+
+
+def _with_gates(unit: UnitCost, job: Job, microbatch: int) -> UnitCost:
+    """A layer whose framework sums the gradient of an MLP's input for each of its products."""
+    tp = job.mesh.tp
+    if (
+        tp == 1
+        or not job.framework.num_gates
+        or job.is_sequence_parallel
+        or not unit.kept["full"].recompute_s
+    ):
+        return unit
+    num_bytes = 2 * microbatch * job.sequence * job.shape.hidden
+    sum_s = job.cluster.collective("all_reduce", range(tp)).seconds(num_bytes)
+    return replace(unit, tp_backward_s=unit.tp_backward_s + job.framework.num_gates * sum_s)
+
+
+def _with_loss(head: UnitCost, job: Job, microbatch: int) -> UnitCost:
+    """The head and the loss, as the framework computes it."""
+    tp, device = job.mesh.tp, job.cluster.device
+    num_logits = microbatch * job.sequence * job.shape.vocab
+    head = replace(
+        head, forward_s=head.forward_s + moved_s(job.framework.loss_bytes * num_logits / tp, device)
+    )
+    if tp == 1 or not job.framework.gathers_logits:
+        return head
+    gather_s = job.cluster.collective("all_gather", range(tp)).seconds(2 * num_logits)
+    others = num_logits * (1 - 1 / tp)
+    return replace(
+        head,
+        forward_s=head.forward_s + moved_s(4 * num_logits + LOSS_BYTES * others, device),
+        backward_s=head.backward_s + moved_s(LOSS_BYTES * others, device),
+        tp_forward_s=head.tp_forward_s + gather_s,
     )
 
 
@@ -344,18 +285,22 @@ def cluster_of(hardware: dict[str, Any], num_devices: int) -> Cluster:
 
 @cache
 def _with_attention(cluster: Cluster, kernels: Kernels) -> Cluster:
-    """What earlier kernels reached of FlashAttention-2's rate: it is 1.7 to 3 times as fast as its first version, and 1.3 to 2.5 times as
-    that in Triton (Dao, "FlashAttention-2", 2023, §4.1)."""
+    """What earlier kernels reached of FlashAttention-2's rate."""
     model = cluster.device.kernels
-    factor = {"flash-1": 2.0, "flash-triton": 1.5}.get(kernels.attention)
-    if factor is None or model is None:
+    if kernels.attention not in SLOWER_ATTENTION or model is None:
         return cluster
+    factor = SLOWER_ATTENTION[kernels.attention]
     slower = replace(
         model,
         attention_forward_ratio=model.attention_forward_ratio / factor,
         attention_backward_ratio=model.attention_backward_ratio / factor,
     )
     return replace(cluster, device=replace(cluster.device, kernels=slower))
+
+
+SLOWER_ATTENTION = {"flash-1": 2.0, "flash-triton": 1.5}
+"""FlashAttention-2 is around 2 times as fast as its first version and 1.3 to 2.5 times as that in Triton (Dao, "FlashAttention-2", 2023,
+§4.1)."""
 
 
 def _few(shape: Shape) -> Shape:

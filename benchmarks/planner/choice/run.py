@@ -21,9 +21,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "vtrain"))
 
-from published import DATA, Job, is_priced, job_of, measured_s, predict, rows
 from runs import Factors, fitted, is_held_out, predicted_s, read_runs
 from scipy.stats import spearmanr
+
+from published import DATA, Job, is_ours, job_of, measured_s, predict, rows
 
 MIN_PLANS = 3
 
@@ -99,7 +100,7 @@ def _grouped(choices: Iterable[Choice]) -> dict[tuple[Any, ...], list[Choice]]:
 
 def _published(group: str) -> Iterator[Choice]:
     for row in rows():
-        if row["group"].startswith(group) and is_priced(row):
+        if row["group"].startswith(group) and is_ours(row):
             job = job_of(row)
             yield Choice(
                 group=_group_of(job),

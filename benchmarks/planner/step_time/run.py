@@ -10,6 +10,7 @@ import statistics
 import sys
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -30,7 +31,8 @@ def main() -> None:
             continue
         prediction = predict(job_of(row))
         error = prediction.step_time_s / measured_s(row) - 1
-        errors[group_of(row)].append(error)
+        for name in dict.fromkeys((group_of(row), _source_of(row))):
+            errors[name].append(error)
         if arguments.rows:
             p = prediction
             print(
@@ -49,7 +51,14 @@ def main() -> None:
         )
 
 
-def group_of(row: dict) -> str:
+def _source_of(row: dict[str, Any]) -> str:
+    """All of a source's runs where it is cut into several groups; what is not alike is not summed up."""
+    is_cut = row["group"] in ("mosaic-llm-foundry", "hagemann-2023")
+    return f"{row['group']}, all" if is_cut else group_of(row)
+
+
+def group_of(row: dict[str, Any]) -> str:
+    """The runs that share software, devices and kernels."""
     name = f"{row['group']} {row['hardware']['gpu']}"
     if row["group"] == "megatron-sc21":
         return f"{name} {'ZeRO-3' if row['plan']['zero'] == 3 else 'PTD-P'}"

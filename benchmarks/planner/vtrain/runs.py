@@ -19,23 +19,21 @@ from functools import cache, lru_cache
 from typing import NamedTuple
 
 import numpy as np
+from scipy.optimize import least_squares
+from shardstage.cluster import Cluster
+from shardstage.cost import Links, Profile, UnitCost, predict_step
+from shardstage.layout import Mesh
+
+from frameworks import DEEPSPEED_MEGATRON, MEGATRON_LOSS_BYTES, Framework
 from models import Kernels, Shape
 from published import (
     DATA,
-    DEEPSPEED_MEGATRON,
-    MEGATRON_LOSS_BYTES,
-    Framework,
     Job,
     cluster_of_gpu,
     microbatches_of,
     profile_of,
     setup_of,
 )
-from scipy.optimize import least_squares
-
-from shardstage.cluster import Cluster
-from shardstage.cost import Links, Profile, UnitCost, predict_step
-from shardstage.layout import Mesh
 
 __all__ = ["FILE", "TRAINING_MODELS", "Factors", "Run", "fitted", "is_held_out", "predicted_s", "read_runs"]
 
@@ -95,7 +93,8 @@ def fitted(runs: Sequence[Run]) -> Factors:
     measured = np.log([run.measured_s for run in some])
 
     def misses(logs: np.ndarray) -> np.ndarray:
-        return np.log(predicted_s(some, Factors(*np.exp(logs)))) - measured
+        missed: np.ndarray = np.log(predicted_s(some, Factors(*np.exp(logs)))) - measured
+        return missed
 
     start = np.log((1.0, 1.0, 1.0, 1.0, 1.0, 0.5))
     found = least_squares(misses, start, loss="soft_l1", f_scale=0.1, diff_step=0.02, max_nfev=15)

@@ -1,0 +1,112 @@
+"""What the software of published runs did: which kernels ran, and the step around them.
+
+Each field is a fact that can be read in a framework's code or documents, never a number fitted to its times.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from shardstage.cost import Execution
+
+from models import Kernels
+
+__all__ = ["DEEPSPEED_MEGATRON", "LOSS_BYTES", "MEGATRON_LOSS_BYTES", "Framework", "framework_of"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Framework:
+    """What a group's software did: kernels, whether pointwise chains were compiled, and the step around them.
+
+    ``loss_bytes`` are moved forward for each logit beyond what a cross-entropy of float32 logits moves. Where a framework
+    ``gathers_logits``, each tensor-parallel rank computes the whole vocabulary's loss; ``num_gates`` are the column-parallel products of
+    an MLP that sum their input's gradient on their own, beyond the first.
+    """
+
+    kernels: Kernels
+    is_compiled: bool
+    execution: Execution
+    loss_bytes: float = 0.0
+    gathers_logits: bool = False
+    num_gates: int = 0
+    bucket_bytes: int = 200 * 2**20
+
+
+MEGATRON_2021 = Execution(
+    accumulation_bytes=6.0,  # param.grad += grad in fp16: no contiguous fp32 buffer yet
+    wire_bytes=2.0,
+    overlaps_gradients=False,  # DDP "local": all_reduce after the last microbatch
+    overlaps_sends=False,  # send_forward_recv_backward waits
+    scatters_sends=True,  # SC21 §4.1, scatter/gather optimisation
+)
+MEGATRON_LOSS_BYTES = 24.0
+"""core/tensor_parallel/cross_entropy.py: maximum (4), subtraction (8), exponentials (8), their sum (4), division (8), where one kernel
+reads float32 logits and writes their logarithms (8)."""
+
+LOSS_BYTES = 14.0
+"""Moved each way for a logit by the cast to float32 and the cross-entropy of that."""
+
+DEEPSPEED_MEGATRON = replace(MEGATRON_2021, scatters_sends=False)
+FSDP = Execution(accumulation_bytes=0.0, wire_bytes=4.0)
+INTERNEVO = Execution(accumulation_bytes=6.0, wire_bytes=2.0, overlaps_sends=False)
+ALEPH_ALPHA = replace(DEEPSPEED_MEGATRON, wire_bytes=4.0)
+"""Gradients are added up in bfloat16 and reduced in float32 (github.com/Aleph-Alpha/scaling core/optimizer/allreduce.py)."""
+
+
+def framework_of(row: dict[str, Any]) -> Framework:
+    group, plan = row["group"], row["plan"]
+    gated = row["model"]["mlp_mats"] == 3
+    if group.startswith("megatron"):
+        return Framework(
+            kernels=Kernels(attention="fused-softmax", dropout=0.1),
+            is_compiled=True,
+            execution=FSDP if plan["zero"] == 3 else MEGATRON_2021,
+            loss_bytes=MEGATRON_LOSS_BYTES,
+        )
+    if group == "zero-bubble":
+        return Framework(
+            kernels=Kernels(attention="fused-softmax", dropout=0.1),
+            is_compiled=True,
+            execution=MEGATRON_2021,
+            loss_bytes=MEGATRON_LOSS_BYTES,
+        )
+    if group.startswith("bloom"):
+        return Framework(
+            kernels=Kernels(attention="fused-softmax", dropout=0.1),
+            is_compiled=True,
+            execution=DEEPSPEED_MEGATRON,
+            loss_bytes=MEGATRON_LOSS_BYTES,
+        )
+    if group == "hagemann-2023":
+        kernel = plan["attention_kernel"]
+        return Framework(
+            kernels=Kernels(
+                attention=_HAGEMANN_ATTENTION[kernel.split(" ")[0]],
+                norm="rms" if "RMS" in kernel else "eager-rms",
+                is_rotary=True,
+                has_bias=False,
+            ),
+            is_compiled=False,
+            execution=ALEPH_ALPHA,
+            gathers_logits=True,  # transformer/model/layers/lm_head.py: parallel_output=False
+            num_gates=1,  # core/nn/mlp.py: dense_in and siglu_weight
+        )
+    return Framework(
+        kernels=Kernels(
+            attention="flash-triton" if group == "mosaic-llm-foundry" else "flash",
+            norm="rms" if gated else "layer",
+            is_rotary=gated,
+            has_bias=False,
+        ),
+        is_compiled=bool(plan.get("compile")),
+        execution=INTERNEVO if group == "internevo" else FSDP,
+    )
+
+
+_HAGEMANN_ATTENTION: dict[str, Any] = {
+    "torch": "written-out",
+    "fused": "fused-softmax",
+    "flash_attentionv1.0.8": "flash-1",
+    "flash_attention2": "flash",
+}
