@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from tests.cost.handmade import Sketch
+from tests.cost.toy import toy_graph
 
 from shardstage.cost.kernels import Kernel, KernelReader
+from shardstage.graph import Op, Ref, Value
 
 B, S, H = 2, 8, 4
 WHOLE = B * S * H * 2
@@ -205,3 +208,18 @@ def test_an_op_without_tensors_that_scale_stays_as_the_microbatch_grows() -> Non
     (forward, *_) = KernelReader(graph, lambda _: True).kernels(graph.ops[0])
     assert forward.sizes(7) == (S, H, H, 1)
     assert forward.moved_bytes(7) == forward.moved_bytes(1)
+
+
+def test_a_product_with_its_bias_before_the_factors_grows_with_the_microbatch() -> None:
+    """GPT-2's Conv1D is an addmm: its first tensor is the bias, which does not grow, and once no kernel did."""
+    values = {
+        "bias": Value(name="bias", shape=(6,), dtype="float32", kind="parameter", requires_grad=True),
+        "x": Value(name="x", shape=(2 * 16, 8), dtype="float32", kind="activation", requires_grad=True),
+        "w": Value(name="w", shape=(8, 6), dtype="float32", kind="parameter", requires_grad=True),
+        "y": Value(name="y", shape=(2 * 16, 6), dtype="float32", kind="activation", requires_grad=True),
+    }
+    op = Op(name="y", target="aten.addmm.default", args=(Ref("bias"), Ref("x"), Ref("w")), outputs=("y",))
+    graph = replace(toy_graph(num_layers=1), ops=(op,), values=values, microbatch=2)
+    kernels = KernelReader(graph, lambda name: values[name].kind == "parameter").kernels(op)
+    products = [kernel for kernel in kernels if kernel.kind == "product"]
+    assert [kernel.sizes(3) for kernel in products] == [(48, 6, 8, 1), (48, 8, 6, 1), (8, 6, 48, 1)]

@@ -156,7 +156,7 @@ class KernelReader:
             a_sample = causal * flops / self._graph.microbatch
             return Kernel("attention", is_backward, *moved, dtype=dtype, flops=a_sample)
         m, n, k, count = _shape(values, op, flops)
-        first = next(name for name in op.inputs if "float" in values[name].dtype)
+        first = _operands(op)[0]
         if is_expert(op):
             num_experts = values[op.inputs[1]].shape[0]
             rows = max(1, m // (num_experts * self._graph.microbatch))

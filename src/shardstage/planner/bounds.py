@@ -11,7 +11,7 @@ mean stage is the stage. Arrays are indexed [mesh, schedule, ZeRO].
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from shardstage.cost.compute import moved_s, optimizer_s
 from shardstage.cost.links import LinkCosts, Links
 from shardstage.cost.memory import MOMENTS
 from shardstage.cost.pipeline import LATE_BUBBLES, SPLITTING
+from shardstage.cost.profile import RECOMPUTES, Recompute
 from shardstage.layout import Mesh
 from shardstage.planner.chain import Chain
 from shardstage.planner.lattice import Lattice, MeshTable
@@ -58,13 +59,18 @@ class Bounds:
 
 
 def bounds_of(
-    lattice: Lattice, group: Group, chain: Chain, costs: LinkCosts, settings: BoundSettings
+    lattice: Lattice,
+    group: Group,
+    chain: Chain,
+    costs: LinkCosts,
+    settings: BoundSettings,
+    even_starts: Callable[[int], tuple[int, ...]],
 ) -> Bounds | None:
-    """Bounds of all choices of a group; None where it has none."""
+    """Bounds of all choices of a group; None where it has none. ``even_starts`` cuts several stages a rank."""
     meshes = lattice.table(group)
     if meshes is None:
         return None
-    table = _Table(group, chain, costs, settings, meshes, lattice.zeros)
+    table = _Table(group, chain, costs, settings, meshes, lattice.zeros, even_starts)
     seconds = np.stack([table.seconds(schedule) for schedule in lattice.schedules], axis=1)
     seconds[~meshes.has] = np.inf
     state = np.broadcast_to(table.state_bytes[:, None, :], seconds.shape)
@@ -79,6 +85,8 @@ class BoundSettings:
     master_bytes: int
     bucket_bytes: int
     least_factor: float = 1.0
+    limit_bytes: int = 0
+    modes: tuple[Recompute, ...] = RECOMPUTES
 
 
 class _Table:
@@ -92,7 +100,10 @@ class _Table:
         settings: BoundSettings,
         meshes: MeshTable,
         zeros: Sequence[Zero],
+        even_starts: Callable[[int], tuple[int, ...]],
     ) -> None:
+        self._even_starts = even_starts
+        self._least: dict[tuple[Recompute, int], float] = {}
         self.settings = settings
         self.chain = chain
         n = chain.num_units
@@ -145,22 +156,71 @@ class _Table:
         gradients = np.where(level >= 2, part * w, elements / pp * w + np.where(level == 1, part * w, 0.0))
         master = np.where((level >= 2) | (c != w), part * w, 0.0)
         self.state_bytes = whole * c + gradients + master + MOMENTS * part * w
-        saved = chain.saved["full"][n] / pp
+        saved = min(chain.saved[mode][n] for mode in settings.modes) / pp
         self.state_bytes = self.state_bytes + saved
 
     def seconds(self, schedule: Schedule) -> Any:
         """[mesh, ZeRO]"""
-        v, m, p = schedule.per_rank, self.m[:, None], self.pp[:, None]
+        if schedule.per_rank > 1:
+            return self._rounds_s(schedule)
+        m, p = self.m[:, None], self.pp[:, None]
         mean = self.forward + self.backward
         slowest = np.maximum(mean, self.chain.slowest_unit_s)
         if schedule.name in ("1f1b", "gpipe"):
             total = (m - 1) * slowest + p * mean
         else:
-            forward, backward = self.forward / v, self.backward / v
-            if schedule.name in SPLITTING:
-                late = LATE_BUBBLES.get(schedule.name, 0.0) * np.maximum(0.0, 2 * p - m) / p
-                bubble = (p - 1) * forward * (1 + late)
-            else:
-                bubble = (p - 1) * (forward + backward)
-            total = m * slowest + bubble
+            total = m * slowest + self._bubble_s(schedule, self.forward, self.backward)
         return self.settings.least_factor * (total + self.after)
+
+    def _rounds_s(self, schedule: Schedule) -> Any:
+        """Several stages a rank, which recompute alike: by the first mode that does not surely exceed the memory.
+
+        When the first microbatch comes back to the first rank, that has at least a whole round in flight: p microbatches on each of its
+        stages, or under a V p on one; none of its stages keeps less than the smallest.
+        """
+        v, m, p = schedule.per_rank, self.m[:, None], self.pp[:, None]
+        is_v = schedule.name in SPLITTING
+        held = np.minimum(m, p) * (1 if is_v else v)
+        found = np.full(self.forward.shape, np.inf)
+        open_ones = np.ones(self.forward.shape, dtype=bool)
+        for mode in self.settings.modes:
+            again = self.chain.recompute_s[mode][-1] / p
+            mean = self.forward + self.backward + again
+            slowest = np.maximum(mean, self.chain.slowest_unit_s)
+            bubble = self._bubble_s(schedule, self.forward / v, (self.backward + again) / v)
+            total = m * slowest + bubble + self.after
+            least = held * self._least_saved(mode, v)[:, None]
+            fits = open_ones & (least <= self.settings.limit_bytes)
+            found[fits] = total[fits]
+            open_ones &= ~fits
+        return self.settings.least_factor * found
+
+    def _least_saved(self, mode: Recompute, per_rank: int) -> Array:
+        """For each mesh what the smallest of its stages keeps of a microbatch."""
+        saved = self.chain.saved[mode]
+        found = np.zeros(len(self.pp))
+        by_stages = {
+            pp: self._known_least(saved, int(pp) * per_rank, mode)
+            for pp in set(self.pp.tolist())
+            if pp * per_rank <= self.chain.num_units
+        }
+        for i, pp in enumerate(self.pp.tolist()):
+            found[i] = by_stages.get(pp, 0.0)
+        return found
+
+    def _known_least(self, saved: Sequence[float], num_stages: int, mode: Recompute) -> float:
+        key = (mode, num_stages)
+        if key not in self._least:
+            starts = self._even_starts(num_stages)
+            stops = (*starts[1:], self.chain.num_units)
+            self._least[key] = min(
+                saved[stop] - saved[start] for start, stop in zip(starts, stops, strict=True)
+            )
+        return self._least[key]
+
+    def _bubble_s(self, schedule: Schedule, forward: Any, backward: Any) -> Any:
+        m, p = self.m[:, None], self.pp[:, None]
+        if schedule.name in SPLITTING:
+            late = LATE_BUBBLES.get(schedule.name, 0.0) * np.maximum(0.0, 2 * p - m) / p
+            return (p - 1) * forward * (1 + late)
+        return (p - 1) * (forward + backward)

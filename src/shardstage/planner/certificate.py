@@ -1,6 +1,6 @@
 """``Certificate``: why no plan of the space is better, in numbers that a second routine checks.
 
-enumerated = priced + does not fit + by bound + by memory
+enumerated = priced + does not fit + by bound + by memory + by rule
 gap        = (cost - best bound) / cost, where the best bound is the least of a choice that was not priced; 0 where it is no less
 """
 
@@ -20,16 +20,18 @@ __all__ = ["Certificate", "Counts"]
 
 @dataclass
 class Counts:
-    """How choices were dealt with: priced exactly, found not to fit at any cut, left out by a bound on time or on memory."""
+    """How choices were dealt with: priced exactly, found not to fit at any cut, left out by a bound on time or on memory, or
+    because another choice is as fast by the same formula and holds no more (``Space.dominated``)."""
 
     priced: int = 0
     unfit: int = 0
     by_bound: int = 0
     by_memory: int = 0
+    by_rule: int = 0
 
     @property
     def enumerated(self) -> int:
-        return self.priced + self.unfit + self.by_bound + self.by_memory
+        return self.priced + self.unfit + self.by_bound + self.by_memory + self.by_rule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +48,7 @@ class Certificate:
     unfit: int
     by_bound: int
     by_memory: int
+    by_rule: int
 
     @staticmethod
     def of(
@@ -69,11 +72,12 @@ class Certificate:
             unfit=counts.unfit,
             by_bound=counts.by_bound,
             by_memory=counts.by_memory,
+            by_rule=counts.by_rule,
         )
 
     @property
     def enumerated(self) -> int:
-        return self.priced + self.unfit + self.by_bound + self.by_memory
+        return self.priced + self.unfit + self.by_bound + self.by_memory + self.by_rule
 
     @property
     def gap(self) -> float:

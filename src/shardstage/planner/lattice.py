@@ -50,12 +50,21 @@ class MeshTable:
     share: Array
     talk: Talk
     has: npt.NDArray[np.bool_]
+    num_by_rule: npt.NDArray[np.int64]
 
     def at(self, mask: Any) -> MeshTable:
         """The meshes that the mask keeps."""
         talk = Talk(**{name: getattr(self.talk, name)[mask] for name in Talk.__dataclass_fields__})
         meshes = tuple(mesh for mesh, is_kept in zip(self.meshes, mask, strict=True) if is_kept)
-        return MeshTable(meshes, self.pp[mask], self.dp[mask], self.share[mask], talk, self.has[mask])
+        return MeshTable(
+            meshes,
+            self.pp[mask],
+            self.dp[mask],
+            self.share[mask],
+            talk,
+            self.has[mask],
+            self.num_by_rule[mask],
+        )
 
 
 class Lattice:
@@ -63,7 +72,7 @@ class Lattice:
 
     def __init__(self, space: Space, costs: LinkCosts, num_units: int) -> None:
         self.space = space
-        self.schedules: tuple[Schedule, ...] = space.schedules
+        self.schedules: tuple[Schedule, ...] = tuple(s for s in space.schedules if s not in space.dominated)
         self.zeros: tuple[Zero, ...] = _all_zeros(space)
         self._costs = costs
         self._num_units = num_units
@@ -80,6 +89,11 @@ class Lattice:
     def num_choices(self, group: Group) -> int:
         whole = self._whole(group.tp, group.cp)
         return 0 if whole is None else int(whole.has[self._mask(whole, group)].sum())
+
+    def num_by_rule(self, group: Group) -> int:
+        """How many choices of the group another one dominates."""
+        whole = self._whole(group.tp, group.cp)
+        return 0 if whole is None else int(whole.num_by_rule[self._mask(whole, group)].sum())
 
     def _mask(self, whole: MeshTable, group: Group) -> Any:
         return self.space.takes(group, whole.dp, whole.share)
@@ -100,12 +114,17 @@ class Lattice:
         if not meshes:
             return None
         has = np.zeros((len(meshes), len(self.schedules), len(self.zeros)), dtype=bool)
+        num_by_rule = np.zeros(len(meshes), dtype=np.int64)
+        dominated = space.dominated
         for i, mesh in enumerate(meshes):
             zeros = space.zeros_of(mesh)
             offered = space.schedules_of(mesh.pp)
             z = [zero in zeros for zero in self.zeros]
             s = [each in offered and mesh.pp * each.per_rank <= self._num_units for each in self.schedules]
             has[i] = np.outer(s, z)
+            num_by_rule[i] = sum(z) * sum(
+                each in dominated and mesh.pp * each.per_rank <= self._num_units for each in offered
+            )
         dp = np.array([mesh.dp for mesh in meshes], dtype=np.float64)
         return MeshTable(
             meshes=tuple(meshes),
@@ -114,6 +133,7 @@ class Lattice:
             share=np.ceil(space.global_batch / dp),
             talk=_talk(self._costs, meshes, space.node_size),
             has=has,
+            num_by_rule=num_by_rule,
         )
 
 

@@ -78,7 +78,8 @@ class Pricing:
         self._is_compiled = is_compiled
         self._profilers: dict[tuple[int, bool], Profiler] = {}
         self._chains: dict[Group, Chain] = {}
-        self._cuts: dict[tuple[int, int, Recompute], tuple[int, ...]] = {}
+        self._starts: dict[int, tuple[int, ...]] = {}
+        self._reference = 1 if graph.is_scalable else graph.microbatch
         self.least_factor = (
             1.0 if cluster.calibration is None else min(cluster.calibration.factors.values(), default=1.0)
         )
@@ -221,31 +222,24 @@ class Pricing:
         self, chain: Chain, setup: StepSetup, links: Links, limit_bytes: int, below_s: float
     ) -> StepSetup | None:
         """Several stages a rank: cut for balance, all recomputing alike, as little as fits."""
+        starts = self.even_starts(setup.num_stages)
         for mode in self.modes:
-            starts = self._balanced(chain, setup.num_stages, mode)
-            made = _with_stages(setup, starts, (mode,) * setup.num_stages)
             times = _stage_times(chain, starts, mode)
             least_s = pipeline_s(setup.schedule, times, setup.mesh.pp, setup.num_microbatches)
             if least_s * self.least_factor >= below_s:
                 raise TooSlow
+            made = _with_stages(setup, starts, (mode,) * setup.num_stages)
             ranks = (0, setup.mesh.pp - 1, *range(1, setup.mesh.pp - 1))[: setup.mesh.pp]
             if all(rank_memory(chain.profile, made, rank).total_bytes <= limit_bytes for rank in ranks):
                 return made
         return None
 
-    def _balanced(self, chain: Chain, num_stages: int, mode: Recompute) -> tuple[int, ...]:
-        key = (id(chain), num_stages, mode)
-        if key not in self._cuts:
-            weights = [
-                u.forward_s
-                + u.backward_s
-                + u.talk_s(forward=True)
-                + u.talk_s(forward=False)
-                + u.kept[mode].recompute_s
-                for u in chain.profile.units
-            ]
-            self._cuts[key] = balanced(weights, num_stages)
-        return self._cuts[key]
+    def even_starts(self, num_stages: int) -> tuple[int, ...]:
+        """Stages of equal seconds, for all choices alike: of what the units take one rank for one sample."""
+        if num_stages not in self._starts:
+            units = self.profiler(1, False).at(self._reference).units
+            self._starts[num_stages] = balanced([u.forward_s + u.backward_s for u in units], num_stages)
+        return self._starts[num_stages]
 
 
 class TooSlow(Exception):

@@ -13,7 +13,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Final
 
@@ -154,18 +154,24 @@ class Searcher:
             master_bytes=max(4, compute_bytes),
             bucket_bytes=Plan.bucket_bytes,
             least_factor=self.pricing.least_factor,
+            modes=self.pricing.modes,
         )
         self._bounds: dict[Group, Bounds | None] = {}
         self._order: list[tuple[float, Group]] = []
+        self._bounded_bytes = 0
         self._unit_bounds: dict[Group, float] = {}
         self.lattice = Lattice(self.space, self.pricing.costs, self.pricing.num_units)
 
     def best(self, limit_bytes: int) -> SearchResult:
         """The fastest plan within a limit; ``PlanError`` where nothing fits."""
+        if self._bounded_bytes != limit_bytes:
+            self._bounds, self._bounded_bytes = {}, limit_bytes
+        self._settings = replace(self._settings, limit_bytes=limit_bytes)
         found = _Found()
         queue: list[tuple[float, int, _Walk | Group]] = [
             (least_s, number, group) for number, (least_s, group) in enumerate(self._groups())
         ]
+        found.counts.by_rule = sum(self.lattice.num_by_rule(group) for _, group in self._groups())
         while queue:
             least_s, number, item = heapq.heappop(queue)
             if least_s >= found.best_s:
@@ -239,7 +245,12 @@ class Searcher:
     def _bounds_of(self, group: Group) -> Bounds | None:
         if group not in self._bounds:
             self._bounds[group] = bounds_of(
-                self.lattice, group, self.pricing.chain(group), self.pricing.costs, self._settings
+                self.lattice,
+                group,
+                self.pricing.chain(group),
+                self.pricing.costs,
+                self._settings,
+                self.pricing.even_starts,
             )
         return self._bounds[group]
 

@@ -137,6 +137,14 @@ class Space:
             levels += [Zero(level, near) for level in self.zeros if level]
         return tuple(levels)
 
+    @property
+    def dominated(self) -> frozenset[Schedule]:
+        """Schedules that another one of the space equals in time, by formula, and never exceeds in memory: GPipe by 1F1B, breadth-first by
+        interleaved 1F1B."""
+        better = {"gpipe": "1f1b", "looped-bfs": "interleaved-1f1b"}
+        offered = {(s.name, s.per_rank) for s in self.schedules}
+        return frozenset(s for s in self.schedules if (better.get(s.name, ""), s.per_rank) in offered)
+
     def schedules_of(self, pp: int) -> tuple[Schedule, ...]:
         if pp == 1:
             return (Schedule("1f1b", 1),) if Schedule("1f1b", 1) in self.schedules else self.schedules[:1]
