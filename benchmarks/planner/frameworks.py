@@ -47,10 +47,15 @@ reads float32 logits and writes their logarithms (8)."""
 LOSS_BYTES = 14.0
 """Moved each way for a logit by the cast to float32 and the cross-entropy of that."""
 
-DEEPSPEED_MEGATRON = replace(MEGATRON_2021, scatters_sends=False)
+DEEPSPEED_MEGATRON = MEGATRON_2021
+"""Its pipeline sends parts, too: is_pipe_partitioned and is_grad_partitioned (github.com/deepspeedai/DeepSpeed runtime/pipe/engine.py)."""
+
+DEEPSPEED_BF16 = replace(DEEPSPEED_MEGATRON, accumulation_bytes=10.0, wire_bytes=4.0)
+"""Gradients in bfloat16 are added to sums in float32, which are reduced as they are (the same repository, runtime/bf16_optimizer.py)."""
+
 FSDP = Execution(accumulation_bytes=0.0, wire_bytes=4.0)
 INTERNEVO = Execution(accumulation_bytes=6.0, wire_bytes=2.0, overlaps_sends=False)
-ALEPH_ALPHA = replace(DEEPSPEED_MEGATRON, wire_bytes=4.0)
+ALEPH_ALPHA = replace(MEGATRON_2021, scatters_sends=False, wire_bytes=4.0)
 """Gradients are added up in bfloat16 and reduced in float32 (github.com/Aleph-Alpha/scaling core/optimizer/allreduce.py)."""
 
 
@@ -75,7 +80,7 @@ def framework_of(row: dict[str, Any]) -> Framework:
         return Framework(
             kernels=Kernels(attention="fused-softmax", dropout=0.1),
             is_compiled=True,
-            execution=DEEPSPEED_MEGATRON,
+            execution=DEEPSPEED_BF16 if plan["dtype"].startswith("bf16") else DEEPSPEED_MEGATRON,
             loss_bytes=MEGATRON_LOSS_BYTES,
         )
     if group == "hagemann-2023":
