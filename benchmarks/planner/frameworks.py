@@ -8,9 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from shardstage.cost import Execution
-
 from models import Kernels
+
+from shardstage.cost import Execution
 
 __all__ = ["DEEPSPEED_MEGATRON", "LOSS_BYTES", "MEGATRON_LOSS_BYTES", "Framework", "framework_of"]
 

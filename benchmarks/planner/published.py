@@ -11,6 +11,9 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from frameworks import LOSS_BYTES, Framework, framework_of
+from models import Decoder, Kernels, Shape
+
 from shardstage.cluster import Cluster, load
 from shardstage.cost import (
     Folded,
@@ -30,9 +33,6 @@ from shardstage.graph.capture import capture
 from shardstage.graph.source import ModelSource
 from shardstage.graph.tasks import causal_task
 from shardstage.layout import Mesh
-
-from frameworks import LOSS_BYTES, Framework, framework_of
-from models import Decoder, Kernels, Shape
 
 __all__ = [
     "DATA",

@@ -53,6 +53,6 @@ class Sketch:
             values=values,
             inputs=tuple(n for n, v in values.items() if v.kind == "input"),
             parameters=tuple(Parameter(name=n, fqn=n) for n, v in values.items() if v.kind == "parameter"),
-            output=self.ops[-1].outputs[-1],
+            output=self.ops[-1].name,
             microbatch=self.microbatch,
         )

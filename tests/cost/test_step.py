@@ -90,7 +90,7 @@ def test_tensor_parallelism_waits_for_its_talk() -> None:
 
 
 def test_a_pipeline_has_a_bubble_that_more_microbatches_fill() -> None:
-    cut = {"mesh": Mesh(pp=2), "starts": (0, 3)}
+    cut: dict[str, Any] = {"mesh": Mesh(pp=2), "starts": (0, 3)}
     few, many = (step(**cut, num_microbatches=m) for m in (2, 16))
     assert 0 < many.bubble_ratio < few.bubble_ratio
     assert few.exposed_pp_s > 0

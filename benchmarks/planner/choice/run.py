@@ -21,10 +21,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "vtrain"))
 
+from published import DATA, Job, is_ours, job_of, measured_s, predict, rows
 from runs import Factors, fitted, is_held_out, predicted_s, read_runs
 from scipy.stats import spearmanr
-
-from published import DATA, Job, is_ours, job_of, measured_s, predict, rows
 
 MIN_PLANS = 3
 

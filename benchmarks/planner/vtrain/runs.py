@@ -19,11 +19,6 @@ from functools import cache, lru_cache
 from typing import NamedTuple
 
 import numpy as np
-from scipy.optimize import least_squares
-from shardstage.cluster import Cluster
-from shardstage.cost import Links, Profile, UnitCost, predict_step
-from shardstage.layout import Mesh
-
 from frameworks import DEEPSPEED_MEGATRON, MEGATRON_LOSS_BYTES, Framework
 from models import Kernels, Shape
 from published import (
@@ -34,6 +29,11 @@ from published import (
     profile_of,
     setup_of,
 )
+from scipy.optimize import least_squares
+
+from shardstage.cluster import Cluster
+from shardstage.cost import Links, Profile, UnitCost, predict_step
+from shardstage.layout import Mesh
 
 __all__ = ["FILE", "TRAINING_MODELS", "Factors", "Run", "fitted", "is_held_out", "predicted_s", "read_runs"]
 
