@@ -19,12 +19,15 @@ if TYPE_CHECKING:
     from shardstage.cluster import Cluster
     from shardstage.cost import Prediction
     from shardstage.graph import ModelGraph
-    from shardstage.planner import Alternative, Point
+    from shardstage.planner import Alternative, Point, Searcher, SearchResult
 
 __all__ = ["Comparison", "as_table", "choose", "comparison_page", "print_comparison"]
 
 MEMORY_SLACK: Final = 1.25
 """With the objective memory a plan may take a quarter longer than the fastest."""
+
+MEMORY_STEPS: Final = 64
+"""The least memory is found to one part in so many."""
 
 MOST_SHOWN: Final = 6
 
@@ -66,18 +69,33 @@ def choose(
     chosen = _cheapest(on, num_ranks) if objective == "cost" and text == "auto" else on(num_ranks)
     if chosen.found is None or chosen.searcher is None:
         return chosen, Comparison(dollars=_dollars(chosen, machine))
-    points = front(chosen.searcher, chosen.found.limit_bytes)
     if objective == "memory":
-        slowest_s = MEMORY_SLACK * chosen.prediction.step_time_s
-        least = [point for point in points if point.prediction.step_time_s <= slowest_s][-1]
-        found = chosen.searcher.best(least.prediction.peak_bytes)
+        found = _smallest(chosen.searcher, chosen.found)
         chosen = Chosen(plan=found.best, prediction=found.prediction, found=found, searcher=chosen.searcher)
     assert chosen.found is not None and chosen.searcher is not None
     return chosen, Comparison(
         alternatives=alternatives(chosen.searcher, chosen.found),
-        front=points,
+        front=front(chosen.searcher, chosen.found),
         dollars=_dollars(chosen, machine),
     )
+
+
+def _smallest(searcher: Searcher, fastest: SearchResult) -> SearchResult:
+    """The plan of least memory within the slack, by halving the memory between what is too little and what is enough."""
+    slowest_s = MEMORY_SLACK * fastest.prediction.step_time_s
+    best, low, high = fastest, 0, fastest.prediction.peak_bytes
+    while high - low > high // MEMORY_STEPS:
+        limit = (low + high) // 2
+        try:
+            found = searcher.best(limit)
+        except PlanError:
+            low = limit
+            continue
+        if found.prediction.step_time_s > slowest_s:
+            low = limit
+        else:
+            best, high = found, found.prediction.peak_bytes
+    return best
 
 
 def _cheapest(on: Any, num_ranks: int) -> Chosen:

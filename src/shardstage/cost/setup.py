@@ -14,8 +14,14 @@ from shardstage.units import dtype_bytes
 
 __all__ = ["StepSetup"]
 
-STEADY_ROUNDS: Final = 4
-"""After so many rounds of microbatches over all ranks every schedule of ours has held as much as it ever will."""
+STEADY_ROUNDS: Final = 3
+"""After so many rounds of microbatches over all ranks every schedule of ours has held as much as it ever will; what does not fill a round
+makes one longer."""
+
+
+def steady_microbatches(num_microbatches: int, num_ranks: int) -> int:
+    """So few that are held as so many are."""
+    return STEADY_ROUNDS * num_ranks + num_microbatches % num_ranks
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,7 +120,9 @@ class StepSetup:
         """The schedule of fewer microbatches: what is held at most is held by the time that the pipeline runs steadily."""
         if self.custom is not None:
             return self.custom
-        enough = min(self.num_microbatches, STEADY_ROUNDS * self.mesh.pp)
+        if self.schedule in ("gpipe", "looped-bfs"):  # hold all microbatches
+            return _made(self.schedule, len(self.starts), self.mesh.pp, self.num_microbatches)
+        enough = min(self.num_microbatches, steady_microbatches(self.num_microbatches, self.mesh.pp))
         return _made(self.schedule, len(self.starts), self.mesh.pp, enough)
 
     def order(self) -> Schedule:

@@ -11,7 +11,7 @@ mean stage is the stage. Arrays are indexed [mesh, schedule, ZeRO].
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,13 +64,13 @@ def bounds_of(
     chain: Chain,
     costs: LinkCosts,
     settings: BoundSettings,
-    even_starts: Callable[[int], tuple[int, ...]],
+    compositions: Array,
 ) -> Bounds | None:
-    """Bounds of all choices of a group; None where it has none. ``even_starts`` cuts several stages a rank."""
+    """Bounds of all choices of a group; None where it has none. ``compositions`` are those of even cuts (``Pricing``)."""
     meshes = lattice.table(group)
     if meshes is None:
         return None
-    table = _Table(group, chain, costs, settings, meshes, lattice.zeros, even_starts)
+    table = _Table(group, chain, costs, settings, meshes, lattice.zeros, compositions)
     seconds = np.stack([table.seconds(schedule) for schedule in lattice.schedules], axis=1)
     seconds[~meshes.has] = np.inf
     state = np.broadcast_to(table.state_bytes[:, None, :], seconds.shape)
@@ -100,10 +100,10 @@ class _Table:
         settings: BoundSettings,
         meshes: MeshTable,
         zeros: Sequence[Zero],
-        even_starts: Callable[[int], tuple[int, ...]],
+        compositions: Array,
     ) -> None:
-        self._even_starts = even_starts
-        self._least: dict[tuple[Recompute, int], float] = {}
+        self._compositions = compositions
+        self._least: dict[Recompute, Array] = {}
         self.settings = settings
         self.chain = chain
         n = chain.num_units
@@ -197,26 +197,13 @@ class _Table:
 
     def _least_saved(self, mode: Recompute, per_rank: int) -> Array:
         """For each mesh what the smallest of its stages keeps of a microbatch."""
-        saved = self.chain.saved[mode]
-        found = np.zeros(len(self.pp))
-        by_stages = {
-            pp: self._known_least(saved, int(pp) * per_rank, mode)
-            for pp in set(self.pp.tolist())
-            if pp * per_rank <= self.chain.num_units
-        }
-        for i, pp in enumerate(self.pp.tolist()):
-            found[i] = by_stages.get(pp, 0.0)
+        if mode not in self._least:
+            kept = np.array([unit.kept[mode].saved_bytes for unit in self.chain.kinds], dtype=np.float64)
+            self._least[mode] = (self._compositions @ kept).min(axis=1)
+        num_stages = (self.pp * per_rank).astype(np.int64)
+        is_there = num_stages < len(self._least[mode])
+        found: Array = np.where(is_there, self._least[mode][np.where(is_there, num_stages, 0)], 0.0)
         return found
-
-    def _known_least(self, saved: Sequence[float], num_stages: int, mode: Recompute) -> float:
-        key = (mode, num_stages)
-        if key not in self._least:
-            starts = self._even_starts(num_stages)
-            stops = (*starts[1:], self.chain.num_units)
-            self._least[key] = min(
-                saved[stop] - saved[start] for start, stop in zip(starts, stops, strict=True)
-            )
-        return self._least[key]
 
     def _bubble_s(self, schedule: Schedule, forward: Any, backward: Any) -> Any:
         m, p = self.m[:, None], self.pp[:, None]

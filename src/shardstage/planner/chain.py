@@ -6,25 +6,26 @@ prefix sums, and the largest of a run is the largest of the few kinds of unit in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
 from shardstage.cost.accounting import OUR_ACCOUNTING
 from shardstage.cost.memory import GATHERED_UNITS, MOMENTS
-from shardstage.cost.profile import RECOMPUTES, Profile, Recompute
+from shardstage.cost.profile import RECOMPUTES, Profile, Recompute, UnitCost
 from shardstage.cost.setup import StepSetup
 
 __all__ = ["Chain", "ChainCosts"]
 
 
 class Chain:
-    """Sums over the units of one profile: the same for all choices of a group."""
+    """Sums over the units of one profile: the same for all choices of a group. ``kinds`` are its different units, by their twins."""
 
-    def __init__(self, profile: Profile) -> None:
+    def __init__(self, profile: Profile, kinds: Sequence[UnitCost] = ()) -> None:
         units = profile.units
         self.profile = profile
         self.num_units = len(units)
+        self.kinds = kinds
         self.forward_s = _sums(unit.forward_s + unit.talk_s(forward=True) for unit in units)
         self.backward_s = _sums(unit.backward_s + unit.talk_s(forward=False) for unit in units)
         self.recompute_s = {m: _sums(unit.kept[m].recompute_s for unit in units) for m in RECOMPUTES}

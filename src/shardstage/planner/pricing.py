@@ -7,6 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Final
 
+import numpy as np
+import numpy.typing as npt
+
 from shardstage.cluster import Cluster
 from shardstage.cost import (
     Folded,
@@ -32,6 +35,8 @@ from shardstage.plan.plan import Plan
 from shardstage.planner.chain import Chain, ChainCosts
 from shardstage.planner.space import Choice, Group, Space
 from shardstage.planner.stages import best_cut
+
+Array = npt.NDArray[np.float64]
 
 __all__ = ["Priced", "Pricing", "TooSlow"]
 
@@ -79,6 +84,7 @@ class Pricing:
         self._profilers: dict[tuple[int, bool], Profiler] = {}
         self._chains: dict[Group, Chain] = {}
         self._starts: dict[int, tuple[int, ...]] = {}
+        self._compositions: Array | None = None
         self._reference = 1 if graph.is_scalable else graph.microbatch
         self.least_factor = (
             1.0 if cluster.calibration is None else min(cluster.calibration.factors.values(), default=1.0)
@@ -104,7 +110,10 @@ class Pricing:
     def chain(self, group: Group) -> Chain:
         """The units of a group with their sums."""
         if group not in self._chains:
-            self._chains[group] = Chain(self._profile(group))
+            profile = self._profile(group)
+            by_twin = {unit.twin: i for i, unit in enumerate(self.folded.units)}
+            kinds = [profile.units[by_twin[twin]] for twin in range(len(by_twin))]
+            self._chains[group] = Chain(profile, kinds)
         return self._chains[group]
 
     def prepare(self, space: Space) -> None:
@@ -189,10 +198,8 @@ class Pricing:
         cut = best_cut(costs, setup.mesh.pp, setup.num_microbatches, self.modes, below_s=below_s)
         if cut is None:
             return None
-        if (
-            setup.schedule in ("1f1b", "gpipe")
-            and cut.pipeline_s(setup.num_microbatches) * self.least_factor >= below_s
-        ):
+        times = _stage_times(chain, cut.starts, cut.recompute)
+        if self._least_s(setup, times) >= below_s:
             raise TooSlow
         return _with_stages(setup, cut.starts, cut.recompute)
 
@@ -224,15 +231,44 @@ class Pricing:
         """Several stages a rank: cut for balance, all recomputing alike, as little as fits."""
         starts = self.even_starts(setup.num_stages)
         for mode in self.modes:
-            times = _stage_times(chain, starts, mode)
-            least_s = pipeline_s(setup.schedule, times, setup.mesh.pp, setup.num_microbatches)
-            if least_s * self.least_factor >= below_s:
+            if self._least_s(setup, _stage_times(chain, starts, (mode,) * len(starts))) >= below_s:
                 raise TooSlow
             made = _with_stages(setup, starts, (mode,) * setup.num_stages)
             ranks = (0, setup.mesh.pp - 1, *range(1, setup.mesh.pp - 1))[: setup.mesh.pp]
             if all(rank_memory(chain.profile, made, rank).total_bytes <= limit_bytes for rank in ranks):
                 return made
         return None
+
+    def _least_s(self, setup: StepSetup, times: list[StageTime]) -> float:
+        """What the pipeline alone takes at least, before ZeRO's waits, sums of gradients and transfers."""
+        m = setup.num_microbatches
+        return self.least_factor * pipeline_s(setup.schedule, times, setup.mesh.pp, m)
+
+    def even_compositions(self) -> Array:
+        """[stages, kinds of stage, kinds of unit]: of how many units of each kind the stages of an even cut are made, each way once.
+
+        The first index is the number of stages; ways that a cut lacks repeat its first.
+        """
+        if self._compositions is None:
+            self._compositions = self._made_compositions()
+        return self._compositions
+
+    def _made_compositions(self) -> Array:
+        twins = [unit.twin for unit in self.folded.units]
+        num_kinds, n = max(twins) + 1, len(twins)
+        ways: list[list[tuple[int, ...]]] = [[(0,) * num_kinds]]
+        for num_stages in range(1, n + 1):
+            starts = self.even_starts(num_stages)
+            stops = (*starts[1:], n)
+            found: dict[tuple[int, ...], None] = {}
+            for start, stop in zip(starts, stops, strict=True):
+                counts = [0] * num_kinds
+                for twin in twins[start:stop]:
+                    counts[twin] += 1
+                found[tuple(counts)] = None
+            ways.append(list(found))
+        widest = max(map(len, ways))
+        return np.array([way + [way[0]] * (widest - len(way)) for way in ways], dtype=np.float64)
 
     def even_starts(self, num_stages: int) -> tuple[int, ...]:
         """Stages of equal seconds, for all choices alike: of what the units take one rank for one sample."""
@@ -246,16 +282,16 @@ class TooSlow(Exception):
     """A choice whose price cannot come below the best one's."""
 
 
-def _stage_times(chain: Chain, starts: tuple[int, ...], mode: Recompute) -> list[StageTime]:
+def _stage_times(chain: Chain, starts: tuple[int, ...], modes: tuple[Recompute, ...]) -> list[StageTime]:
     """Seconds of stages without what ZeRO waits for and the sums of gradients."""
     stops = (*starts[1:], chain.num_units)
-    again = chain.recompute_s[mode]
+    forward, backward, again = chain.forward_s, chain.backward_s, chain.recompute_s
     return [
         StageTime(
-            chain.forward_s[stop] - chain.forward_s[start],
-            chain.backward_s[stop] - chain.backward_s[start] + again[stop] - again[start],
+            forward[stop] - forward[start],
+            backward[stop] - backward[start] + again[mode][stop] - again[mode][start],
         )
-        for start, stop in zip(starts, stops, strict=True)
+        for start, stop, mode in zip(starts, stops, modes, strict=True)
     ]
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Final
@@ -34,7 +34,7 @@ from shardstage.planner.pricing import Priced, Pricing, TooSlow
 from shardstage.planner.space import Choice, Group, Space, declared_space
 from shardstage.units import dtype_bytes, format_bytes
 
-__all__ = ["Candidate", "SearchResult", "Searcher", "as_plan", "search", "usable_bytes"]
+__all__ = ["Candidate", "SearchResult", "Searcher", "as_plan", "pareto", "search", "usable_bytes"]
 
 USABLE_MEMORY_RATIO: Final = MappingProxyType({"cuda": 0.92})
 """What a device's memory holds beside tensors of a step: CUDA's context, NCCL's buffers and what the allocator cannot use; our estimate."""
@@ -62,6 +62,7 @@ class SearchResult:
     runners_up: tuple[Candidate, ...]
     limit_bytes: int
     priced: Priced = field(repr=False)
+    front: tuple[Priced, ...] = field(repr=False)
 
 
 def search(
@@ -207,6 +208,7 @@ class Searcher:
             runners_up=tuple(self._runners_up(found)),
             limit_bytes=limit_bytes,
             priced=best,
+            front=tuple(found.front),
         )
 
     @property
@@ -250,7 +252,7 @@ class Searcher:
                 self.pricing.chain(group),
                 self.pricing.costs,
                 self._settings,
-                self.pricing.even_starts,
+                self.pricing.even_compositions(),
             )
         return self._bounds[group]
 
@@ -342,6 +344,7 @@ class _Found:
     counts: Counts = field(default_factory=Counts)
     least_pruned_s: float = math.inf
     by_mesh: dict[tuple[int, int, int, int], Priced] = field(default_factory=dict)
+    front: list[Priced] = field(default_factory=list)
 
     @property
     def best_s(self) -> float:
@@ -354,10 +357,20 @@ class _Found:
             self.by_mesh[key] = priced
         if priced.seconds < self.best_s:
             self.best = priced
+        self.front = pareto([*self.front, priced])
 
     def runners_up(self) -> list[Priced]:
         others = [priced for priced in self.by_mesh.values() if priced is not self.best]
         return heapq.nsmallest(KEPT_RUNNERS_UP, others, key=lambda priced: priced.seconds)
+
+
+def pareto(found: Iterable[Priced]) -> list[Priced]:
+    """Those that no other beats in both time and memory, fastest first."""
+    kept: list[Priced] = []
+    for priced in sorted(found, key=lambda p: (p.seconds, p.prediction.peak_bytes)):
+        if not kept or priced.prediction.peak_bytes < kept[-1].prediction.peak_bytes:
+            kept.append(priced)
+    return kept
 
 
 def as_plan(graph: ModelGraph, priced: Priced, precision: Precision, *, is_compiled: bool = False) -> Plan:

@@ -12,18 +12,14 @@ from typing import Final
 
 from shardstage.cost import Prediction, rank_memory
 from shardstage.cost.balance import balanced
-from shardstage.errors import PlanError
 from shardstage.layout import AXES, Mesh
 from shardstage.plan import Plan, shorthand
 from shardstage.planner.pricing import Priced
-from shardstage.planner.search import Searcher, SearchResult
+from shardstage.planner.search import Searcher, SearchResult, pareto
 from shardstage.planner.space import Choice, Schedule, Zero
 from shardstage.units import format_bytes, format_ratio
 
 __all__ = ["Alternative", "Point", "alternatives", "front"]
-
-FRONT_RATIOS: Final = (1.0, 0.8, 0.65, 0.5, 0.4, 0.3, 0.22, 0.16)
-"""Shares of the memory limit that the front is searched at."""
 
 CAUSES: Final = {
     "products": "matrix products do worse",
@@ -46,7 +42,7 @@ class Alternative:
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """A plan of the front: nothing faster holds less."""
+    """A plan of the front: of those priced, nothing faster holds less."""
 
     plan: Plan
     text: str
@@ -73,19 +69,18 @@ def alternatives(searcher: Searcher, found: SearchResult) -> tuple[Alternative, 
     )
 
 
-def front(searcher: Searcher, limit_bytes: int) -> tuple[Point, ...]:
-    """The fastest plans under ever less memory, each with its proof; a point that another one beats in both is left out."""
-    points: list[Point] = []
-    for ratio in FRONT_RATIOS:
-        limit = int(limit_bytes * ratio)
-        if points and points[-1].prediction.peak_bytes <= limit:
-            continue
-        try:
-            found = searcher.best(limit)
-        except PlanError:
-            break
-        text = shorthand(found.best, default_precision=searcher.precision)
-        points.append(Point(plan=found.best, text=text, prediction=found.prediction))
+def front(searcher: Searcher, found: SearchResult) -> tuple[Point, ...]:
+    """What less memory costs: of all plans that the search and ``alternatives`` priced, those that nothing faster undercuts."""
+    priced = [*found.front]
+    for _, choice in _changed(searcher, found.priced):
+        other = searcher.pricing.price(choice, found.limit_bytes)
+        if other is not None:
+            priced.append(other)
+    points = []
+    for each in pareto(priced):
+        plan = searcher.as_plan(each)
+        text = shorthand(plan, default_precision=searcher.precision)
+        points.append(Point(plan=plan, text=text, prediction=each.prediction))
     return tuple(points)
 
 
