@@ -14,7 +14,7 @@ if TYPE_CHECKING:  # what imports torch is imported when it is needed: help come
     from shardstage.cost import Prediction
     from shardstage.graph import ModelGraph
     from shardstage.graph.source import ModelSource
-    from shardstage.planner import Searcher, SearchResult
+    from shardstage.planner import MixedResult, Searcher, SearchResult
 
 __all__ = [
     "Chosen",
@@ -85,6 +85,7 @@ class Chosen:
     prediction: Prediction
     found: SearchResult | None = None
     searcher: Searcher | None = None
+    mixed: MixedResult | None = None
 
 
 def choose_plan(
@@ -102,8 +103,25 @@ def choose_plan(
 ) -> Chosen:
     """The plan that ``text`` asks for: ``auto`` within the decisions of ``fix``, a shorthand, or a file."""
     from shardstage.graph.file import fingerprint
-    from shardstage.planner import Searcher, predict, usable_bytes
+    from shardstage.planner import Searcher, predict, search_mixed, usable_bytes
 
+    if text == "auto" and machine.is_mixed:
+        limits = [
+            usable_bytes(machine.part(i)) if memory is None else parse_bytes(memory)
+            for i in range(len(machine.parts))
+        ]
+        mixed = search_mixed(
+            graph,
+            machine,
+            global_batch=batch,
+            sequence=sequence,
+            precision=precision,
+            limits=limits,
+            fix=parse_request(fix),
+            fixed=named_decisions(fix),
+        )
+        best = replace(mixed.best, graph_fingerprint=fingerprint(graph))
+        return Chosen(plan=best, prediction=mixed.prediction, mixed=mixed)
     if text == "auto":
         searcher = Searcher(
             graph,
@@ -139,4 +157,7 @@ def choose_plan(
 
 
 def headline(model: str, graph: ModelGraph, machine: Cluster, num_ranks: int) -> str:
-    return f"[bold]{model}[/]  {format_count(graph.num_parameters)} parameters, on {num_ranks} × {machine.device.name}"
+    devices = f"{num_ranks} × {machine.device.name}"
+    if machine.is_mixed:
+        devices = " + ".join(f"{part.num_devices} × {part.device.name}" for part in machine.parts)
+    return f"[bold]{model}[/]  {format_count(graph.num_parameters)} parameters, on {devices}"

@@ -126,10 +126,12 @@ def _dollars(chosen: Chosen, machine: Cluster) -> float | None:
     return None if price is None or machine.is_mixed else price * _device_s(chosen) / 3600
 
 
-def print_comparison(console: Console, chosen: Chosen, comparison: Comparison) -> None:
+def print_comparison(console: Console, chosen: Chosen, comparison: Comparison, machine: Cluster) -> None:
     """The proof in a sentence, then runners-up, why-nots and the front."""
     if comparison.dollars is not None:
         console.print(f"cost       ${comparison.dollars:,.4f} a step at the preset's hourly price")
+    if chosen.mixed is not None:
+        _print_mixed(console, chosen, machine)
     if chosen.found is None:
         return
     proof = chosen.found.certificate
@@ -145,6 +147,25 @@ def print_comparison(console: Console, chosen: Chosen, comparison: Comparison) -
     if len(comparison.front) > 1:
         points = [(p.text, p.prediction, "") for p in comparison.front]
         _print_table(console, "less memory", "plan", points, chosen.prediction)
+
+
+def _print_mixed(console: Console, chosen: Chosen, machine: Cluster) -> None:
+    """Which layers, or how many samples, each class of devices takes."""
+    assert chosen.mixed is not None
+    plan, proof = chosen.plan, chosen.mixed.certificate
+    for stage, ops in enumerate(plan.stages) if plan.mesh.pp > 1 else ():
+        device = machine.device_at(plan.mesh.rank(pp=stage)).name
+        console.print(f"stage {stage}    {device}: {ops.first} to {ops.last}", soft_wrap=True)
+    if plan.mesh.pp == 1:
+        for part in machine.parts:
+            shares = {plan.shares[plan.mesh.coordinate(rank, "dp")] for rank in part.ranks}
+            each = f"{min(shares)}" if len(shares) == 1 else f"{min(shares)} to {max(shares)}"
+            console.print(
+                f"share      {part.device.name}: {each} samples of the batch a rank", soft_wrap=True
+            )
+    console.print(f"proof      best of {proof.enumerated:,} plans, all priced or too large")
+    rows = [(text, prediction, "") for text, prediction in chosen.mixed.runners_up]
+    _print_table(console, "runners-up", "plan", rows, chosen.prediction)
 
 
 def _print_table(

@@ -119,7 +119,7 @@ def plan(
     else:
         console.print(headline(model, graph, machine, num_ranks))
         console.print(_chosen_table(chosen.plan, chosen.prediction))
-        print_comparison(console, chosen, comparison)
+        print_comparison(console, chosen, comparison, machine)
         for note in notes:
             console.print(f"[yellow]note[/]  {note}", soft_wrap=True)
     if show:
@@ -177,5 +177,5 @@ def _chosen_rows(plan: Plan, prediction: Prediction) -> Iterator[tuple[str, str]
 
 def _memory_note(prediction: Prediction, machine: Cluster) -> Iterator[str]:
     needed, there = prediction.peak_bytes, machine.device.memory_bytes
-    if needed > there:
+    if needed > there and not machine.is_mixed:
         yield f"the plan needs {format_bytes(needed)} a rank, and a {machine.device.name} has {format_bytes(there)}: it will not fit"

@@ -12,6 +12,7 @@ imports no torch.
 
 from shardstage.planner.certificate import Certificate
 from shardstage.planner.fit import Fit, cheapest_fit
+from shardstage.planner.mixed import MixedResult, predict_mixed, search_mixed
 from shardstage.planner.predict import predict
 from shardstage.planner.search import Candidate, Searcher, SearchResult, search, usable_bytes
 from shardstage.planner.why import Alternative, Point, alternatives, front
@@ -21,6 +22,7 @@ __all__ = [
     "Candidate",
     "Certificate",
     "Fit",
+    "MixedResult",
     "Point",
     "SearchResult",
     "Searcher",
@@ -28,6 +30,8 @@ __all__ = [
     "cheapest_fit",
     "front",
     "predict",
+    "predict_mixed",
     "search",
+    "search_mixed",
     "usable_bytes",
 ]

@@ -65,7 +65,10 @@ def best_cut(
     found = _least_cap(costs, num_stages, modes)
     if found is None:
         return None
-    unavoidable_s = sum(costs.seconds(0, unit, unit + 1, modes[0]) for unit in range(costs.num_units))
+    unavoidable_s = sum(
+        min(costs.seconds(stage, unit, unit + 1, modes[0]) for stage in {0, num_stages - 1})
+        for unit in range(costs.num_units)
+    )
     least_s = (num_microbatches - 1) * found.slowest_s + min(unavoidable_s, found.total_s)
     if least_s >= below_s or found.total_s <= unavoidable_s * (1 + 1e-12):
         return found
@@ -77,7 +80,8 @@ def _least_cap(costs: StageCosts, num_stages: int, modes: Sequence[Recompute]) -
     best = _reach(costs, num_stages, math.inf, modes)
     if best is None:
         return None
-    low, high = costs.seconds(0, 0, costs.num_units, modes[0]) / num_stages, best.slowest_s
+    least_s = min(costs.seconds(stage, 0, costs.num_units, modes[0]) for stage in range(num_stages))
+    low, high = least_s / num_stages, best.slowest_s
     exact = _reach(costs, num_stages, low * (1 + 1e-12), modes)
     if exact is not None:
         return exact
