@@ -1,91 +1,274 @@
-"""The search: nothing that fits is faster, nothing that does not fit is chosen, and every rejection says why."""
+"""The search: it finds what a search without bounds finds, its bounds are below every price, and its proof counts every choice."""
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
+import numpy as np
 import pytest
 from tests.cost.machines import round_machine
-from tests.cost.toy import toy_graph
+from tests.planner.brute import EVEN, MACHINE, UNEVEN, all_priced, every_choice, least_s, searcher_of
 
 from shardstage.cluster import Cluster
+from shardstage.cost import rank_memory
 from shardstage.errors import PlanError
 from shardstage.graph import ModelGraph
-from shardstage.plan import check, complete, parse_request
-from shardstage.planner import SearchResult, predict, search
-from shardstage.planner.candidates import choices
+from shardstage.plan import check, complete, named_decisions, parse_request, shorthand
+from shardstage.planner import Searcher, SearchResult, predict, search
+from shardstage.planner.pricing import Priced
+from shardstage.planner.space import Choice
+from shardstage.program import lower
 
-GRAPH = toy_graph(num_layers=6, width=256, hidden=1024, vocab=512)
-MACHINE = round_machine(8, latency_s=1e-6)
+PLENTY = 2**40
+CLOSE = 1 + 1e-9
+GRAPHS = {"even": EVEN, "uneven": UNEVEN}
 
 
 def found(
-    graph: ModelGraph = GRAPH,
+    graph: ModelGraph = EVEN,
     cluster: Cluster = MACHINE,
     *,
     ranks: int = 4,
     batch: int = 16,
     memory_bytes: int | None = None,
+    fix: str = "",
+    is_runnable: bool = True,
 ) -> SearchResult:
-    return search(graph, cluster, num_ranks=ranks, global_batch=batch, sequence=64, memory_bytes=memory_bytes)
+    return search(
+        graph,
+        cluster,
+        num_ranks=ranks,
+        global_batch=batch,
+        sequence=64,
+        memory_bytes=memory_bytes,
+        fix=parse_request(fix),
+        fixed=named_decisions(fix),
+        is_runnable=is_runnable,
+    )
 
 
-def peak_bytes(text: str, *, ranks: int = 4) -> int:
-    plan = complete(parse_request(text), GRAPH, num_ranks=ranks, global_batch=16, sequence=64)
-    return predict(GRAPH, plan, MACHINE).peak_bytes
+SMALL = [
+    ("even", 4, 6, False),
+    ("even", 6, 7, True),
+    ("uneven", 4, 5, True),
+    ("uneven", 6, 7, False),
+    ("even", 8, 2, True),
+]
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 6])
-def test_the_best_plan_passes_its_check_and_costs_what_was_said(ranks: int) -> None:
-    result = found(ranks=ranks)
-    check(result.best, GRAPH, num_ranks=ranks, cluster=MACHINE)
-    assert predict(GRAPH, result.best, MACHINE) == result.prediction
+@pytest.mark.parametrize(("name", "ranks", "batch", "slow_links"), SMALL)
+def test_nothing_in_the_space_is_faster_and_no_bound_is_above_its_price(
+    name: str, ranks: int, batch: int, slow_links: bool
+) -> None:
+    searcher = searcher_of(GRAPHS[name], ranks=ranks, batch=batch, slow_links=slow_links)
+    plenty = searcher.best(PLENTY).prediction.peak_bytes
+    for limit in (PLENTY, plenty - 1, int(0.55 * plenty), int(0.3 * plenty)):
+        priced = all_priced(searcher, limit)
+        assert all(p is None or p.prediction.peak_bytes <= limit for p in priced.values())
+        least = least_s(priced)
+        if least is None:
+            with pytest.raises(PlanError, match="no plan for"):
+                searcher.best(limit)
+            continue
+        result = searcher.best(limit)
+        assert result.prediction.step_time_s == pytest.approx(least, rel=1e-9)
+        assert result.prediction.peak_bytes <= limit
+        assert result.certificate.gap == 0
+        assert result.certificate.enumerated == len(priced)
+        assert_bounds_are_below(searcher, priced)
 
 
-def test_no_candidate_is_clearly_faster_than_the_best() -> None:
-    result = found()
-    for candidate in result.considered[::5]:
-        plan = complete(parse_request(candidate.text), GRAPH, num_ranks=4, global_batch=16, sequence=64)
-        assert predict(GRAPH, plan, MACHINE).step_time_s * 1.0101 >= result.prediction.step_time_s
+def assert_bounds_are_below(searcher: Searcher, priced: dict[Choice, Priced | None]) -> None:
+    """Under the limit that was searched last."""
+    num_bounded = 0
+    for group in searcher.space.groups():
+        bounds = searcher._bounds_of(group)
+        if bounds is None:
+            continue
+        chain = searcher.pricing.chain(group)
+        assert searcher.pricing.least_units_s(group) <= chain.both_s[-1] * CLOSE
+        for index in map(int, np.flatnonzero(np.isfinite(bounds.seconds.ravel()))):
+            num_bounded += 1
+            price = priced[bounds.choice(index)]
+            if price is not None:
+                assert bounds.seconds.flat[index] <= price.seconds * CLOSE, price.choice
+                assert bounds.state_bytes.flat[index] <= price.prediction.peak_bytes * CLOSE, price.choice
+                assert searcher._units_bound_s(group) <= price.seconds * CLOSE, price.choice
+    dominated = searcher.space.dominated
+    fitting = sum(1 for c in priced if c.schedule not in dominated)
+    assert 0 < num_bounded <= fitting
 
 
-def test_every_choice_is_considered_once_with_a_price_or_a_reason() -> None:
-    result = found()
-    texts = [candidate.text for candidate in result.considered]
-    assert len(texts) == len(set(texts)) == len(list(choices(GRAPH, MACHINE, 4, 16, 64, num_units=8)))
-    assert all(candidate.reason for candidate in result.considered[1:])
-    assert result.considered[0].prediction == result.prediction
-    times = [c.prediction.step_time_s for c in result.alternatives if c.prediction]
-    assert len(times) >= 11 and times == sorted(times)
+@pytest.mark.parametrize("is_runnable", [True, False])
+@pytest.mark.parametrize(("ranks", "batch"), [(1, 3), (3, 16), (4, 16), (6, 7), (8, 16)])
+def test_the_certificate_counts_every_choice_once(ranks: int, batch: int, is_runnable: bool) -> None:
+    searcher = searcher_of(ranks=ranks, batch=batch, is_runnable=is_runnable)
+    num_choices = sum(1 for _ in every_choice(searcher))
+    for limit in (PLENTY, int(0.5 * searcher.best(PLENTY).prediction.peak_bytes)):
+        try:
+            certificate = searcher.best(limit).certificate
+        except PlanError:
+            continue
+        assert certificate.enumerated == num_choices
 
 
-def test_of_plans_that_are_as_fast_the_simplest_is_taken() -> None:
-    result = found(ranks=2, batch=2)
-    as_fast = [c for c in result.considered if c.reason == "as fast, not as simple"]
-    for candidate in as_fast:
-        assert candidate.prediction is not None
-        assert candidate.prediction.step_time_s <= 1.011 * result.prediction.step_time_s
-    assert found(ranks=1).best.recompute == "none"
+def test_what_a_rule_leaves_out_is_never_faster_nor_smaller() -> None:
+    searcher = searcher_of(ranks=6, batch=7)
+    priced = all_priced(searcher, PLENTY)
+    better = {"gpipe": "1f1b", "looped-bfs": "interleaved-1f1b"}
+    num_left_out = 0
+    for choice, left_out in priced.items():
+        if choice.schedule not in searcher.space.dominated:
+            continue
+        schedule = choice.schedule._replace(name=better[choice.schedule.name])
+        kept = priced[replace(choice, schedule=schedule)]
+        assert kept is not None and left_out is not None
+        assert kept.seconds <= left_out.seconds * (1 + 1e-9)
+        assert kept.prediction.peak_bytes <= left_out.prediction.peak_bytes
+        num_left_out += 1
+    assert num_left_out == searcher.best(PLENTY).certificate.by_rule > 0
 
 
-def test_less_memory_forces_a_plan_that_saves_some() -> None:
-    plenty = found()
-    tight = found(memory_bytes=plenty.prediction.peak_bytes - 1)
-    assert tight.prediction.peak_bytes < plenty.prediction.peak_bytes
-    assert tight.prediction.step_time_s >= plenty.prediction.step_time_s / 1.01
-    rejected = next(c for c in tight.considered if c.text == plenty.considered[0].text)
-    assert rejected.prediction is None and "too much" in rejected.reason
+def test_a_choice_that_is_said_to_fit_fits_on_every_rank() -> None:
+    searcher = searcher_of(UNEVEN, ranks=4, batch=8)
+    limit = int(0.5 * searcher.best(PLENTY).prediction.peak_bytes)
+    for choice, priced in all_priced(searcher, limit).items():
+        if priced is not None:
+            profile = searcher.pricing.chain(choice.group).profile
+            peaks = [rank_memory(profile, priced.setup, rank).total_bytes for rank in range(choice.mesh.pp)]
+            assert max(peaks) == priced.prediction.peak_bytes <= limit
 
 
-def test_nothing_fits_names_the_nearest_miss() -> None:
+@pytest.mark.parametrize("name", ["even", "uneven"])
+@pytest.mark.parametrize("is_runnable", [True, False])
+def test_the_price_of_a_choice_is_the_price_of_its_plan(name: str, is_runnable: bool) -> None:
+    graph = GRAPHS[name]
+    for ranks in (1, 3, 4, 8):
+        for memory in (None, int(0.6 * found(graph, ranks=ranks).prediction.peak_bytes)):
+            try:
+                result = found(graph, ranks=ranks, memory_bytes=memory, is_runnable=is_runnable)
+            except PlanError:
+                continue
+            again = predict(graph, result.best, MACHINE)
+            assert again.step_time_s == pytest.approx(result.prediction.step_time_s, rel=1e-9)
+            assert again.peak_bytes == pytest.approx(result.prediction.peak_bytes, rel=1e-9)
+            for other in result.runners_up:
+                assert other.prediction.step_time_s >= result.prediction.step_time_s
+                assert predict(graph, other.plan, MACHINE).step_time_s == pytest.approx(
+                    other.prediction.step_time_s, rel=1e-9
+                )
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 6, 8])
+def test_a_runnable_plan_passes_its_check_and_lowers(ranks: int) -> None:
+    for memory in (None, int(0.5 * found(ranks=ranks).prediction.peak_bytes)):
+        try:
+            result = found(ranks=ranks, memory_bytes=memory)
+        except PlanError:
+            continue
+        check(result.best, EVEN, num_ranks=ranks, cluster=MACHINE)
+        assert len(lower(EVEN, result.best).rows) >= 1
+
+
+@pytest.mark.parametrize("name", ["even", "uneven"])
+def test_more_memory_is_never_slower(name: str) -> None:
+    searcher = searcher_of(GRAPHS[name], ranks=8)
+    plenty = searcher.best(PLENTY)
+    times = []
+    for ratio in (1.0, 0.8, 0.6, 0.45, 0.35, 0.25, 0.15):
+        try:
+            times.append(searcher.best(int(ratio * plenty.prediction.peak_bytes)).prediction.step_time_s)
+        except PlanError:
+            times.append(math.inf)
+    assert times[0] == plenty.prediction.step_time_s
+    assert times == sorted(times)
+    assert len(set(times)) >= 3
+
+
+@pytest.mark.parametrize("slow_links", [False, True])
+def test_a_faster_machine_is_never_slower(slow_links: bool) -> None:
+    slow = searcher_of(UNEVEN, slow_links=slow_links).cluster
+    device = slow.device
+    before = found(UNEVEN, slow, is_runnable=False).prediction.step_time_s
+    links = tuple(
+        replace(level, bytes_per_s=4 * level.bytes_per_s, latency_s=level.latency_s / 4)
+        for level in slow.levels
+    )
+    rates = {name: 4 * rate for name, rate in device.flops_per_s.items()}
+    faster = (
+        replace(slow, levels=links),
+        replace(slow, device=replace(device, flops_per_s=rates)),
+        replace(slow, device=replace(device, bytes_per_s=4 * device.bytes_per_s)),
+    )
+    for cluster in faster:
+        assert found(UNEVEN, cluster, is_runnable=False).prediction.step_time_s <= before * (1 + 1e-9)
+
+
+def test_a_larger_space_is_never_slower() -> None:
+    runs = found(ranks=6, batch=7).prediction.step_time_s
+    assert found(ranks=6, batch=7, is_runnable=False).prediction.step_time_s <= runs
+    assert found(ranks=6, batch=7, fix="zero=1").prediction.step_time_s >= runs
+
+
+@pytest.mark.parametrize(
+    "fix", ["tp=2", "pp=2", "dp=2", "zero=3", "mb=2", "pp=4,schedule=gpipe", "tp=2,sp", "recompute=full"]
+)
+def test_what_is_fixed_is_kept(fix: str) -> None:
+    plan = found(ranks=4, fix=fix).best
+    asked = parse_request(fix)
+    kept = {
+        "tp": (plan.mesh.tp, asked.tp),
+        "pp": (plan.mesh.pp, asked.pp),
+        "dp": (plan.mesh.dp, asked.dp),
+        "zero": (plan.zero, asked.zero),
+        "microbatch": (plan.microbatch, asked.microbatch),
+        "schedule": (plan.schedule, asked.schedule),
+        "is_sequence_parallel": (plan.is_sequence_parallel, asked.is_sequence_parallel),
+        "recompute": (plan.recompute, asked.recompute),
+    }
+    assert named_decisions(fix)
+    for name in named_decisions(fix):
+        chosen, wanted = kept[name]
+        assert chosen == wanted
+
+
+def test_a_request_without_named_decisions_fixes_nothing() -> None:
+    free = search(EVEN, MACHINE, num_ranks=4, global_batch=16, sequence=64, fix=parse_request("pp=4"))
+    assert free.prediction == found().prediction
+
+
+def test_the_shorthand_of_the_best_plan_completes_to_its_mesh() -> None:
+    result = found(ranks=8, memory_bytes=int(0.6 * found(ranks=8).prediction.peak_bytes))
+    again = complete(
+        parse_request(shorthand(result.best)),
+        EVEN,
+        num_ranks=8,
+        global_batch=16,
+        sequence=64,
+        cluster=MACHINE,
+    )
+    assert (again.mesh, again.zero, again.microbatch) == (
+        result.best.mesh,
+        result.best.zero,
+        result.best.microbatch,
+    )
+
+
+def test_nothing_fits_says_what_the_least_is_and_what_to_do() -> None:
     with pytest.raises(
-        PlanError, match=r"none of \d+ plans for 4 ranks fits into 1.00 KiB a rank; the nearest, dp="
+        PlanError, match=r"no plan for 4 ranks fits into 1.00 KiB a rank; .* at least"
     ) as caught:
         found(memory_bytes=1024)
-    assert caught.value.hint is not None and "--memory" in caught.value.hint
+    assert caught.value.hint is not None
+    assert "--ranks" in caught.value.hint and "--max-memory" in caught.value.hint
 
 
 def test_the_device_s_own_memory_is_the_limit() -> None:
     small = round_machine(8, memory_bytes=found().prediction.peak_bytes)
-    assert found(cluster=small).prediction.peak_bytes <= 0.92 * small.device.memory_bytes
+    result = found(cluster=small)
+    assert result.prediction.peak_bytes <= 0.92 * small.device.memory_bytes
+    assert result.limit_bytes == int(0.92 * small.device.memory_bytes)
 
 
 def test_more_ranks_than_devices_are_refused() -> None:
@@ -94,35 +277,26 @@ def test_more_ranks_than_devices_are_refused() -> None:
     assert caught.value.hint == "--cluster round:16"
 
 
-def test_a_batch_that_no_mesh_can_share_is_refused() -> None:
-    fixed = GRAPH.at(microbatch=3, sequence=64)
-    with pytest.raises(PlanError, match="a batch of 16 samples cannot be shared by 4 ranks"):
-        found(fixed)
+def test_a_batch_that_no_mesh_can_share_is_refused_with_one_that_can() -> None:
+    fixed = EVEN.at(microbatch=3, sequence=64)
+    with pytest.raises(PlanError, match="a batch of 2 samples cannot be shared by 4 ranks") as caught:
+        found(fixed, batch=2)
+    assert caught.value.hint is not None and "--batch" in caught.value.hint
 
 
 def test_a_graph_of_one_size_gets_microbatches_of_that_size() -> None:
-    fixed = GRAPH.at(microbatch=4, sequence=64)
-    assert found(fixed).best.microbatch == 4
+    assert found(EVEN.at(microbatch=4, sequence=64)).best.microbatch == 4
 
 
-def test_tensor_parallelism_stays_within_a_node_and_stages_within_the_blocks() -> None:
-    meshes = {choice.mesh for choice in choices(GRAPH, MACHINE, 8, 16, 64, num_units=3)}
-    assert {mesh.tp for mesh in meshes} == {1, 2, 4}
-    assert {mesh.pp for mesh in meshes} == {1, 2}
-    assert {mesh.world_size for mesh in meshes} == {8}
-
-
-def test_no_choice_leaves_a_rank_without_samples() -> None:
-    for choice in choices(GRAPH, MACHINE, 6, 7, 64, num_units=8):
-        assert min(choice.shares) >= -(-max(choice.shares) // choice.microbatch) >= 1
-        assert sum(choice.shares) == 7
-
-
-def test_a_small_batch_keeps_data_parallelism_small() -> None:
-    assert {c.mesh.dp for c in choices(GRAPH, MACHINE, 8, 2, 64, num_units=8)} == {1, 2}
-
-
-def test_few_blocks_are_cut_finer_for_many_ranks() -> None:
-    shallow = toy_graph(num_layers=1)
-    result = search(shallow, round_machine(8), num_ranks=8, global_batch=1, sequence=64)
-    check(result.best, shallow, num_ranks=8)
+def test_searching_again_under_another_limit_is_as_searching_anew() -> None:
+    searcher = searcher_of(UNEVEN)
+    plenty = searcher.best(PLENTY)
+    half = searcher.best(int(0.5 * plenty.prediction.peak_bytes))
+    anew = searcher_of(UNEVEN).best(int(0.5 * plenty.prediction.peak_bytes))
+    assert (half.best, half.prediction, half.certificate) == (anew.best, anew.prediction, anew.certificate)
+    again = searcher.best(PLENTY)
+    assert (again.best, again.prediction, again.certificate) == (
+        plenty.best,
+        plenty.prediction,
+        plenty.certificate,
+    )

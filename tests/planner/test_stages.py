@@ -81,7 +81,9 @@ def test_the_cut_is_as_good_as_the_best_of_all(seed: int) -> None:
         num_stages, num_microbatches = draw.randint(1, min(4, num_units)), draw.choice((1, 2, 3, 8, 64))
         modes = draw.choice((RECOMPUTES, RECOMPUTES, ("none",), ("full",)))
         costs = made_up(draw, num_units, num_stages, num_microbatches)
-        least_s = min((c.pipeline_s(num_microbatches) for c in all_cuts(costs, num_stages, modes)), default=None)
+        least_s = min(
+            (c.pipeline_s(num_microbatches) for c in all_cuts(costs, num_stages, modes)), default=None
+        )
         cut = best_cut(costs, num_stages, num_microbatches, modes)
         assert (cut is None) == (least_s is None)
         if cut is None or least_s is None:

@@ -12,6 +12,7 @@ from itertools import accumulate
 
 from shardstage.cost.accounting import OUR_ACCOUNTING
 from shardstage.cost.memory import GATHERED_UNITS, MOMENTS
+from shardstage.cost.pipeline import SPLITTING
 from shardstage.cost.profile import RECOMPUTES, Profile, Recompute, UnitCost
 from shardstage.cost.setup import StepSetup
 
@@ -132,7 +133,10 @@ class ChainCosts:
         setup = self.setup
         if setup.schedule == "gpipe":
             return setup.num_microbatches
-        return min(setup.mesh.pp - stage, setup.num_microbatches)
+        behind = (
+            0 if setup.schedule in SPLITTING else stage
+        )  # what waits for its W is held as long as on the first rank
+        return min(setup.mesh.pp - behind, setup.num_microbatches)
 
 
 def _sums(values: Iterable[float]) -> list[float]:
