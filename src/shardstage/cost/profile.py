@@ -2,34 +2,25 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 
 from shardstage.cluster import Cluster, CollectiveKind, DeviceClass
-from shardstage.cost.collective import calls_of, is_communication
 from shardstage.cost.compute import dispatch_s, kernel_s, kernels_s
 from shardstage.cost.fold import Folded
-from shardstage.cost.fusion import fused
-from shardstage.cost.kernels import Kernel, KernelReader, is_attention, is_expert
+from shardstage.cost.kernels import Kernel
 from shardstage.cost.links import Links
-from shardstage.graph import ModelGraph, Op
-from shardstage.graph.blocks import find_blocks
-from shardstage.graph.cuts import all_crossing_bytes
-from shardstage.graph.flops import backward_flops, forward_flops
-from shardstage.graph.saved import extra_values, is_of_batch, recompute_flops, saved_values, working_sets
+from shardstage.cost.reading import RECOMPUTES, Reading, Recompute, Work, fixed_values
+from shardstage.graph import ModelGraph
+from shardstage.graph.flops import forward_flops
 from shardstage.sharding import localize, shard
 
-__all__ = ["RECOMPUTES", "KeptOf", "Profile", "Profiler", "UnitCost", "profile"]
-
-RECOMPUTES: Final = ("none", "selective", "full")
-Recompute = Literal["none", "selective", "full"]
+__all__ = ["RECOMPUTES", "KeptOf", "Profile", "Profiler", "Recompute", "UnitCost", "profile"]
 
 EXPERT_SKEW: Final = 1.1
 """The fullest expert's tokens over the mean: routers with a balancing loss stay near it; our estimate."""
@@ -150,8 +141,8 @@ class Profiler:
         self._whole_flops = _whole_flops(folded, graph) / graph.microbatch
         kinds: tuple[CollectiveKind, ...] = ("all_reduce", "all_gather", "reduce_scatter")
         self._links = {kind: cluster.collective(kind, range(tp)) for kind in kinds}
-        self._works = _Reading(
-            local, _local_bounds(folded, local), _is_fixed(folded.graph), is_compiled=is_compiled
+        self._works = Reading(
+            local, _local_bounds(folded, local), fixed_values(folded.graph), is_compiled=is_compiled
         ).works(self._elements, self._shared)
 
     def at(self, microbatch: int, links: Links | None = None) -> Profile:
@@ -317,7 +308,7 @@ def _sums_of(kernels: Sequence[Kernel], seconds: Sequence[float], device: Device
     return _Seconds(forward, backward, products, attention_f, attention_b, *memory_s, *launches_s)
 
 
-def _context_s(attention_s: tuple[float, float], work: _Work, b: float, links: Links) -> tuple[float, float]:
+def _context_s(attention_s: tuple[float, float], work: Work, b: float, links: Links) -> tuple[float, float]:
     """Seconds forward and backward that a unit waits for keys and values of other parts of its sequences.
 
     Ring: they are passed on cp - 1 times beside attention (Liu et al., "Ring Attention", 2023), with their gradients on the way back.
@@ -338,7 +329,7 @@ def _context_s(attention_s: tuple[float, float], work: _Work, b: float, links: L
     return min(rings, (exchange_s, exchange_s), key=sum)  # type: ignore[return-value]
 
 
-def _expert_s(work: _Work, b: float, links: Links) -> float:
+def _expert_s(work: Work, b: float, links: Links) -> float:
     """Seconds of one direction in which tokens travel to their experts and back."""
     if links.ep == 1 or not work.dispatched.sample:
         return 0.0
@@ -356,186 +347,6 @@ def _bound_s(
         if kernel.kind == "moved":
             memory_s[kernel.is_backward] += kernel_time_s - launch_s
     return (memory_s[0], memory_s[1]), (launches_s[0], launches_s[1])
-
-
-class _Bytes(NamedTuple):
-    """Bytes at any microbatch."""
-
-    fixed: float
-    sample: float
-
-    def at(self, microbatch: float) -> int:
-        return round(self.fixed + self.sample * microbatch)
-
-
-class _Kept(NamedTuple):
-    """What a recompute choice means for a unit; ``flops_ratio`` of its forward's FLOPs are computed again."""
-
-    saved: _Bytes
-    is_recomputed: bool
-    flops_ratio: float
-    extras: tuple[_Bytes, ...]
-
-
-class _Attention(NamedTuple):
-    """A fused attention: its keys and values, and these with its queries and its result."""
-
-    keys: _Bytes
-    whole: _Bytes
-    num_heads: int
-
-
-class _Work(NamedTuple):
-    """A kept unit at any microbatch; FLOPs are of one sample, ``dispatched`` are the tokens that its experts are given."""
-
-    kernels: tuple[Kernel, ...]
-    num_kernels: tuple[int, int]
-    calls: tuple[tuple[CollectiveKind, bool, _Bytes], ...]
-    forward_flops: float
-    backward_flops: float
-    input_bytes: _Bytes
-    working_sets: tuple[_Bytes, ...]
-    own_elements: int
-    num_parameters: int
-    shared: tuple[str, ...]
-    kept: dict[Recompute, _Kept]
-    expert_elements: int
-    dispatched: _Bytes
-    attention: tuple[_Attention, ...]
-
-
-class _Reading:
-    """One local graph while its units are read."""
-
-    def __init__(
-        self,
-        graph: ModelGraph,
-        bounds: Sequence[tuple[int, int]],
-        is_fixed: Callable[[str], bool],
-        *,
-        is_compiled: bool,
-    ) -> None:
-        self.graph = graph
-        self.bounds = bounds
-        self.is_compiled = is_compiled
-        self.reader = KernelReader(graph, is_fixed)
-        self.blocks = find_blocks(graph)
-        self.crossing = all_crossing_bytes(graph)
-
-    def works(self, elements: dict[str, int], shared: frozenset[str]) -> list[_Work]:
-        saved = {recompute: self._increments(recompute) for recompute in RECOMPUTES}
-        return [
-            self._work(start, stop, elements, shared, {r: saved[r][number] for r in RECOMPUTES})
-            for number, (start, stop) in enumerate(self.bounds)
-        ]
-
-    def _work(
-        self,
-        start: int,
-        stop: int,
-        elements: dict[str, int],
-        shared: frozenset[str],
-        saved: dict[Recompute, _Bytes],
-    ) -> _Work:
-        graph = self.graph
-        ops = graph.ops[start:stop]
-        names = {name for op in ops for name in op.inputs if name in elements}
-        forward = sum(forward_flops(graph, op) for op in ops)
-        kernels = self._kernels(ops)
-        num_backward = sum(kernel.is_backward for kernel in kernels)
-        return _Work(
-            kernels=kernels,
-            num_kernels=(len(kernels) - num_backward, num_backward),
-            calls=tuple(
-                (call.kind, call.is_backward, _Bytes(0.0, call.num_bytes / graph.microbatch))
-                for op in ops
-                for call in calls_of(graph, op)
-            ),
-            forward_flops=forward / graph.microbatch,
-            backward_flops=sum(backward_flops(graph, op) for op in ops) / graph.microbatch,
-            input_bytes=_Bytes(0.0, self.crossing[start] / graph.microbatch),
-            working_sets=_largest(self._bytes(names) for names in working_sets(graph, start, stop)),
-            own_elements=sum(elements[name] for name in names - shared),
-            num_parameters=len(names),
-            shared=tuple(sorted(names & shared)),
-            kept={r: self._kept(start, stop, r, saved[r], forward) for r in RECOMPUTES},
-            expert_elements=sum(elements[name] for name in self._experts(ops) if name in elements),
-            dispatched=self._bytes(op.inputs[0] for op in [op for op in ops if is_expert(op)][:1]),
-            attention=tuple(self._attention(op) for op in ops if is_attention(op)),
-        )
-
-    def _experts(self, ops: Sequence[Op]) -> set[str]:
-        """Parameters that hold an expert at each index: what grouped products multiply with, or a view of it."""
-        values = self.graph.values
-        found = set()
-        for op in filter(is_expert, ops):
-            name = op.inputs[1]
-            while values[name].alias_of:
-                name = values[name].alias_of
-            found.add(name)
-        return found
-
-    def _attention(self, op: Op) -> _Attention:
-        query, key, value = op.inputs[:3]
-        outputs = [name for name in op.outputs if name is not None]
-        return _Attention(
-            keys=self._bytes((key, value)),
-            whole=self._bytes((query, key, value, *outputs)),
-            num_heads=self.graph.values[key].shape[-3],
-        )
-
-    def _kernels(self, ops: Sequence[Op]) -> tuple[Kernel, ...]:
-        computing = [op for op in ops if not is_communication(op)]
-        if self.is_compiled:
-            return fused(self.graph, self.reader, computing)
-        return tuple(kernel for op in computing for kernel in self.reader.kernels(op))
-
-    def _bytes(self, names: Iterable[str]) -> _Bytes:
-        return _Bytes(*self.reader.moved(names))
-
-    def _increments(self, recompute: Recompute) -> list[_Bytes]:
-        """Bytes that each unit adds to what those before it keep: a storage that two units keep counts with the first."""
-        graph = self.graph
-        up_to = [_Bytes(0.0, 0.0)]
-        for _, stop in self.bounds:
-            names = saved_values(graph, 0, stop, recompute, blocks=self.blocks)
-            up_to.append(self._bytes(name for name in names if not is_of_batch(graph, name)))
-        return [_Bytes(b.fixed - a.fixed, b.sample - a.sample) for a, b in pairwise(up_to)]
-
-    def _kept(self, start: int, stop: int, recompute: Recompute, saved: _Bytes, forward: int) -> _Kept:
-        """Recomputing takes the share of the forward's time that its FLOPs are of the forward's, selective at least what is not product."""
-        is_layer = any(block.is_layer and block.start < stop and start < block.stop for block in self.blocks)
-        if recompute == "none" or not is_layer:
-            return _Kept(saved, False, 0.0, ())
-        again = recompute_flops(self.graph, start, stop, recompute, blocks=self.blocks)
-        extras = extra_values(self.graph, start, stop, recompute, blocks=self.blocks)
-        return _Kept(
-            saved, True, again / forward if forward else 1.0, _largest(self._bytes(names) for names in extras)
-        )
-
-
-def _largest(sizes: Iterable[_Bytes]) -> tuple[_Bytes, ...]:
-    """Those that are largest at some microbatch: none is at most another in both parts."""
-    found: list[_Bytes] = []
-    for size in sorted(set(sizes), reverse=True):
-        if not any(size.sample <= other.sample for other in found):
-            found.append(size)
-    return tuple(found)
-
-
-def _is_fixed(graph: ModelGraph) -> Callable[[str], bool]:
-    """Whether a value of a graph at marker sizes, or of a local one made of it (``name@…``, ``name#…``), stays as the microbatch grows."""
-    stored = ("parameter", "buffer", "constant")
-    fixed = {
-        name
-        for name, value in graph.values.items()
-        if value.kind in stored or (graph.is_scalable and value.numel % graph.microbatch)
-    }
-
-    def is_fixed(name: str) -> bool:
-        return name in fixed or (name not in graph.values and re.split("[@#]", name)[0] in fixed)
-
-    return is_fixed
 
 
 def _local_bounds(folded: Folded, local: ModelGraph) -> list[tuple[int, int]]:

@@ -1,6 +1,6 @@
 """``Space``: everything that a search may choose, declared, counted and enumerated.
 
-    tp × sp × cp × ep × microbatch      a *group*: what a unit of the model costs one rank follows from these
+    tp × sp × cp × ep × microbatch      a *group*: what a unit of the model costs one rank; tp divides a node, or the ranks
     pp, schedule, stages a rank         how the units lie in a pipeline
     dp                                  the ranks that are left, or the fewest that run as few microbatches
     ZeRO level, ranks that it cuts over how parameters, gradients and optimizer state lie over the replicas
@@ -187,7 +187,9 @@ def declared_space(
     """
     request = fix or Request()
     node = cluster.devices_per(cluster.levels[0])
-    tps = tuple(tp for tp in (*range(1, node + 1), 2 * node) if tp <= num_ranks)
+    near = min(node, num_ranks)
+    tps = tuple(tp for tp in (*range(1, near + 1), 2 * node) if not node % tp or not num_ranks % tp)
+    tps = tuple(tp for tp in tps if tp <= num_ranks)
     may_cut = sequence is not None and graph.is_sequence_scalable and has_attention and not is_runnable
     cps = [
         cp
@@ -232,14 +234,10 @@ def declared_space(
 
 
 def _microbatches(graph: ModelGraph, global_batch: int, sequence: int | None) -> Iterator[int]:
-    """One to eight samples, then four steps to each doubling, as far as a microbatch's tokens go."""
+    """One to eight samples, then two steps to each doubling (12, 16, 24, …), as far as a microbatch's tokens go."""
     if not graph.is_scalable:
         yield graph.microbatch
         return
     limit = min(global_batch, max(1, MAX_MICROBATCH_TOKENS // (sequence or 1)))
-    size = 1
-    while size <= limit:
-        yield size
-        size += max(1, 1 << max(0, size.bit_length() - 3))
-    if size - max(1, 1 << max(0, (size - 1).bit_length() - 3)) != limit and limit & (limit - 1):
-        yield limit
+    sizes = {*range(1, 9), *(step << power for power in range(limit.bit_length()) for step in (2, 3)), limit}
+    yield from sorted(size for size in sizes if size <= limit)

@@ -1,0 +1,203 @@
+"""``Reading``: what the units of a local graph run, keep and send, at any microbatch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
+from typing import Final, Literal, NamedTuple
+
+from shardstage.cluster import CollectiveKind
+from shardstage.cost.collective import calls_of, is_communication
+from shardstage.cost.fusion import fused
+from shardstage.cost.kernels import Kernel, KernelReader, is_attention, is_expert
+from shardstage.graph import ModelGraph, Op
+from shardstage.graph.blocks import find_blocks
+from shardstage.graph.cuts import all_crossing_bytes
+from shardstage.graph.flops import backward_flops, forward_flops
+from shardstage.graph.saved import extra_values, is_of_batch, recompute_flops, saved_values, working_sets
+
+__all__ = ["RECOMPUTES", "Bytes", "Reading", "Recompute", "Work", "fixed_values"]
+
+RECOMPUTES: Final = ("none", "selective", "full")
+Recompute = Literal["none", "selective", "full"]
+
+
+class Bytes(NamedTuple):
+    """Bytes at any microbatch."""
+
+    fixed: float
+    sample: float
+
+    def at(self, microbatch: float) -> int:
+        return round(self.fixed + self.sample * microbatch)
+
+
+class Kept(NamedTuple):
+    """What a recompute choice means for a unit; ``flops_ratio`` of its forward's FLOPs are computed again."""
+
+    saved: Bytes
+    is_recomputed: bool
+    flops_ratio: float
+    extras: tuple[Bytes, ...]
+
+
+class Attention(NamedTuple):
+    """A fused attention: its keys and values, and these with its queries and its result."""
+
+    keys: Bytes
+    whole: Bytes
+    num_heads: int
+
+
+class Work(NamedTuple):
+    """A kept unit at any microbatch; FLOPs are of one sample, ``dispatched`` are the tokens that its experts are given."""
+
+    kernels: tuple[Kernel, ...]
+    num_kernels: tuple[int, int]
+    calls: tuple[tuple[CollectiveKind, bool, Bytes], ...]
+    forward_flops: float
+    backward_flops: float
+    input_bytes: Bytes
+    working_sets: tuple[Bytes, ...]
+    own_elements: int
+    num_parameters: int
+    shared: tuple[str, ...]
+    kept: dict[Recompute, Kept]
+    expert_elements: int
+    dispatched: Bytes
+    attention: tuple[Attention, ...]
+
+
+class Reading:
+    """One local graph while its units are read."""
+
+    def __init__(
+        self,
+        graph: ModelGraph,
+        bounds: Sequence[tuple[int, int]],
+        is_fixed: Callable[[str], bool],
+        *,
+        is_compiled: bool,
+    ) -> None:
+        self.graph = graph
+        self.bounds = bounds
+        self.is_compiled = is_compiled
+        self.reader = KernelReader(graph, is_fixed)
+        self.blocks = find_blocks(graph)
+        self.crossing = all_crossing_bytes(graph)
+
+    def works(self, elements: dict[str, int], shared: frozenset[str]) -> list[Work]:
+        saved = {recompute: self._increments(recompute) for recompute in RECOMPUTES}
+        return [
+            self._work(start, stop, elements, shared, {r: saved[r][number] for r in RECOMPUTES})
+            for number, (start, stop) in enumerate(self.bounds)
+        ]
+
+    def _work(
+        self,
+        start: int,
+        stop: int,
+        elements: dict[str, int],
+        shared: frozenset[str],
+        saved: dict[Recompute, Bytes],
+    ) -> Work:
+        graph = self.graph
+        ops = graph.ops[start:stop]
+        names = {name for op in ops for name in op.inputs if name in elements}
+        forward = sum(forward_flops(graph, op) for op in ops)
+        kernels = self._kernels(ops)
+        num_backward = sum(kernel.is_backward for kernel in kernels)
+        return Work(
+            kernels=kernels,
+            num_kernels=(len(kernels) - num_backward, num_backward),
+            calls=tuple(
+                (call.kind, call.is_backward, Bytes(0.0, call.num_bytes / graph.microbatch))
+                for op in ops
+                for call in calls_of(graph, op)
+            ),
+            forward_flops=forward / graph.microbatch,
+            backward_flops=sum(backward_flops(graph, op) for op in ops) / graph.microbatch,
+            input_bytes=Bytes(0.0, self.crossing[start] / graph.microbatch),
+            working_sets=_largest(self._bytes(names) for names in working_sets(graph, start, stop)),
+            own_elements=sum(elements[name] for name in names - shared),
+            num_parameters=len(names),
+            shared=tuple(sorted(names & shared)),
+            kept={r: self._kept(start, stop, r, saved[r], forward) for r in RECOMPUTES},
+            expert_elements=sum(elements[name] for name in self._experts(ops) if name in elements),
+            dispatched=self._bytes(op.inputs[0] for op in [op for op in ops if is_expert(op)][:1]),
+            attention=tuple(self._attention(op) for op in ops if is_attention(op)),
+        )
+
+    def _experts(self, ops: Sequence[Op]) -> set[str]:
+        """Parameters that hold an expert at each index: what grouped products multiply with, or a view of it."""
+        values = self.graph.values
+        found = set()
+        for op in filter(is_expert, ops):
+            name = op.inputs[1]
+            while values[name].alias_of:
+                name = values[name].alias_of
+            found.add(name)
+        return found
+
+    def _attention(self, op: Op) -> Attention:
+        query, key, value = op.inputs[:3]
+        outputs = [name for name in op.outputs if name is not None]
+        return Attention(
+            keys=self._bytes((key, value)),
+            whole=self._bytes((query, key, value, *outputs)),
+            num_heads=self.graph.values[key].shape[-3],
+        )
+
+    def _kernels(self, ops: Sequence[Op]) -> tuple[Kernel, ...]:
+        computing = [op for op in ops if not is_communication(op)]
+        if self.is_compiled:
+            return fused(self.graph, self.reader, computing)
+        return tuple(kernel for op in computing for kernel in self.reader.kernels(op))
+
+    def _bytes(self, names: Iterable[str]) -> Bytes:
+        return Bytes(*self.reader.moved(names))
+
+    def _increments(self, recompute: Recompute) -> list[Bytes]:
+        """Bytes that each unit adds to what those before it keep: a storage that two units keep counts with the first."""
+        graph = self.graph
+        up_to = [Bytes(0.0, 0.0)]
+        for _, stop in self.bounds:
+            names = saved_values(graph, 0, stop, recompute, blocks=self.blocks)
+            up_to.append(self._bytes(name for name in names if not is_of_batch(graph, name)))
+        return [Bytes(b.fixed - a.fixed, b.sample - a.sample) for a, b in pairwise(up_to)]
+
+    def _kept(self, start: int, stop: int, recompute: Recompute, saved: Bytes, forward: int) -> Kept:
+        """Recomputing takes the share of the forward's time that its FLOPs are of the forward's, selective at least what is not product."""
+        is_layer = any(block.is_layer and block.start < stop and start < block.stop for block in self.blocks)
+        if recompute == "none" or not is_layer:
+            return Kept(saved, False, 0.0, ())
+        again = recompute_flops(self.graph, start, stop, recompute, blocks=self.blocks)
+        extras = extra_values(self.graph, start, stop, recompute, blocks=self.blocks)
+        return Kept(
+            saved, True, again / forward if forward else 1.0, _largest(self._bytes(names) for names in extras)
+        )
+
+
+def _largest(sizes: Iterable[Bytes]) -> tuple[Bytes, ...]:
+    """Those that are largest at some microbatch: none is at most another in both parts."""
+    found: list[Bytes] = []
+    for size in sorted(set(sizes), reverse=True):
+        if not any(size.sample <= other.sample for other in found):
+            found.append(size)
+    return tuple(found)
+
+
+def fixed_values(graph: ModelGraph) -> Callable[[str], bool]:
+    """Whether a value of a graph at marker sizes, or of a local one made of it (``name@…``, ``name#…``), stays as the microbatch grows."""
+    stored = ("parameter", "buffer", "constant")
+    fixed = {
+        name
+        for name, value in graph.values.items()
+        if value.kind in stored or (graph.is_scalable and value.numel % graph.microbatch)
+    }
+
+    def is_fixed(name: str) -> bool:
+        return name in fixed or (name not in graph.values and re.split("[@#]", name)[0] in fixed)
+
+    return is_fixed
