@@ -159,7 +159,7 @@ class Profiler:
             whole_flops=round(self._whole_flops * microbatch),
         )
 
-    def least_s(self, microbatch: float) -> float:
+    def least_s(self, microbatch: float, links: Links | None = None) -> float:
         """A lower bound of the seconds of all units, forward and backward: products at the best rate, or their bytes, and talk along tp."""
         flops, fixed, sample, calls = self._roofline
         device = self._device
@@ -174,7 +174,18 @@ class Profiler:
         best = rate * model.sustained_ratio * max(tile.ratio for tile in model.tiles)
         moved = (fixed + sample * microbatch) / (device.bytes_per_s * model.moved_ratio)
         seconds = float(np.maximum(flops * microbatch / best, moved).sum())
+        if links is not None:
+            seconds += sum(
+                2 * number * _expert_s(work, microbatch, links)
+                for work, number in zip(self._works, self._numbers, strict=True)
+            )
         return seconds + sum(number * self._links[kind].seconds(b * microbatch) for kind, b, number in calls)
+
+    @cached_property
+    def _numbers(self) -> list[int]:
+        """How many units of the whole model each kept one stands for."""
+        numbers = Counter(unit.twin for unit in self._folded.units)
+        return [numbers[twin] for twin in range(len(self._works))]
 
     @cached_property
     def _roofline(self) -> tuple[Any, Any, Any, list[tuple[CollectiveKind, float, int]]]:

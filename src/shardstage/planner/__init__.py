@@ -15,6 +15,7 @@ from shardstage.planner.fit import Fit, cheapest_fit
 from shardstage.planner.mixed import MixedResult, predict_mixed, search_mixed
 from shardstage.planner.predict import predict
 from shardstage.planner.search import Candidate, Searcher, SearchResult, search, usable_bytes
+from shardstage.planner.verify import Verification, verify_certificate
 from shardstage.planner.why import Alternative, Point, alternatives, front
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "Point",
     "SearchResult",
     "Searcher",
+    "Verification",
     "alternatives",
     "cheapest_fit",
     "front",
@@ -34,4 +36,5 @@ __all__ = [
     "search",
     "search_mixed",
     "usable_bytes",
+    "verify_certificate",
 ]

@@ -20,8 +20,8 @@ __all__ = ["Certificate", "Counts"]
 
 @dataclass
 class Counts:
-    """How choices were dealt with: priced exactly, found not to fit at any cut, left out by a bound on time or on memory, or
-    because another choice is as fast by the same formula and holds no more (``Space.dominated``)."""
+    """How choices were dealt with: priced exactly, found to have no cut that fits and is fast enough, left out by a bound on time or on
+    memory, or because another choice is as fast by the same formula and holds no more (``Space.dominated``)."""
 
     priced: int = 0
     unfit: int = 0

@@ -125,7 +125,11 @@ class Pricing:
     def least_units_s(self, group: Group) -> float:
         """A lower bound of the seconds of all units for one microbatch of a group, without pricing kernel by kernel."""
         profiler = self.profiler(group.tp, group.is_sequence_parallel)
-        return profiler.least_s(group.microbatch / group.cp)
+        links = None
+        if group.ep > 1:
+            mesh = Mesh(dp=max(1, group.ep // group.cp), cp=group.cp, tp=group.tp)
+            links = Links(self.cluster, mesh, ep=group.ep, costs=self.costs)
+        return profiler.least_s(group.microbatch / group.cp, links)
 
     def _profile(self, group: Group) -> Profile:
         mesh = Mesh(dp=max(1, group.ep // group.cp), cp=group.cp, tp=group.tp)
@@ -195,7 +199,13 @@ class Pricing:
             element_s / (setup.num_shards if setup.sharding_level >= 2 else 1),
             None if setup.sharding_level < 2 else self._waits(chain, setup, links),
         )
-        cut = best_cut(costs, setup.mesh.pp, setup.num_microbatches, self.modes, below_s=below_s)
+        cut = best_cut(
+            costs,
+            setup.mesh.pp,
+            setup.num_microbatches,
+            self.modes,
+            below_s=self._pipeline_below(setup, below_s),
+        )
         if cut is None:
             return None
         times = _stage_times(chain, cut.starts, cut.recompute)
@@ -238,6 +248,10 @@ class Pricing:
             if all(rank_memory(chain.profile, made, rank).total_bytes <= limit_bytes for rank in ranks):
                 return made
         return None
+
+    def _pipeline_below(self, setup: StepSetup, below_s: float) -> float:
+        """Below what the stages' own seconds must come for the step to: all of it where their formula is 1F1B's."""
+        return below_s / self.least_factor if setup.schedule in ("1f1b", "gpipe") else math.inf
 
     def _least_s(self, setup: StepSetup, times: list[StageTime]) -> float:
         """What the pipeline alone takes at least, before ZeRO's waits, sums of gradients and transfers."""

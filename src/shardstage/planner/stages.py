@@ -61,18 +61,26 @@ def best_cut(
     *,
     below_s: float = math.inf,
 ) -> Cut | None:
-    """The best cut, or None where no cut fits into memory; one that cannot come below ``below_s`` need not be the best."""
+    """The best cut, or None where no cut fits into memory and can come below ``below_s``."""
+    if below_s != math.inf and num_microbatches > 1:
+        most_s = (below_s - _unavoidable_s(costs, num_stages, modes)) / (num_microbatches - 1)
+        if _reach(costs, num_stages, most_s, modes) is None:
+            return None
     found = _least_cap(costs, num_stages, modes)
     if found is None:
         return None
-    unavoidable_s = sum(
-        min(costs.seconds(stage, unit, unit + 1, modes[0]) for stage in {0, num_stages - 1})
-        for unit in range(costs.num_units)
-    )
+    unavoidable_s = _unavoidable_s(costs, num_stages, modes)
     least_s = (num_microbatches - 1) * found.slowest_s + min(unavoidable_s, found.total_s)
     if least_s >= below_s or found.total_s <= unavoidable_s * (1 + 1e-12):
         return found
     return _with_least_sum(costs, num_stages, num_microbatches, modes, found, unavoidable_s)
+
+
+def _unavoidable_s(costs: StageCosts, num_stages: int, modes: Sequence[Recompute]) -> float:
+    """What all units take where nothing is recomputed, each in the stage that is quicker at it: the first or the last."""
+    ends = {0, num_stages - 1}
+    units = range(costs.num_units)
+    return sum(min(costs.seconds(stage, unit, unit + 1, modes[0]) for stage in ends) for unit in units)
 
 
 def _least_cap(costs: StageCosts, num_stages: int, modes: Sequence[Recompute]) -> Cut | None:

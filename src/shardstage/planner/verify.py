@@ -1,0 +1,95 @@
+"""``verify_certificate``: a second routine that checks a search's proof without its bounds.
+
+It hashes what was searched, counts the space choice by choice in plain loops, prices the plan as any given plan is priced, and prices
+choices exactly, evenly over the whole space (all of a small one): none that fits may be faster. What a large space's search left out by
+bounds it so tests by samples; ``num_checked`` says how many.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Final
+
+from shardstage.graph.file import fingerprint
+from shardstage.planner.certificate import cluster_hash
+from shardstage.planner.predict import predict
+from shardstage.planner.search import Searcher, SearchResult
+from shardstage.planner.space import Choice
+
+__all__ = ["Verification", "verify_certificate"]
+
+ROUNDING: Final = 1e-9
+"""Sums of the same seconds in another order differ by less."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verification:
+    """What was found wrong, nothing where the certificate holds; ``num_checked`` choices were priced exactly."""
+
+    problems: tuple[str, ...]
+    num_choices: int
+    num_checked: int
+
+    @property
+    def is_valid(self) -> bool:
+        return not self.problems
+
+
+def verify_certificate(searcher: Searcher, found: SearchResult, *, max_checked: int = 500) -> Verification:
+    """Checks the certificate of ``found`` against the space that ``searcher`` declares, pricing at most ``max_checked`` choices."""
+    proof = found.certificate
+    choices = list(_choices(searcher)) if proof.enumerated <= MAX_LISTED else None
+    num_choices = len(choices) if choices is not None else sum(1 for _ in _choices(searcher))
+    problems = [
+        f"the {what} is another one: {there}, not {said}"
+        for what, said, there in (
+            ("graph", proof.graph, fingerprint(searcher.graph)),
+            ("cluster", proof.cluster, cluster_hash(searcher.cluster)),
+            ("space", proof.space, searcher.space.fingerprint),
+        )
+        if said != there
+    ]
+    if num_choices != proof.enumerated:
+        problems.append(
+            f"the space has {num_choices} choices, and the certificate deals with {proof.enumerated}"
+        )
+    price_s = predict(searcher.graph, found.best, searcher.cluster).step_time_s
+    if abs(price_s - proof.cost_s) > ROUNDING * proof.cost_s:
+        problems.append(f"the plan takes {price_s} s, and the certificate says {proof.cost_s} s")
+    if proof.best_bound_s < proof.cost_s * (1 - ROUNDING):
+        problems.append(f"a choice bounded by {proof.best_bound_s} s was left out, below {proof.cost_s} s")
+    step = max(1, num_choices // max_checked)
+    num_checked = 0
+    for number, choice in enumerate(choices if choices is not None else _choices(searcher)):
+        if number % step:
+            continue
+        num_checked += 1
+        priced = searcher.pricing.price(choice, found.limit_bytes)
+        if priced is not None and priced.seconds < proof.cost_s * (1 - ROUNDING):
+            problems.append(f"{choice} takes {priced.seconds} s, less than {proof.cost_s} s")
+    return Verification(problems=tuple(problems), num_choices=num_choices, num_checked=num_checked)
+
+
+MAX_LISTED: Final = 200_000
+"""A larger space is walked twice rather than kept."""
+
+
+def _choices(searcher: Searcher) -> Iterator[Choice]:
+    """Every choice of the space, by plain loops over its declaration."""
+    space, num_units = searcher.space, searcher.num_units
+    for group in space.groups():
+        for mesh in space.meshes(group.tp, group.cp):
+            share = -(-space.global_batch // mesh.dp)
+            m = -(-share // group.microbatch)
+            if -(-share // m) != group.microbatch or space.global_batch // mesh.dp < m:
+                continue
+            if (mesh.dp * group.cp) % group.ep or mesh.pp > num_units:
+                continue
+            for order in space.orders_of(mesh):
+                for zero in space.zeros_of(mesh):
+                    for schedule in space.schedules_of(mesh.pp):
+                        if mesh.pp * schedule.per_rank <= num_units:
+                            yield Choice(
+                                mesh=replace(mesh, order=order), group=group, zero=zero, schedule=schedule
+                            )

@@ -1,0 +1,73 @@
+"""The second routine: it agrees with an honest certificate and names what is wrong with a forged one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from tests.cost.machines import round_machine
+from tests.cost.toy import toy_graph
+
+from shardstage.planner import Searcher, SearchResult, verify_certificate
+
+GRAPH = toy_graph(num_layers=5, width=64, hidden=256, vocab=128)
+
+
+def searched(ranks: int, *, is_runnable: bool = True) -> tuple[Searcher, SearchResult]:
+    searcher = Searcher(
+        GRAPH,
+        round_machine(8, latency_s=1e-6),
+        num_ranks=ranks,
+        global_batch=12,
+        sequence=32,
+        is_runnable=is_runnable,
+    )
+    return searcher, searcher.best(2**40)
+
+
+@pytest.mark.parametrize(("ranks", "is_runnable"), [(1, True), (3, True), (4, True), (3, False), (8, False)])
+def test_an_honest_certificate_holds(ranks: int, is_runnable: bool) -> None:
+    searcher, found = searched(ranks, is_runnable=is_runnable)
+    checked = verify_certificate(searcher, found, max_checked=200)
+    assert checked.problems == ()
+    assert checked.num_choices == found.certificate.enumerated
+    assert 0 < checked.num_checked <= 2 * 200
+
+
+def test_a_plan_that_is_not_the_best_is_found_out() -> None:
+    """The forger counts right and bounds nothing below its cost, but a choice is faster."""
+    searcher, found = searched(4)
+    worse = max((*found.front, found.priced), key=lambda priced: priced.seconds)
+    for other in found.runners_up:
+        if other.prediction.step_time_s > found.prediction.step_time_s * 1.001:
+            forged = replace(
+                found,
+                best=other.plan,
+                prediction=other.prediction,
+                certificate=replace(
+                    found.certificate,
+                    cost_s=other.prediction.step_time_s,
+                    best_bound_s=other.prediction.step_time_s,
+                ),
+            )
+            assert any(
+                "less than" in p for p in verify_certificate(searcher, forged, max_checked=10**6).problems
+            )
+            return
+    assert worse.seconds >= found.prediction.step_time_s
+
+
+def test_wrong_hashes_counts_and_costs_are_named() -> None:
+    searcher, found = searched(2)
+    for change, told in (
+        ({"graph": "0"}, "the graph is another one"),
+        ({"cluster": "0"}, "the cluster is another one"),
+        ({"space": "0"}, "the space is another one"),
+        ({"priced": found.certificate.priced + 1}, "the space has"),
+        ({"cost_s": 2 * found.certificate.cost_s, "best_bound_s": 1e9}, "the plan takes"),
+        ({"best_bound_s": found.certificate.cost_s / 2}, "was left out"),
+    ):
+        forged = replace(found, certificate=replace(found.certificate, **change))
+        assert any(
+            told in problem for problem in verify_certificate(searcher, forged, max_checked=1).problems
+        )
