@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
+from click.testing import Result
 from tests.cost.toy import toy_graph
 from typer.testing import CliRunner
 
@@ -26,18 +29,40 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-def said(*arguments: str) -> str:
+def ran(*arguments: str) -> Result:
     app = typer.Typer()
     app.command()(verb.plan)
     result = CliRunner(env={"COLUMNS": "200"}).invoke(app, list(arguments), catch_exceptions=True)
     if result.exception is not None:
         raise result.exception
-    return result.output
+    return result
+
+
+def said(*arguments: str) -> str:
+    return ran(*arguments).output
+
+
+def table(*arguments: str) -> dict[str, Any]:
+    """What ``--json`` prints; nothing else may be on standard output."""
+    found = json.loads(ran("--cluster", "cpu:4", "--seq", "64", "--json", *arguments).stdout)
+    assert isinstance(found, dict)
+    return found
 
 
 def test_a_chosen_plan_is_shown_with_its_price_and_what_else_there_was() -> None:
     text = said("--cluster", "cpu:4", "--ranks", "4", "--seq", "64")
-    for word in ("plan", "step time", "low", "high", "tokens/s, MFU", "memory", "plans considered", "slower"):
+    for word in (
+        "plan",
+        "step time",
+        "low",
+        "high",
+        "tokens/s, MFU",
+        "memory",
+        "proof      best of",
+        "gap 0",
+        "slower",
+        "why not",
+    ):
         assert word in text
 
 
@@ -59,7 +84,7 @@ def test_explain_says_who_does_what() -> None:
 
 
 def test_the_memory_that_a_rank_may_hold_is_kept() -> None:
-    with pytest.raises(PlanError, match=r"none of \d+ plans for 4 ranks fits into 1.00 KiB"):
+    with pytest.raises(PlanError, match=r"no plan for 4 ranks fits into 1.00 KiB"):
         said("--cluster", "cpu:4", "--memory", "1KiB")
 
 
@@ -83,6 +108,109 @@ def test_a_gpu_plans_in_bfloat16_and_the_flag_decides() -> None:
     with pytest.raises(PlanError, match="computes in bfloat16, and the model was captured in float32"):
         said("--cluster", "h100:4")
     assert "dtype=float32" in said("--cluster", "h100:4", "--dtype", "fp32")
+
+
+def test_what_is_fixed_is_kept() -> None:
+    found = table("--fix", "tp=2,zero=1")
+    assert "tp=2" in found["plan"] and "zero=1" in found["plan"]
+
+
+def test_a_fixed_decision_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(PlanError, match="colour"):
+        said("--cluster", "cpu:4", "--fix", "colour=2")
+
+
+@pytest.mark.parametrize("flag", ["--memory", "--max-memory"])
+def test_the_plan_holds_no_more_than_it_may(flag: str) -> None:
+    free = table()
+    limit = free["peak_bytes"] - 1
+    tight = table(flag, f"{limit}B")
+    assert tight["peak_bytes"] <= limit == tight["certificate"]["limit_bytes"]
+    assert tight["step_time_s"] >= free["step_time_s"]
+
+
+def test_json_is_one_object_with_everything_that_is_shown() -> None:
+    found = table()
+    assert found["ranks"] == 4 and found["step_time_s"] > 0
+    assert found["step_time_low_s"] <= found["step_time_s"] <= found["step_time_high_s"]
+    assert max(found["rank_peak_bytes"]) == found["peak_bytes"]
+    proof = found["certificate"]
+    left_out = sum(proof[name] for name in ("by_bound", "by_memory", "by_rule"))
+    assert proof["enumerated"] == proof["priced"] + proof["unfit"] + left_out
+    assert proof["gap"] == 0 and proof["cost_s"] == found["step_time_s"]
+    assert found["runners_up"] and found["why_not"] and found["front"]
+    assert found["front"][0]["step_time_s"] == found["step_time_s"]
+
+
+def test_a_plan_that_was_given_has_a_price_and_no_proof() -> None:
+    found = table("--plan", "tp=2,pp=2")
+    assert found["certificate"] is None and found["front"] == [] and found["why_not"] == []
+    assert found["step_time_s"] > 0
+
+
+def test_the_plan_file_in_the_json_is_a_plan(tmp_path: Path) -> None:
+    found = table()
+    path = tmp_path / "plan.toml"
+    path.write_text(found["plan_file"], encoding="utf-8")
+    assert load_plan(path).graph_fingerprint
+    again = table("--plan", str(path))
+    assert again["step_time_s"] == pytest.approx(found["step_time_s"], rel=1e-9)
+    assert again["plan"] == found["plan"]
+
+
+def test_json_stays_json_where_files_are_written_and_more_is_asked_for(tmp_path: Path) -> None:
+    page, plan = tmp_path / "page.html", tmp_path / "plan.toml"
+    assert table("--html", str(page), "--out", str(plan), "--explain")["ranks"] == 4
+    assert page.exists() and plan.exists()
+
+
+def test_the_page_stands_alone_and_has_pictures_of_the_front_and_the_mesh(tmp_path: Path) -> None:
+    path = tmp_path / "page.html"
+    assert f"page written to {path}" in said("--cluster", "cpu:4", "--seq", "64", "--html", str(path))
+    page = path.read_text(encoding="utf-8")
+    assert page.startswith("<!doctype html>") and page.endswith("</html>\n")
+    assert page.count("<svg") == 2 and page.count("</svg>") == 2
+    assert "src=" not in page and "href=" not in page
+    assert "Best of" in page and "gap" in page and "<h2>Why not</h2>" in page
+
+
+def test_the_page_of_a_given_plan_says_that_nothing_was_searched(tmp_path: Path) -> None:
+    path = tmp_path / "page.html"
+    said("--cluster", "cpu:4", "--seq", "64", "--plan", "tp=2,pp=2", "--html", str(path))
+    page = path.read_text(encoding="utf-8")
+    assert "The plan was given, not searched." in page and page.count("<svg") == 1
+
+
+@pytest.mark.parametrize("objective", ["time", "cost", "memory"])
+def test_an_objective_is_kept_within_what_it_says(objective: str) -> None:
+    fastest, found = table(), table("--objective", objective)
+    if objective == "time":
+        assert found == fastest
+    if objective == "memory":
+        assert found["peak_bytes"] <= fastest["peak_bytes"]
+        assert found["step_time_s"] <= 1.25 * fastest["step_time_s"]
+    if objective == "cost":
+        assert found["ranks"] * found["step_time_s"] <= fastest["ranks"] * fastest["step_time_s"]
+
+
+def test_an_objective_that_is_none_is_refused_with_those_that_are() -> None:
+    with pytest.raises(PlanError, match="'speed' is not one of time, cost, memory") as caught:
+        said("--cluster", "cpu:4", "--objective", "speed")
+    assert caught.value.hint == "--objective time"
+
+
+def test_a_runnable_plan_has_no_note_that_it_does_not_run() -> None:
+    runs = table("--runnable", "--batch", "7")
+    assert not any("--runnable" in note for note in runs["notes"])
+    assert table("--batch", "7")["step_time_s"] <= runs["step_time_s"]
+
+
+def test_a_device_with_a_price_gives_a_step_its_price() -> None:
+    arguments = ("--cluster", "a100-80:4", "--seq", "64", "--dtype", "fp32")
+    found = json.loads(ran(*arguments, "--json").stdout)
+    assert found["dollars"] == pytest.approx(4 * found["step_time_s"] / 3600 * 3.4309, rel=1e-3)
+    assert "cost       $" in said(*arguments)
+    assert table()["dollars"] is None
 
 
 def _line(text: str, name: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from typing import TYPE_CHECKING, Any, Final
 
@@ -71,7 +71,8 @@ def choose(
         return chosen, Comparison(dollars=_dollars(chosen, machine))
     if objective == "memory":
         found = _smallest(chosen.searcher, chosen.found)
-        chosen = Chosen(plan=found.best, prediction=found.prediction, found=found, searcher=chosen.searcher)
+        best = replace(found.best, graph_fingerprint=found.certificate.graph)
+        chosen = Chosen(plan=best, prediction=found.prediction, found=found, searcher=chosen.searcher)
     assert chosen.found is not None and chosen.searcher is not None
     return chosen, Comparison(
         alternatives=alternatives(chosen.searcher, chosen.found),
@@ -137,7 +138,8 @@ def print_comparison(console: Console, chosen: Chosen, comparison: Comparison, m
     proof = chosen.found.certificate
     console.print(
         f"proof      best of {proof.enumerated:,} plans, gap {format_ratio(proof.gap)}: {proof.priced:,} priced, "
-        f"{proof.by_bound:,} too slow and {proof.by_memory + proof.unfit:,} too large by their bounds",
+        f"{proof.by_bound:,} too slow and {proof.by_memory + proof.unfit:,} too large by their bounds, "
+        f"{proof.by_rule:,} no better by rule",
         soft_wrap=True,
     )
     runners = [(c.text, c.prediction, "") for c in chosen.found.runners_up[:MOST_SHOWN]]
@@ -251,7 +253,7 @@ def comparison_page(model: str, machine: Cluster, chosen: Chosen, comparison: Co
         f"{format_bytes(chosen.prediction.peak_bytes)} a rank. {proof}</p>"
         f"<h2>Time against memory</h2>{_front_picture(comparison.front)}"
         f"<h2>The mesh on the machine</h2>{_mesh_picture(machine, chosen)}"
-        f"<h2>Why not</h2><table><tr><th>change<th>step time<th>memory<th>reason</tr>{rows}</table></html>\\n"
+        f"<h2>Why not</h2><table><tr><th>change<th>step time<th>memory<th>reason</tr>{rows}</table></html>\n"
     )
 
 

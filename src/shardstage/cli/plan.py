@@ -78,7 +78,7 @@ def plan(
     """
     from shardstage.cli.machine import cluster_named, num_default_ranks
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, stderr=as_json)  # then standard output is the object alone
     num_local = (ranks or num_default_ranks()) if cluster == "local" else 1
     with console.status("looking at the cluster"):
         machine = cluster_named(cluster, ranks=num_local)

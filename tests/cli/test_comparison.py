@@ -1,0 +1,159 @@
+"""What is shown beside a plan: objectives that keep their word, tables that say what they are cut to, a page that escapes names."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import re
+from dataclasses import replace
+
+import pytest
+from rich.console import Console
+from tests.cost.machines import round_machine
+from tests.cost.toy import toy_graph
+
+from shardstage.cli.choosing import Chosen
+from shardstage.cli.comparison import Comparison, as_table, choose, comparison_page, print_comparison
+from shardstage.cluster import Cluster
+from shardstage.errors import PlanError
+from shardstage.planner import predict
+
+GRAPH = toy_graph(num_layers=6, width=64, hidden=256)
+MACHINE = round_machine(8, latency_s=1e-5)
+
+
+def chosen_by(
+    objective: str,
+    text: str = "auto",
+    *,
+    machine: Cluster = MACHINE,
+    ranks: int = 8,
+    memory: str | None = None,
+    fix: str = "",
+) -> tuple[Chosen, Comparison]:
+    return choose(
+        text,
+        GRAPH,
+        machine,
+        num_ranks=ranks,
+        batch=16,
+        sequence=64,
+        precision="float32",
+        memory=memory,
+        fix=fix,
+        is_runnable=True,
+        objective=objective,
+    )
+
+
+def printed(chosen: Chosen, comparison: Comparison) -> str:
+    out = io.StringIO()
+    print_comparison(Console(file=out, width=200, highlight=False), chosen, comparison, MACHINE)
+    return out.getvalue()
+
+
+def device_s(chosen: Chosen) -> float:
+    return chosen.plan.mesh.world_size * chosen.prediction.step_time_s
+
+
+def test_the_cheapest_step_takes_no_more_device_seconds_than_any_halving() -> None:
+    cheapest, _ = chosen_by("cost")
+    for ranks in (8, 4, 2, 1):
+        other, _ = chosen_by("time", ranks=ranks)
+        assert device_s(cheapest) <= device_s(other) * (1 + 1e-9)
+
+
+def test_the_smallest_plan_is_within_a_quarter_of_the_fastest_and_no_smaller_is() -> None:
+    fastest, _ = chosen_by("time")
+    smallest, _ = chosen_by("memory")
+    assert smallest.prediction.step_time_s <= 1.25 * fastest.prediction.step_time_s
+    assert smallest.prediction.peak_bytes < fastest.prediction.peak_bytes
+    assert smallest.searcher is not None
+    try:
+        below = smallest.searcher.best(int(0.9 * smallest.prediction.peak_bytes))
+    except PlanError:
+        return
+    assert below.prediction.step_time_s > 1.25 * fastest.prediction.step_time_s
+
+
+@pytest.mark.parametrize("objective", ["time", "cost", "memory"])
+def test_every_objective_s_plan_knows_its_graph_and_has_its_price(objective: str) -> None:
+    chosen, _ = chosen_by(objective)
+    assert chosen.plan.graph_fingerprint
+    assert predict(GRAPH, chosen.plan, MACHINE).step_time_s == pytest.approx(
+        chosen.prediction.step_time_s, rel=1e-9
+    )
+
+
+def test_an_objective_leaves_a_plan_that_was_given_alone() -> None:
+    given = [chosen_by(objective, "tp=2,pp=2,dp=2")[0] for objective in ("time", "cost", "memory")]
+    assert given[0].plan == given[1].plan == given[2].plan
+    assert given[0].found is None
+
+
+def test_where_nothing_fits_every_objective_says_so() -> None:
+    for objective in ("time", "cost", "memory"):
+        with pytest.raises(PlanError, match="no plan for 8 ranks fits"):
+            chosen_by(objective, memory="1KiB")
+
+
+def test_the_proof_is_shown_with_what_was_told_of_others() -> None:
+    chosen, comparison = chosen_by("time")
+    text = printed(chosen, comparison)
+    assert chosen.found is not None
+    assert f"best of {chosen.found.certificate.enumerated:,} plans, gap 0" in text
+    proof = chosen.found.certificate
+    shown = [
+        int(number.replace(",", "")) for number in re.findall(r"([\d,]+) (?:priced|too|no better)", text)
+    ]
+    assert sum(shown) == proof.enumerated
+    assert "why not" in text and "less memory" in text
+    assert comparison.alternatives[0].change in text and comparison.alternatives[0].reason in text
+
+
+def test_the_tables_are_of_the_same_plans_as_the_json() -> None:
+    chosen, comparison = chosen_by("time")
+    found = as_table(chosen, comparison, ["a note"])
+    assert found["notes"] == ["a note"]
+    assert [row["change"] for row in found["why_not"]] == [a.change for a in comparison.alternatives]
+    assert [row["plan"] for row in found["front"]] == [p.text for p in comparison.front]
+    for faster, smaller in itertools.pairwise(found["front"]):
+        assert faster["peak_bytes"] > smaller["peak_bytes"]
+    assert found["dollars"] is None
+
+
+def test_what_does_not_fit_has_no_price_in_the_json() -> None:
+    free, _ = chosen_by("time")
+    chosen, comparison = chosen_by("time", memory=f"{int(0.6 * free.prediction.peak_bytes)}B")
+    unfit = [row for row in as_table(chosen, comparison, [])["why_not"] if row["step_time_s"] is None]
+    assert unfit
+    assert all(row["peak_bytes"] is None and row["reason"].startswith("does not fit") for row in unfit)
+
+
+def test_a_step_costs_its_devices_hours() -> None:
+    priced = replace(MACHINE, device=replace(MACHINE.device, price_per_hour=3.6))
+    chosen, comparison = chosen_by("time", machine=priced)
+    assert comparison.dollars == pytest.approx(3.6 / 3600 * device_s(chosen))
+    assert "a step at the preset's hourly price" in printed(chosen, comparison)
+
+
+def test_the_page_escapes_the_name_of_the_model() -> None:
+    chosen, comparison = chosen_by("time")
+    page = comparison_page("<script>", MACHINE, chosen, comparison)
+    assert "<script>" not in page and "&lt;script&gt;" in page
+
+
+def test_the_page_draws_each_rank_once_and_each_point_of_the_front() -> None:
+    chosen, comparison = chosen_by("time")
+    page = comparison_page("toy", MACHINE, chosen, comparison)
+    assert page.count("<rect") == chosen.plan.mesh.world_size == 8
+    assert page.count("<circle") == len(comparison.front)
+    assert "node 0" in page and "node 1" in page and "more ranks" not in page
+
+
+def test_of_many_ranks_the_page_draws_the_first_nodes_and_counts_the_rest() -> None:
+    machine = round_machine(64, latency_s=1e-5)
+    chosen, comparison = chosen_by("time", "dp=16,tp=4", machine=machine, ranks=64)
+    page = comparison_page("toy", machine, chosen, comparison)
+    assert page.count("<rect") == 32
+    assert "and 32 more ranks" in page
