@@ -6,6 +6,7 @@ prefix sums, and the largest of a run is the largest of the few kinds of unit in
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -41,6 +42,7 @@ class Chain:
         )
         self.both_s = [f + b for f, b in zip(self.forward_s, self.backward_s, strict=True)]
         self._shared = [(i, name) for i, unit in enumerate(units) for name in unit.shared]
+        self._sharing = [i for i, _ in self._shared]
         self._passing = {m: [u.kept[m].extra_bytes + u.transient_bytes for u in units] for m in RECOMPUTES}
         self._most: dict[tuple[Recompute, int], list[int]] = {}
         self._largest: dict[tuple[int, int], list[int]] = {}
@@ -60,7 +62,7 @@ class Chain:
 
     def shared_elements(self, start: int, stop: int) -> int:
         """Elements of parameters that a run shares with other units, each once."""
-        if not self._shared:
+        if bisect_left(self._sharing, start) == bisect_left(self._sharing, stop):
             return 0
         names = {name for i, name in self._shared if start <= i < stop}
         return sum(self.profile.shared_elements[name] for name in names)

@@ -204,7 +204,8 @@ class Pricing:
             setup.mesh.pp,
             setup.num_microbatches,
             self.modes,
-            below_s=self._pipeline_below(setup, below_s),
+            below_s=below_s / self.least_factor,
+            counts_sum=setup.schedule in ("1f1b", "gpipe"),
         )
         if cut is None:
             return None
@@ -248,10 +249,6 @@ class Pricing:
             if all(rank_memory(chain.profile, made, rank).total_bytes <= limit_bytes for rank in ranks):
                 return made
         return None
-
-    def _pipeline_below(self, setup: StepSetup, below_s: float) -> float:
-        """Below what the stages' own seconds must come for the step to: all of it where their formula is 1F1B's."""
-        return below_s / self.least_factor if setup.schedule in ("1f1b", "gpipe") else math.inf
 
     def _least_s(self, setup: StepSetup, times: list[StageTime]) -> float:
         """What the pipeline alone takes at least, before ZeRO's waits, sums of gradients and transfers."""

@@ -60,18 +60,24 @@ def best_cut(
     modes: Sequence[Recompute] = RECOMPUTES,
     *,
     below_s: float = math.inf,
+    counts_sum: bool = True,
 ) -> Cut | None:
-    """The best cut, or None where no cut fits into memory and can come below ``below_s``."""
-    if below_s != math.inf and num_microbatches > 1:
-        most_s = (below_s - _unavoidable_s(costs, num_stages, modes)) / (num_microbatches - 1)
-        if _reach(costs, num_stages, most_s, modes) is None:
-            return None
-    found = _least_cap(costs, num_stages, modes)
+    """The best cut, or None where no cut fits into memory and can come below ``below_s``.
+
+    ``counts_sum``: the formula above; without it only the slowest stage counts, ``m max t``, as under schedules that split backwards.
+    """
+    unavoidable_s = _unavoidable_s(costs, num_stages, modes)
+    most_s = math.inf
+    if below_s != math.inf:
+        if not counts_sum:
+            most_s = below_s / num_microbatches
+        elif num_microbatches > 1:
+            most_s = (below_s - unavoidable_s) / (num_microbatches - 1)
+    found = _least_cap(costs, num_stages, modes, most_s)
     if found is None:
         return None
-    unavoidable_s = _unavoidable_s(costs, num_stages, modes)
     least_s = (num_microbatches - 1) * found.slowest_s + min(unavoidable_s, found.total_s)
-    if least_s >= below_s or found.total_s <= unavoidable_s * (1 + 1e-12):
+    if not counts_sum or least_s >= below_s or found.total_s <= unavoidable_s * (1 + 1e-12):
         return found
     return _with_least_sum(costs, num_stages, num_microbatches, modes, found, unavoidable_s)
 
@@ -83,9 +89,9 @@ def _unavoidable_s(costs: StageCosts, num_stages: int, modes: Sequence[Recompute
     return sum(min(costs.seconds(stage, unit, unit + 1, modes[0]) for stage in ends) for unit in units)
 
 
-def _least_cap(costs: StageCosts, num_stages: int, modes: Sequence[Recompute]) -> Cut | None:
-    """The cut whose slowest stage is fastest."""
-    best = _reach(costs, num_stages, math.inf, modes)
+def _least_cap(costs: StageCosts, num_stages: int, modes: Sequence[Recompute], most_s: float) -> Cut | None:
+    """The cut whose slowest stage is fastest, and at most ``most_s``."""
+    best = _reach(costs, num_stages, most_s, modes)
     if best is None:
         return None
     least_s = min(costs.seconds(stage, 0, costs.num_units, modes[0]) for stage in range(num_stages))
