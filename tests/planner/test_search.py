@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from tests.cost.machines import round_machine
+from tests.cost.toy import toy_graph
 from tests.planner.brute import EVEN, MACHINE, UNEVEN, all_priced, every_choice, least_s, searcher_of
 
 from shardstage.cluster import Cluster
@@ -77,6 +78,14 @@ def test_nothing_in_the_space_is_faster_and_no_bound_is_above_its_price(
         assert result.certificate.gap == 0
         assert result.certificate.enumerated == len(priced)
         assert_bounds_are_below(searcher, priced)
+
+
+def test_sums_of_gradients_hide_under_the_adding_of_microbatches_too() -> None:
+    """Found by a search without bounds: large parameters, two microbatches of one sample, slow links."""
+    graph = toy_graph(num_layers=4, width=256, hidden=(32, 32, 4096, 4096), vocab=32000)
+    searcher = Searcher(graph, round_machine(8, node=1), num_ranks=4, global_batch=4, sequence=16)
+    searcher.best(PLENTY)
+    assert_bounds_are_below(searcher, all_priced(searcher, PLENTY))
 
 
 def assert_bounds_are_below(searcher: Searcher, priced: dict[Choice, Priced | None]) -> None:

@@ -140,8 +140,6 @@ class _Table:
         reduced = has_copies * (num_buckets * talk.reduce[:, :1] + own * w * talk.reduce[:, 1:])
         cut = shards_s(talk.scatter, talk.near_scatter, own * w, num_buckets) + copies_s(own * w, num_buckets)
         summed = np.where(level == 0, reduced, cut)
-        exposed = np.where(level < 2, np.maximum(0.0, summed - hidden * backward), 0.0)
-        after = after + np.where(pp == 1, exposed, 0.0)
         shards = np.where(
             level == 0, 1.0, np.where(is_near, talk.near_ranks[:, None], talk.replicas[:, None])
         )
@@ -149,6 +147,9 @@ class _Table:
         part = ((elements - experts) / shards + experts / expert_shards) / pp
         added = np.where(level >= 2, part, elements / pp) * np.where(self.m[:, None] > 1, 1.0, 0.0)
         accumulation = added * (moved_s(c + 2.0 * w, device))
+        hidden_s = hidden * (backward + accumulation)  # of one stage alone
+        exposed = np.where(level < 2, np.maximum(0.0, summed - hidden_s), 0.0)
+        after = after + np.where(pp == 1, exposed, 0.0)
         self.forward = forward / pp + waits_f
         self.backward = backward / pp + waits_b + accumulation
         self.after = after + part * optimizer_s(1, w, 0, device) + self.norm[:, None]
