@@ -83,10 +83,11 @@ def best_cut(
 
 
 def _unavoidable_s(costs: StageCosts, num_stages: int, modes: Sequence[Recompute]) -> float:
-    """What all units take where nothing is recomputed, each in the stage that is quicker at it: the first or the last."""
-    ends = {0, num_stages - 1}
-    units = range(costs.num_units)
-    return sum(min(costs.seconds(stage, unit, unit + 1, modes[0]) for stage in ends) for unit in units)
+    """What all stages take together at least: one stage of all units where nothing is recomputed, on the quicker end of the pipeline.
+
+    Cutting it only adds: each stage waits for a first gather of its own.
+    """
+    return min(costs.seconds(stage, 0, costs.num_units, modes[0]) for stage in {0, num_stages - 1})
 
 
 def _least_cap(costs: StageCosts, num_stages: int, modes: Sequence[Recompute], most_s: float) -> Cut | None:
