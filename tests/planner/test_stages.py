@@ -76,7 +76,7 @@ def all_cuts(costs: MadeUp, num_stages: int, modes: Sequence[Recompute]) -> Iter
 def test_the_cut_is_as_good_as_the_best_of_all(seed: int) -> None:
     draw = random.Random(seed)
     num_unfit = num_mixed = 0
-    for _ in range(400):
+    for _ in range(250):
         num_units = draw.randint(1, 7)
         num_stages, num_microbatches = draw.randint(1, min(4, num_units)), draw.choice((1, 2, 3, 8, 64))
         modes = draw.choice((RECOMPUTES, RECOMPUTES, ("none",), ("full",)))
