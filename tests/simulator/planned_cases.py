@@ -12,6 +12,7 @@ from shardstage.cost.step import CALIBRATIONS
 from shardstage.graph import ModelGraph
 from shardstage.plan import Plan, complete, parse_request
 from shardstage.plan.explain import setup_of
+from shardstage.plan.schedule import schedule_of
 from shardstage.program import Program, lower
 from shardstage.simulator import PlannedPrices, planned_prices
 
@@ -31,11 +32,15 @@ def planned(text: str, *, num_ranks: int = 4, graph: ModelGraph = GRAPH) -> Plan
 
 
 def analytic(plan: Plan) -> tuple[Prediction, float]:
-    """The cost model's prediction, and its seconds before they are calibrated."""
+    """The cost model's prediction, and its seconds before they are calibrated.
+
+    The schedule is run action by action: named ones have formulas, which unlike stages follow to a few per cent only.
+    """
     positions = {op.name: index for index, op in enumerate(GRAPH.ops)}
     boundaries = tuple(positions[stage.first] for stage in plan.stages)
     folded = fold(GRAPH, boundaries=boundaries)
-    setup = setup_of(plan, tuple(folded.unit_at(position) for position in boundaries))
+    starts = tuple(folded.unit_at(position) for position in boundaries)
+    setup = setup_of(plan, starts, schedule_of(plan))
     priced = profile(folded, CLUSTER, tp=plan.mesh.tp, microbatch=setup.microbatch, sequence=64)
     prediction = predict_step(priced, setup, Links(CLUSTER, plan.mesh))
     return prediction, prediction.step_time_s / CALIBRATIONS["cuda"].expected

@@ -20,7 +20,17 @@ from shardstage.cost.kernels import Kernel, KernelReader
 from shardstage.graph import ModelGraph, Op
 from shardstage.units import dtype_bytes
 
-__all__ = ["RELATIVE", "OpTime", "dispatch_s", "kernel_s", "kernels_s", "moved_s", "op_time", "optimizer_s"]
+__all__ = [
+    "RELATIVE",
+    "OpTime",
+    "dispatch_s",
+    "kernel_s",
+    "kernels_s",
+    "moved_s",
+    "op_time",
+    "optimizer_s",
+    "received_s",
+]
 
 OPTIMIZER_PASSES: Final = 9
 """AdamW (fused) reads and writes the weight and two moments and reads the gradient: 7; clipping reads the gradient for its norm and
@@ -53,6 +63,12 @@ def op_time(graph: ModelGraph, op: Op, device: DeviceClass) -> OpTime:
             for way in (False, True)
         )
     )
+
+
+def received_s(graph: ModelGraph, device: DeviceClass) -> float:
+    """Seconds of summing the gradients of what a stage's graph receives and several of its ops read."""
+    sums = KernelReader(graph, _is_never_fixed).received_sums()
+    return sum(kernel_s(kernel, graph.microbatch, device) for kernel in sums)
 
 
 def kernel_s(kernel: Kernel, microbatch: float, device: DeviceClass) -> float:

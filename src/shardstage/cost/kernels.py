@@ -17,7 +17,7 @@ Sizes are taken from one local graph and scale with the microbatch (``Kernel.at`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Final, Literal, NamedTuple
 
 from shardstage.graph import ModelGraph, Op, Ref, Value
@@ -63,12 +63,30 @@ class Kernel(NamedTuple):
 
 
 class KernelReader:
-    """Reads the kernels of a local graph's ops; ``is_fixed`` tells of a value's name whether it stays as the microbatch grows."""
+    """Reads the kernels of a local graph's ops; ``is_fixed`` tells of a value's name whether it stays as the microbatch grows.
 
-    def __init__(self, graph: ModelGraph, is_fixed: Callable[[str], bool]) -> None:
+    ``bounds`` are runs of ops that may lie on different stages, all ops together where nothing is said: gradients that come from
+    several readers in one run are summed there, and one comes from each other run.
+    """
+
+    def __init__(
+        self,
+        graph: ModelGraph,
+        is_fixed: Callable[[str], bool],
+        *,
+        bounds: Sequence[tuple[int, int]] = (),
+    ) -> None:
         self._graph = graph
         self._is_fixed = is_fixed
-        self._num_readers = _gradient_readers(graph)
+        self._bounds = tuple(bounds) or ((0, len(graph.ops)),)
+        self._readers = [_gradient_readers(graph, start, stop) for start, stop in self._bounds]
+        self._made_in = {
+            name: number
+            for number, (start, stop) in enumerate(self._bounds)
+            for op in graph.ops[start:stop]
+            for name in op.outputs
+            if name is not None
+        }
 
     def kernels(self, op: Op) -> tuple[Kernel, ...]:
         """Forward kernels, then backward ones."""
@@ -190,10 +208,20 @@ class KernelReader:
         )
 
     def gradient_sums(self, names: Iterable[str | None]) -> Iterator[Kernel]:
-        """A value that several ops read gets as many gradients, which are added pair by pair."""
+        """A value that several ops read gets as many gradients, which are added pair by pair; another run sends one."""
         for name in names:
             if name is not None and self._graph.values[name].requires_grad:
-                for _ in range(self._num_readers.get(name, 1) - 1):
+                own = self._made_in[name]
+                inside = self._readers[own].get(name, 0)
+                outside = sum(name in readers for n, readers in enumerate(self._readers) if n != own)
+                for _ in range(inside + outside - 1):
+                    yield self._moves([name, name, name])
+
+    def received_sums(self, number: int = 0) -> Iterator[Kernel]:
+        """Sums of the gradients of what a run reads from others."""
+        for name, count in self._readers[number].items():
+            if self._made_in.get(name) != number:
+                for _ in range(count - 1):
                     yield self._moves([name, name, name])
 
     def _moves(self, names: list[str]) -> Kernel:
@@ -238,13 +266,14 @@ def _operands(op: Op) -> tuple[str, ...]:
     return tuple(tensors[:2]) if len(tensors) > 1 else tuple(op.inputs[:2])
 
 
-def _gradient_readers(graph: ModelGraph) -> dict[str, int]:
-    """For each value how many ops send a gradient back to it."""
+def _gradient_readers(graph: ModelGraph, start: int, stop: int) -> dict[str, int]:
+    """For each value how many of ops[start:stop] send a gradient back to it."""
     readers: dict[str, int] = {}
-    for op in graph.ops:
+    for op in graph.ops[start:stop]:
         if any(name is not None and graph.values[name].requires_grad for name in op.outputs):
             for name in op.inputs:
-                if graph.values[name].kind == "activation":
+                value = graph.values[name]
+                if value.kind in ("activation", "input") and value.requires_grad:
                     readers[name] = readers.get(name, 0) + 1
     return readers
 

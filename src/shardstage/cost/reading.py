@@ -83,7 +83,7 @@ class Reading:
         self.graph = graph
         self.bounds = bounds
         self.is_compiled = is_compiled
-        self.reader = KernelReader(graph, is_fixed)
+        self.reader = KernelReader(graph, is_fixed, bounds=bounds)
         self.blocks = find_blocks(graph)
         self.crossing = all_crossing_bytes(graph)
 
@@ -106,7 +106,7 @@ class Reading:
         ops = graph.ops[start:stop]
         names = {name for op in ops for name in op.inputs if name in elements}
         forward = sum(forward_flops(graph, op) for op in ops)
-        kernels = self._kernels(ops)
+        kernels = (*self._kernels(ops), *self.reader.received_sums(self.bounds.index((start, stop))))
         num_backward = sum(kernel.is_backward for kernel in kernels)
         return Work(
             kernels=kernels,

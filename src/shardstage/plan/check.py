@@ -48,7 +48,7 @@ def require_runnable(plan: Plan) -> None:
         f"context parallelism (cp={mesh.cp})": mesh.cp > 1,
         f"expert parallelism (ep={plan.ep})": plan.ep > 1,
         f"ZeRO over a part of the replicas (zr={plan.zero_ranks})": plan.zero_ranks is not None,
-        "data parallelism outside the pipeline (dpout)": mesh.order != AXES,
+        "data parallelism outside the pipeline (outer)": mesh.order != AXES,
     }
     for what, is_asked in reasons.items():
         if is_asked:

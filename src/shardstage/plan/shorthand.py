@@ -207,7 +207,7 @@ _KEYS: Final[Mapping[str, tuple[str, Callable[[str, str | None], Any]]]] = Mappi
         "cp": ("cp", _count),
         "ep": ("ep", _count),
         "zr": ("zero_ranks", _count),
-        "dpout": ("dp_outside", _flag),
+        "outer": ("dp_outside", _flag),
         "schedule": ("schedule", _choice(_SCHEDULES, {"one_f_one_b": "1f1b"})),
         "v": ("stages_per_rank", _count),
         "dtype": ("precision", _PRECISIONS),

@@ -10,7 +10,8 @@ recomputes anything, the sum matters too:
 
     least(s, j) = min over i of  least(s - 1, i) + t(s, i, j)   where t(s, i, j) <= cap
 
-by dynamic programming, for each cap whose product alone could still win. The result is exact up to the last bit of the sums.
+by dynamic programming, for each cap whose product alone could still win. The result is exact, up to the last bit of the sums, for this
+objective: the optimizer, exposed reductions and transfers, which come on top of the pipeline, do not choose the cut.
 """
 
 from __future__ import annotations

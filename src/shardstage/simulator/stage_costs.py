@@ -2,7 +2,7 @@
 
 Seconds are those of ``cost.compute`` op by op, the collectives left out: they are the Program's. A backward is cut as the engine cuts it:
 
-    W    the products that yield the gradients of weights of linear maps        I    everything else
+    W    the products that yield the gradients of weights of linear maps, and adding these up        I    everything else
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ from typing import Final
 
 from shardstage.cluster import Cluster
 from shardstage.cost.collective import is_communication
-from shardstage.cost.compute import op_time
+from shardstage.cost.compute import moved_s, op_time, received_s
 from shardstage.graph import ModelGraph, Op
 from shardstage.graph.cuts import Segment
 from shardstage.graph.flops import backward_flops, forward_flops
 from shardstage.graph.saved import peak_extra_bytes, recompute_flops, saved_values, transient_bytes
 from shardstage.plan import Plan
 from shardstage.program import StageGraphs
+from shardstage.units import dtype_bytes
 
 __all__ = ["StageCost", "StageCosts"]
 
@@ -80,7 +81,7 @@ class StageCosts:
         graph = segment.graph
         times = {op.name: op_time(graph, op, self._device) for op in graph.ops if not is_communication(op)}
         forward_s = sum(time.forward_s for time in times.values())
-        backward_s = sum(time.backward_s for time in times.values())
+        backward_s = sum(time.backward_s for time in times.values()) + received_s(graph, self._device)
         weight_s = sum(
             times[op.name].backward_s / max(1, round(backward_flops(graph, op) / forward_flops(graph, op)))
             for op in _split_ops(graph)
@@ -89,12 +90,24 @@ class StageCosts:
         return StageCost(
             forward_s=forward_s,
             input_s=backward_s - weight_s + self._recompute_s(segment),
-            weight_s=weight_s,
+            weight_s=weight_s + self._accumulation_s(graph),
             saved=tuple(self._saved(segment)),
             deferred_bytes=_deferred_bytes(graph),
             transient_bytes=transient_bytes(graph, 0, num_ops),
             recompute_bytes=peak_extra_bytes(graph, 0, num_ops, recompute, blocks=segment.blocks),
         )
+
+    def _accumulation_s(self, graph: ModelGraph) -> float:
+        """Seconds of adding a microbatch's gradients to their sums: each element read once, its sum read and written (``cost.setup``)."""
+        plan = self.plan
+        if plan.num_microbatches == 1:
+            return 0.0
+        names = {p.name for p in graph.parameters if graph.values[p.name].requires_grad}
+        elements = sum(graph.values[name].numel for name in names)
+        if plan.zero >= 2:
+            elements = -(-elements // plan.mesh.dp)
+        compute_bytes = dtype_bytes(plan.precision)
+        return moved_s(elements * (compute_bytes + 2 * max(4, compute_bytes)), self._device)
 
     def _recompute_s(self, segment: Segment) -> float:
         """Seconds of computing layers again: products by their FLOPs, all else whole."""
