@@ -16,6 +16,7 @@ import numpy as np
 
 from shardstage.cluster import DeviceClass
 from shardstage.cluster.kernel_model import ALIGNED_BYTES
+from shardstage.cost.collective import is_communication
 from shardstage.cost.kernels import Kernel, KernelReader
 from shardstage.graph import ModelGraph, Op
 from shardstage.units import dtype_bytes
@@ -24,12 +25,12 @@ __all__ = [
     "RELATIVE",
     "OpTime",
     "dispatch_s",
+    "gradient_sums_s",
     "kernel_s",
     "kernels_s",
     "moved_s",
     "op_time",
     "optimizer_s",
-    "received_s",
 ]
 
 OPTIMIZER_PASSES: Final = 9
@@ -65,9 +66,11 @@ def op_time(graph: ModelGraph, op: Op, device: DeviceClass) -> OpTime:
     )
 
 
-def received_s(graph: ModelGraph, device: DeviceClass) -> float:
-    """Seconds of summing the gradients of what a stage's graph receives and several of its ops read."""
-    sums = KernelReader(graph, _is_never_fixed).received_sums()
+def gradient_sums_s(graph: ModelGraph, device: DeviceClass) -> float:
+    """Seconds of summing gradients that no computing op makes room for: of what a stage's graph receives, and of what is communicated."""
+    reader = KernelReader(graph, _is_never_fixed)
+    talked = (reader.gradient_sums(op.outputs) for op in graph.ops if is_communication(op))
+    sums = (*reader.received_sums(), *(kernel for kernels in talked for kernel in kernels))
     return sum(kernel_s(kernel, graph.microbatch, device) for kernel in sums)
 
 

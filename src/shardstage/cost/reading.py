@@ -151,9 +151,12 @@ class Reading:
 
     def _kernels(self, ops: Sequence[Op]) -> tuple[Kernel, ...]:
         computing = [op for op in ops if not is_communication(op)]
+        talked = [name for op in ops if is_communication(op) for name in op.outputs]
         if self.is_compiled:
-            return fused(self.graph, self.reader, computing)
-        return tuple(kernel for op in computing for kernel in self.reader.kernels(op))
+            kernels = fused(self.graph, self.reader, computing)
+        else:
+            kernels = tuple(kernel for op in computing for kernel in self.reader.kernels(op))
+        return (*kernels, *self.reader.gradient_sums(talked))
 
     def _bytes(self, names: Iterable[str]) -> Bytes:
         return Bytes(*self.reader.moved(names))

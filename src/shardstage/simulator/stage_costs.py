@@ -13,7 +13,7 @@ from typing import Final
 
 from shardstage.cluster import Cluster
 from shardstage.cost.collective import is_communication
-from shardstage.cost.compute import moved_s, op_time, received_s
+from shardstage.cost.compute import gradient_sums_s, moved_s, op_time
 from shardstage.graph import ModelGraph, Op
 from shardstage.graph.cuts import Segment
 from shardstage.graph.flops import backward_flops, forward_flops
@@ -81,7 +81,7 @@ class StageCosts:
         graph = segment.graph
         times = {op.name: op_time(graph, op, self._device) for op in graph.ops if not is_communication(op)}
         forward_s = sum(time.forward_s for time in times.values())
-        backward_s = sum(time.backward_s for time in times.values()) + received_s(graph, self._device)
+        backward_s = sum(time.backward_s for time in times.values()) + gradient_sums_s(graph, self._device)
         weight_s = sum(
             times[op.name].backward_s / max(1, round(backward_flops(graph, op) / forward_flops(graph, op)))
             for op in _split_ops(graph)
