@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from html import escape
@@ -231,6 +232,8 @@ def _numbers(prediction: Prediction | None) -> dict[str, float | int | None]:
 WIDTH: Final = 640
 HEIGHT: Final = 300
 MARGIN: Final = 60
+LABEL_WIDTH: Final = 56
+"""Points nearer than this to a labelled one say their figures under the pointer only."""
 
 
 def comparison_page(model: str, machine: Cluster, chosen: Chosen, comparison: Comparison) -> str:
@@ -269,13 +272,14 @@ def _front_picture(points: Sequence[Point]) -> str:
         return x, HEIGHT - MARGIN - (HEIGHT - 2 * MARGIN) * point.prediction.step_time_s / most_s
 
     line = " ".join(f"{x:.1f},{y:.1f}" for x, y in map(at, points))
-    dots = "".join(
-        f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="#2563eb"><title>{escape(p.text)}</title></circle>'
-        f'<text x="{x:.1f}" y="{y - 9:.1f}" font-size="11" text-anchor="middle">{format_s(p.prediction.step_time_s)}</text>'
-        f'<text x="{x:.1f}" y="{HEIGHT - MARGIN + 16}" font-size="11" text-anchor="middle">'
-        f"{format_bytes(p.prediction.peak_bytes)}</text>"
-        for p, (x, y) in ((p, at(p)) for p in points)
-    )
+    dots, labelled = "", math.inf
+    for point, (x, y) in ((point, at(point)) for point in points):  # by falling memory: from right to left
+        seconds, size = format_s(point.prediction.step_time_s), format_bytes(point.prediction.peak_bytes)
+        dots += f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="#2563eb"><title>{escape(point.text)}: {seconds}, {size}</title></circle>'
+        if labelled - x > LABEL_WIDTH:
+            labelled = x
+            dots += f'<text x="{x:.1f}" y="{y - 9:.1f}" font-size="11" text-anchor="middle">{seconds}</text>'
+            dots += f'<text x="{x:.1f}" y="{HEIGHT - MARGIN + 16}" font-size="11" text-anchor="middle">{size}</text>'
     base = HEIGHT - MARGIN
     return (
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="step time against peak memory">'
