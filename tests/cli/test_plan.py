@@ -107,7 +107,7 @@ def test_samples_longer_than_the_model_s_limit_are_refused() -> None:
 def test_a_gpu_plans_in_bfloat16_and_the_flag_decides() -> None:
     with pytest.raises(PlanError, match="computes in bfloat16, and the model was captured in float32"):
         said("--cluster", "h100:4")
-    assert "dtype=float32" in said("--cluster", "h100:4", "--dtype", "fp32")
+    assert "dtype=float32" in said("--cluster", "h100:4", "--fix", "dtype=fp32")
 
 
 def test_what_is_fixed_is_kept() -> None:
@@ -160,13 +160,13 @@ def test_the_plan_file_in_the_json_is_a_plan(tmp_path: Path) -> None:
 
 def test_json_stays_json_where_files_are_written_and_more_is_asked_for(tmp_path: Path) -> None:
     page, plan = tmp_path / "page.html", tmp_path / "plan.toml"
-    assert table("--html", str(page), "--out", str(plan), "--explain")["ranks"] == 4
+    assert table("--out", str(page), "--out", str(plan), "--explain")["ranks"] == 4
     assert page.exists() and plan.exists()
 
 
 def test_the_page_stands_alone_and_has_pictures_of_the_front_and_the_mesh(tmp_path: Path) -> None:
     path = tmp_path / "page.html"
-    assert f"page written to {path}" in said("--cluster", "cpu:4", "--seq", "64", "--html", str(path))
+    assert f"page written to {path}" in said("--cluster", "cpu:4", "--seq", "64", "--out", str(path))
     page = path.read_text(encoding="utf-8")
     assert page.startswith("<!doctype html>") and page.endswith("</html>\n")
     assert page.count("<svg") == 2 and page.count("</svg>") == 2
@@ -176,7 +176,7 @@ def test_the_page_stands_alone_and_has_pictures_of_the_front_and_the_mesh(tmp_pa
 
 def test_the_page_of_a_given_plan_says_that_nothing_was_searched(tmp_path: Path) -> None:
     path = tmp_path / "page.html"
-    said("--cluster", "cpu:4", "--seq", "64", "--plan", "tp=2,pp=2", "--html", str(path))
+    said("--cluster", "cpu:4", "--seq", "64", "--plan", "tp=2,pp=2", "--out", str(path))
     page = path.read_text(encoding="utf-8")
     assert "The plan was given, not searched." in page and page.count("<svg") == 1
 
@@ -200,13 +200,13 @@ def test_an_objective_that_is_none_is_refused_with_those_that_are() -> None:
 
 
 def test_a_runnable_plan_has_no_note_that_it_does_not_run() -> None:
-    runs = table("--runnable", "--batch", "7")
-    assert not any("--runnable" in note for note in runs["notes"])
+    runs = table("--fix", "runnable", "--batch", "7")
+    assert not any("--fix runnable" in note for note in runs["notes"])
     assert table("--batch", "7")["step_time_s"] <= runs["step_time_s"]
 
 
 def test_a_device_with_a_price_gives_a_step_its_price() -> None:
-    arguments = ("--cluster", "a100-80:4", "--seq", "64", "--dtype", "fp32")
+    arguments = ("--cluster", "a100-80:4", "--seq", "64", "--fix", "dtype=fp32")
     found = json.loads(ran(*arguments, "--json").stdout)
     assert found["dollars"] == pytest.approx(4 * found["step_time_s"] / 3600 * 3.4309, rel=1e-3)
     assert "cost       $" in said(*arguments)

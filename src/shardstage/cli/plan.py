@@ -39,11 +39,9 @@ def plan(
     ] = "auto",
     batch: Annotated[int, typer.Option(help="Samples of a step, over all ranks")] = 16,
     seq: Annotated[int, typer.Option(help="Tokens of a sample")] = 256,
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or float64 (default: bfloat16 on a GPU)")
-    ] = None,
     fix: Annotated[
-        str, typer.Option(help='Decisions that the search may not change, such as "tp=8,zero=1"')
+        str,
+        typer.Option(help='What the search may not change: "tp=8,dtype=fp32", "runnable" (by this release)'),
     ] = "",
     memory: Annotated[
         str | None, typer.Option("--max-memory", "--memory", help='What a rank may hold, such as "70GiB"')
@@ -54,14 +52,11 @@ def plan(
             help="time, cost (of a step, over fewer devices) or memory (within a quarter of the fastest)"
         ),
     ] = "time",
-    runnable: Annotated[
-        bool, typer.Option("--runnable", help="Only what this release runs, not all that it prices")
-    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, for machines")] = False,
-    html: Annotated[
-        Path | None, typer.Option(help="Page to write, with the front of time against memory")
+    out: Annotated[
+        list[Path] | None,
+        typer.Option(help="File to write: plan.toml, or a page.html with the front; repeatable"),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="File to write the plan to")] = None,
     show: Annotated[
         bool, typer.Option("--explain", help="Say who does what, and what was not shared")
     ] = False,
@@ -83,7 +78,9 @@ def plan(
     with console.status("looking at the cluster"):
         machine = cluster_named(cluster, ranks=num_local)
     num_ranks = ranks or machine.num_devices
-    precision = precision_of(plan, dtype, machine)
+    asked = [part.strip() for part in fix.split(",") if part.strip()]
+    fix = ",".join(part for part in asked if part != "runnable")
+    precision = precision_of((fix or plan) if plan == "auto" else plan, None, machine)
     with console.status(f"capturing {model}"):
         known = known_model(model, seq, precision)
         graph = known.graph
@@ -98,7 +95,7 @@ def plan(
             precision=precision,
             memory=memory,
             fix=fix,
-            is_runnable=runnable,
+            is_runnable="runnable" in asked,
             objective=objective,
         )
         notes = check(
@@ -124,12 +121,15 @@ def plan(
             console.print(f"[yellow]note[/]  {note}", soft_wrap=True)
     if show:
         console.print(explain(chosen.plan, graph, prediction=chosen.prediction), soft_wrap=True, markup=False)
-    if html is not None:
-        html.write_text(comparison_page(model, machine, chosen, comparison), encoding="utf-8")
-        console.print(f"page written to {html}", soft_wrap=True)
-    if out is not None:
-        save_plan(chosen.plan, out)
-        console.print(f"written to {out}: shardstage train --model {model} --plan {out}", soft_wrap=True)
+    for path in out or ():
+        if path.suffix == ".html":
+            path.write_text(comparison_page(model, machine, chosen, comparison), encoding="utf-8")
+            console.print(f"page written to {path}", soft_wrap=True)
+        else:
+            save_plan(chosen.plan, path)
+            console.print(
+                f"written to {path}: shardstage train --model {model} --plan {path}", soft_wrap=True
+            )
 
 
 def _run_notes(plan: Plan, num_ranks: int, prediction: Prediction, machine: Cluster) -> Iterator[str]:
@@ -139,7 +139,7 @@ def _run_notes(plan: Plan, num_ranks: int, prediction: Prediction, machine: Clus
     try:
         require_runnable(plan)
     except PlanError as error:
-        yield f"{error.message}: --runnable chooses among what runs"
+        yield f"{error.message}: --fix runnable chooses among what runs"
     yield from _memory_note(prediction, machine)
 
 

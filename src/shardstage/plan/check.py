@@ -54,7 +54,7 @@ def require_runnable(plan: Plan) -> None:
         if is_asked:
             raise PlanError(
                 f"{what} is planned and priced, but not run by this release",
-                hint="--plan auto chooses among what runs; shardstage plan --runnable does, too",
+                hint="--plan auto chooses among what runs; shardstage plan --fix runnable does, too",
             )
 
 
