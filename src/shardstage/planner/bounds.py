@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from shardstage.cluster import DeviceClass
 from shardstage.cost.compute import moved_s, optimizer_s
 from shardstage.cost.links import LinkCosts, Links
 from shardstage.cost.memory import MOMENTS
@@ -106,59 +107,78 @@ class _Table:
         self._least: dict[Recompute, Array] = {}
         self.settings = settings
         self.chain = chain
-        n = chain.num_units
-        device = costs.cluster.device
-        c, w = settings.compute_bytes, settings.master_bytes
-        elements = chain.own[n] + sum(chain.profile.shared_elements.values())
-        experts = chain.experts[n]
+        self.pp, self.m = meshes.pp, np.ceil(meshes.share / group.microbatch)
+        self._talk = meshes.talk
+        self._level = np.array([zero.level for zero in zeros], dtype=np.float64)[None, :]
+        self._is_near = np.array([zero.num_ranks is not None for zero in zeros])[None, :]
+        self._has_copies = (meshes.talk.replicas > 1)[:, None]
+        self._hidden = Links(costs.cluster, meshes.meshes[0], costs=costs).hidden_ratio
+        n, pp = chain.num_units, self.pp[:, None]
         forward, backward = chain.forward_s[n], chain.backward_s[n]
-        self.pp, talk = meshes.pp, meshes.talk
-        self.m = np.ceil(meshes.share / group.microbatch)
-        level = np.array([zero.level for zero in zeros], dtype=np.float64)[None, :]
-        is_near = np.array([zero.num_ranks is not None for zero in zeros])[None, :]
-        hidden = Links(costs.cluster, meshes.meshes[0], costs=costs).hidden_ratio
-        self.norm = talk.norm_s
-        pp = self.pp[:, None]
-        own, gathered = elements / pp, chain.own[n] / pp
-        num_buckets = np.maximum(1.0, np.floor(own * c / settings.bucket_bytes))
-        has_copies = (talk.replicas > 1)[:, None]
-
-        def shards_s(far: Array, near: Array, num_bytes: Array, calls: Array | float) -> Any:
-            latency, per_byte = (np.where(is_near, near[:, i : i + 1], far[:, i : i + 1]) for i in (0, 1))
-            return has_copies * (calls * latency + num_bytes * per_byte)
-
-        def copies_s(num_bytes: Array, calls: Array | float) -> Any:
-            each = calls * talk.copies[:, :1] + num_bytes / talk.near_ranks[:, None] * talk.copies[:, 1:]
-            return has_copies * np.where(is_near, each, 0.0)
-
-        gather = shards_s(talk.gather, talk.near_gather, gathered * c, 1.0)
-        scatter = shards_s(talk.scatter, talk.near_scatter, gathered * w, 1.0) + copies_s(gathered * w, 1.0)
-        again = np.where(level == 3, gather, 0.0)
-        waits_f = np.where(level >= 2, np.maximum(0.0, gather - hidden * forward / pp), 0.0)
-        waits_b = np.where(level >= 2, np.maximum(0.0, again + scatter - hidden * backward / pp), 0.0)
-        after = np.where(level == 1, shards_s(talk.gather, talk.near_gather, own * c, num_buckets), 0.0)
-        reduced = has_copies * (num_buckets * talk.reduce[:, :1] + own * w * talk.reduce[:, 1:])
-        cut = shards_s(talk.scatter, talk.near_scatter, own * w, num_buckets) + copies_s(own * w, num_buckets)
-        summed = np.where(level == 0, reduced, cut)
-        shards = np.where(
-            level == 0, 1.0, np.where(is_near, talk.near_ranks[:, None], talk.replicas[:, None])
-        )
-        expert_shards = np.maximum(1, np.floor(shards / group.ep))
-        part = ((elements - experts) / shards + experts / expert_shards) / pp
-        added = np.where(level >= 2, part, elements / pp) * np.where(self.m[:, None] > 1, 1.0, 0.0)
-        accumulation = added * (moved_s(c + 2.0 * w, device))
-        hidden_s = hidden * (backward + accumulation)  # of one stage alone
-        exposed = np.where(level < 2, np.maximum(0.0, summed - hidden_s), 0.0)
-        after = after + np.where(pp == 1, exposed, 0.0)
+        elements = chain.own[n] + sum(chain.profile.shared_elements.values())
+        part = self._part_elements(elements, chain.experts[n], group.ep)
+        waits_f, waits_b = self._waits_s(chain.own[n] / pp, forward, backward)
+        accumulation = self._accumulation_s(elements / pp, part, costs.cluster.device)
         self.forward = forward / pp + waits_f
         self.backward = backward / pp + waits_b + accumulation
-        self.after = after + part * optimizer_s(1, w, 0, device) + self.norm[:, None]
-        whole = np.where(level == 3, 0.0, elements / pp)
-        gradients = np.where(level >= 2, part * w, elements / pp * w + np.where(level == 1, part * w, 0.0))
+        update = part * optimizer_s(1, settings.master_bytes, 0, costs.cluster.device)
+        after = self._after_s(elements / pp, self._hidden * (backward + accumulation))
+        self.after = after + update + self._talk.norm_s[:, None]
+        self.state_bytes = self._state_bytes(elements / pp, part)
+
+    def _part_elements(self, elements: float, experts: float, ep: int) -> Any:
+        """What a rank of a mean stage owns under ZeRO."""
+        whole, near = self._talk.replicas[:, None], self._talk.near_ranks[:, None]
+        shards = np.where(self._level == 0, 1.0, np.where(self._is_near, near, whole))
+        expert_shards = np.maximum(1, np.floor(shards / ep))
+        return ((elements - experts) / shards + experts / expert_shards) / self.pp[:, None]
+
+    def _waits_s(self, gathered: Any, forward: float, backward: float) -> tuple[Any, Any]:
+        """What a mean stage waits for ZeRO-2/3's gathers and reductions for each microbatch, forward and backward."""
+        c, w, pp = self.settings.compute_bytes, self.settings.master_bytes, self.pp[:, None]
+        talk, level = self._talk, self._level
+        gather = self._shards_s(talk.gather, talk.near_gather, gathered * c, 1.0)
+        scatter = self._scatter_s(gathered * w, 1.0)
+        again = np.where(level == 3, gather, 0.0)
+        waits_f = np.maximum(0.0, gather - self._hidden * forward / pp)
+        waits_b = np.maximum(0.0, again + scatter - self._hidden * backward / pp)
+        return np.where(level >= 2, waits_f, 0.0), np.where(level >= 2, waits_b, 0.0)
+
+    def _accumulation_s(self, own: Any, part: Any, device: DeviceClass) -> Any:
+        """Adding a microbatch's gradients to their sums, where there is more than one."""
+        added = np.where(self._level >= 2, part, own) * np.where(self.m[:, None] > 1, 1.0, 0.0)
+        return added * moved_s(self.settings.compute_bytes + 2.0 * self.settings.master_bytes, device)
+
+    def _after_s(self, own: Any, hidden_s: Any) -> Any:
+        """After the pipeline: ZeRO-1's new parameters, and without a pipeline the reduction that the last backward does not hide."""
+        c, w, level, talk = self.settings.compute_bytes, self.settings.master_bytes, self._level, self._talk
+        num_buckets = np.maximum(1.0, np.floor(own * c / self.settings.bucket_bytes))
+        gathered = self._shards_s(talk.gather, talk.near_gather, own * c, num_buckets)
+        reduced = self._has_copies * (num_buckets * talk.reduce[:, :1] + own * w * talk.reduce[:, 1:])
+        summed = np.where(level == 0, reduced, self._scatter_s(own * w, num_buckets))
+        exposed = np.where(level < 2, np.maximum(0.0, summed - hidden_s), 0.0)
+        return np.where(level == 1, gathered, 0.0) + np.where(self.pp[:, None] == 1, exposed, 0.0)
+
+    def _state_bytes(self, own: Any, part: Any) -> Any:
+        """Parameters, gradients, optimizer and one microbatch's least activations of a mean stage."""
+        c, w, level = self.settings.compute_bytes, self.settings.master_bytes, self._level
+        whole = np.where(level == 3, 0.0, own)
+        gradients = np.where(level >= 2, part * w, own * w + np.where(level == 1, part * w, 0.0))
         master = np.where((level >= 2) | (c != w), part * w, 0.0)
-        self.state_bytes = whole * c + gradients + master + MOMENTS * part * w
-        saved = min(chain.saved[mode][n] for mode in settings.modes) / pp
-        self.state_bytes = self.state_bytes + saved
+        least = min(self.chain.saved[mode][-1] for mode in self.settings.modes)
+        return whole * c + gradients + master + MOMENTS * part * w + least / self.pp[:, None]
+
+    def _shards_s(self, far: Array, near: Array, num_bytes: Any, calls: Any) -> Any:
+        """A collective over the ranks that ZeRO cuts over: [mesh, ZeRO]."""
+        latency, per_byte = (np.where(self._is_near, near[:, i : i + 1], far[:, i : i + 1]) for i in (0, 1))
+        return self._has_copies * (calls * latency + num_bytes * per_byte)
+
+    def _scatter_s(self, num_bytes: Any, calls: Any) -> Any:
+        """Summing and cutting gradients, and summing the parts with those of the copies."""
+        talk = self._talk
+        each = calls * talk.copies[:, :1] + num_bytes / talk.near_ranks[:, None] * talk.copies[:, 1:]
+        copies = self._has_copies * np.where(self._is_near, each, 0.0)
+        return self._shards_s(talk.scatter, talk.near_scatter, num_bytes, calls) + copies
 
     def seconds(self, schedule: Schedule) -> Any:
         """[mesh, ZeRO]"""

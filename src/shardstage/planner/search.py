@@ -103,7 +103,7 @@ def usable_bytes(cluster: Cluster) -> int:
 
 
 class Searcher:
-    """One space; it is searched again quickly under another memory limit, as bounds and units do not depend on it."""
+    """One space; it is searched again more quickly under another memory limit, as what units cost does not depend on it."""
 
     def __init__(
         self,

@@ -12,7 +12,7 @@ Inside a choice the cut into stages and what each stage recomputes are solved ex
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final, Literal, NamedTuple
 
@@ -187,50 +187,59 @@ def declared_space(
     """
     request = fix or Request()
     node = cluster.devices_per(cluster.levels[0])
-    near = min(node, num_ranks)
-    tps = tuple(tp for tp in (*range(1, near + 1), 2 * node) if not node % tp or not num_ranks % tp)
-    tps = tuple(tp for tp in tps if tp <= num_ranks)
     may_cut = sequence is not None and graph.is_sequence_scalable and has_attention and not is_runnable
-    cps = [
-        cp
-        for cp in (1 << n for n in range(MAX_CP.bit_length()))
-        if cp == 1 or (may_cut and not (sequence or 1) % cp)
-    ]
-    eps = (
-        [n for n in range(1, num_experts + 1) if num_experts % n == 0]
-        if num_experts and not is_runnable
-        else [1]
-    )
-    schedules = [
-        *(Schedule("1f1b", 1), Schedule("gpipe", 1), Schedule("zb-h1", 1), Schedule("zb-v", 2)),
-        Schedule("dualpipe-v", 2),
-        *(Schedule("interleaved-1f1b", v) for v in range(2, MAX_STAGES_PER_RANK + 1)),
-        *(Schedule("looped-bfs", v) for v in range(2, MAX_STAGES_PER_RANK + 1)),
-    ]
-    if "schedule" in fixed:
-        schedules = [s for s in schedules if s.name == request.schedule]
-    if "stages_per_rank" in fixed:
-        schedules = [s for s in schedules if s.per_rank == request.stages_per_rank]
+
+    def taken(name: str, offered: Iterable[Any]) -> tuple[Any, ...]:
+        return (getattr(request, name),) if name in fixed else tuple(offered)
+
     return Space(
         num_ranks=num_ranks,
         global_batch=global_batch,
-        tps=(request.tp,) if "tp" in fixed else tps,
-        pps=(request.pp,) if "pp" in fixed else tuple(range(1, min(num_units, num_ranks) + 1)),
-        cps=(request.cp,) if "cp" in fixed else tuple(cps),
-        eps=(request.ep,) if "ep" in fixed else tuple(eps),
-        sequence_parallel=(request.is_sequence_parallel,)
-        if "is_sequence_parallel" in fixed
-        else (False, True),
-        microbatches=(request.microbatch or 1,)
-        if "microbatch" in fixed
-        else tuple(_microbatches(graph, global_batch, sequence)),
-        zeros=(request.zero,) if "zero" in fixed else (0, 1, 2, 3),
-        schedules=tuple(schedules),
+        tps=taken("tp", _tps(num_ranks, node)),
+        pps=taken("pp", range(1, min(num_units, num_ranks) + 1)),
+        cps=taken("cp", _cps(sequence or 1) if may_cut else (1,)),
+        eps=taken("ep", _divisors(num_experts) if num_experts and not is_runnable else (1,)),
+        sequence_parallel=taken("is_sequence_parallel", (False, True)),
+        microbatches=taken("microbatch", _microbatches(graph, global_batch, sequence)),
+        zeros=taken("zero", (0, 1, 2, 3)),
+        schedules=tuple(_schedules(request, fixed)),
         orders=(AXES,) if is_runnable else (AXES, DP_OUTSIDE),
-        dps=(request.dp or 1,) if "dp" in fixed else (),
+        dps=taken("dp", ()),
         node_size=1 if is_runnable else node,
         uses_all_ranks=is_runnable,
     )
+
+
+def _tps(num_ranks: int, node: int) -> Iterator[int]:
+    """What divides a node or the ranks, and one size beyond the node, so that a search can say what leaving it costs."""
+    for tp in (*range(1, min(node, num_ranks) + 1), 2 * node):
+        if tp <= num_ranks and not (node % tp and num_ranks % tp and tp != 2 * node):
+            yield tp
+
+
+def _cps(sequence: int) -> Iterator[int]:
+    """Powers of two that cut the sequence evenly."""
+    yield from (cp for cp in (1 << n for n in range(MAX_CP.bit_length())) if not sequence % cp)
+
+
+def _divisors(number: int) -> Iterator[int]:
+    yield from (n for n in range(1, number + 1) if not number % n)
+
+
+def _schedules(request: Request, fixed: frozenset[str]) -> Iterator[Schedule]:
+    """All schedules with all numbers of stages a rank, as far as nothing was said of them."""
+    several = range(2, MAX_STAGES_PER_RANK + 1)
+    for schedule in (
+        *(Schedule("1f1b", 1), Schedule("gpipe", 1), Schedule("zb-h1", 1), Schedule("zb-v", 2)),
+        Schedule("dualpipe-v", 2),
+        *(Schedule("interleaved-1f1b", v) for v in several),
+        *(Schedule("looped-bfs", v) for v in several),
+    ):
+        if "schedule" in fixed and schedule.name != request.schedule:
+            continue
+        if "stages_per_rank" in fixed and schedule.per_rank != request.stages_per_rank:
+            continue
+        yield schedule
 
 
 def _microbatches(graph: ModelGraph, global_batch: int, sequence: int | None) -> Iterator[int]:
