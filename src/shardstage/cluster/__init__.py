@@ -36,6 +36,7 @@ from shardstage.cluster.calibration import CAUSES, Calibration
 from shardstage.cluster.cluster import Cluster, Part
 from shardstage.cluster.device import DeviceClass, GemmCurve
 from shardstage.cluster.files import join, load, preset_names, save
+from shardstage.cluster.host import HostShare
 from shardstage.cluster.links import CollectiveCurve, CollectiveKind, LinearCost, LinkLevel
 
 __all__ = [
@@ -46,6 +47,7 @@ __all__ = [
     "CollectiveKind",
     "DeviceClass",
     "GemmCurve",
+    "HostShare",
     "LinearCost",
     "LinkLevel",
     "Part",

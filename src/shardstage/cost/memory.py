@@ -1,12 +1,17 @@
 """What a rank holds at its peak, category by category, by the rules that the engine allocates by.
 
-    e elements of the stage's local parameters, c bytes of one in computation, w = max(4, c) bytes of one in the optimizer, d = dp
+    e elements of the stage's local parameters, c bytes of one in computation, g of one in a sum of gradients,
+    w = max(4, c) bytes of one in the optimizer, d = dp; g = w where a plan says nothing of it
 
                  zero=0          zero=1            zero=2                  zero=3
     parameters   e c             e c               e c                     c (two largest units + shared)
+    rows         -               -                 e g / d if own masters  e g / d if own masters
     master       e w if c ≠ w    e w / d if c ≠ w  e w / d                 e w / d
-    gradients    e w             e w (1 + 1 / d)   e w / d + one unit      e w / d + one unit
+    gradients    e g             e g (1 + 1 / d)   e g / d + one unit      e g / d + one unit
     optimizer    2 e w           2 e w / d         2 e w / d               2 e w / d
+
+Rows are what ZeRO-2/3 gathers from: the masters themselves where they are as wide as gradients. With the optimizer offloaded, ``master``
+and ``optimizer`` lie in the host's memory, also where c = w.
 
 Notation as in Rajbhandari et al., "ZeRO", 2020, table 1, with the two moments of AdamW. Another framework than our engine stores some
 of that otherwise: an ``Accounting`` says how.
@@ -36,7 +41,7 @@ GATHERED_UNITS: Final = 2
 class MemoryUse:
     """Bytes of one rank at its peak; ``recompute`` and ``transient`` come and go, the others stay through the backward.
 
-    ``fixed`` are an ``Accounting``'s workspaces.
+    ``fixed`` are an ``Accounting``'s workspaces. ``host`` are bytes of the host's memory, not of the device's.
     """
 
     parameters: int
@@ -48,14 +53,17 @@ class MemoryUse:
     transient: int
     communication: int
     fixed: int = 0
+    host: int = 0
 
     @property
     def total_bytes(self) -> int:
+        """Of the device."""
         return sum(num_bytes for _, num_bytes in self.categories())
 
     def categories(self) -> Iterator[tuple[str, int]]:
-        """Each category with its bytes, empty ones left out."""
-        yield from ((name, num_bytes) for name in self.__slots__ if (num_bytes := getattr(self, name)))
+        """Each category of the device's memory with its bytes, empty ones left out."""
+        names = (name for name in self.__slots__ if name != "host")
+        yield from ((name, num_bytes) for name in names if (num_bytes := getattr(self, name)))
 
 
 def stage_elements(profile: Profile, setup: StepSetup, stage: int) -> int:
@@ -81,19 +89,22 @@ def stage_memory(
     works = _works(units, setup, stage, accounting, has_loss=has_loss)
     recomputed, transient = max(((work.recomputed, work.transient) for work in works), key=sum)
     level, c, w = setup.sharding_level, setup.compute_bytes, setup.master_bytes
-    g = w if accounting.gradient_bytes is None else accounting.gradient_bytes
+    g = setup.gradient_bytes if accounting.gradient_bytes is None else accounting.gradient_bytes
     part = setup.part_elements(elements, sum(unit.expert_elements for unit in units))
     if level >= 2:
         whole = elements if level == 2 else min(elements, sum(by_size[:GATHERED_UNITS]) + shared)
         gradients = part * g + largest * (c + g)
     else:
         whole = elements
-        gradients = elements * g + (part * w if level and accounting.copies_reduced_part else 0)
+        has_part = level and accounting.copies_reduced_part
+        gradients = elements * g + (part * setup.gradient_bytes if has_part else 0)
+    masters = part * w if level >= 2 or setup.has_own_masters else 0
     return MemoryUse(
-        parameters=whole * c,
-        master=part * w if level >= 2 or c != w else 0,
+        parameters=whole * c + (part * setup.gradient_bytes if level >= 2 and setup.has_own_masters else 0),
+        master=0 if setup.is_offloaded else masters,
         gradients=gradients,
-        optimizer=MOMENTS * part * w,
+        optimizer=0 if setup.is_offloaded else MOMENTS * part * w,
+        host=masters + MOMENTS * part * w if setup.is_offloaded else 0,
         activations=setup.in_flight(stage)
         * (sum(work.kept for work in works) + _held_at_ends(profile, setup, stage, accounting))
         + (accounting.loss.kept_bytes * (_losses_held(setup) - 1) if has_loss and accounting.loss else 0),

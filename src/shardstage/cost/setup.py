@@ -31,6 +31,7 @@ class StepSetup:
     ``microbatch`` is the size that the profile was made at, and ``num_microbatches`` run on each data-parallel rank. ``custom`` is a
     schedule that has no name. ``ep`` ranks deal the experts out among them, ``zero_ranks`` share what ZeRO cuts (default: all replicas);
     ``recompute_of_stages`` says for each stage what ``recompute`` says for all. ``execution`` is how the framework at hand runs all that.
+    ``gradient_dtype`` is that of gradients' sums (default: the master weights'), ``is_offloaded``: the optimizer lives in the host's memory.
     """
 
     mesh: Mesh
@@ -49,6 +50,8 @@ class StepSetup:
     zero_ranks: int | None = None
     recompute_of_stages: tuple[Recompute, ...] = ()
     execution: Execution = OURS
+    gradient_dtype: str | None = None
+    is_offloaded: bool = False
 
     @property
     def sharding_level(self) -> int:
@@ -76,19 +79,34 @@ class StepSetup:
 
     @property
     def master_bytes(self) -> int:
-        """Bytes of one gradient, of one moment and of one master weight: float32, or wider where computation is."""
+        """Bytes of one moment and of one master weight: float32, or wider where computation is."""
         return max(4, self.compute_bytes)
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Bytes of one element of a gradient that is summed, over microbatches and over ranks."""
+        return dtype_bytes(self.gradient_dtype) if self.gradient_dtype else self.master_bytes
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of one parameter between steps: as it is computed with, or of ZeRO-2/3's rows, which are as wide as their gradients."""
+        return self.gradient_bytes if self.sharding_level >= 2 else self.compute_bytes
+
+    @property
+    def has_own_masters(self) -> bool:
+        """Whether master weights lie apart from the parameters of which they are copies."""
+        return self.is_offloaded or self.stored_bytes != self.master_bytes
 
     @property
     def accumulation_bytes(self) -> float:
         """Bytes moved for each parameter element to add a microbatch's gradient to the sum: read it, read and write the sum."""
         asked = self.execution.accumulation_bytes
-        return self.compute_bytes + 2.0 * self.master_bytes if asked is None else asked
+        return self.compute_bytes + 2.0 * self.gradient_bytes if asked is None else asked
 
     @property
     def wire_bytes(self) -> float:
         """Bytes of one element of a gradient on its way to be summed over data-parallel ranks."""
-        return float(self.master_bytes) if self.execution.wire_bytes is None else self.execution.wire_bytes
+        return float(self.gradient_bytes) if self.execution.wire_bytes is None else self.execution.wire_bytes
 
     def units_of(self, stage: int, profile: Profile) -> range:
         """Indices of the units of a stage."""
