@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from shardstage.cluster.host import HostShare
 from shardstage.cluster.kernel_model import KernelModel
 from shardstage.cluster.table import Table
 from shardstage.errors import ClusterError
@@ -55,7 +56,8 @@ class DeviceClass:
     ``flops_per_s`` is the best rate of a large matrix product by dtype, dense; ``bytes_per_s`` counts reading plus
     writing of device memory; ``op_latency_s`` is what an op takes however small its tensors (0 where unknown). ``kind``
     is torch's device type. For a CPU, the device is one rank's share of it. ``kernels`` prices single kernels by their
-    shape where a model of them is known; the ``gemm`` curves serve elsewhere. ``price_per_hour`` is USD for one device.
+    shape where a model of them is known; the ``gemm`` curves serve elsewhere. ``price_per_hour`` is USD for one device,
+    ``host`` what it has of its host's memory, where that is known and another one than its own.
     """
 
     name: str
@@ -70,6 +72,7 @@ class DeviceClass:
     kernels: KernelModel | None = None
     price_per_hour: float | None = None
     price_source: str = ""
+    host: HostShare | None = None
 
     def __post_init__(self) -> None:
         rates = {"memory_bytes": self.memory_bytes, "bytes_per_s": self.bytes_per_s, **self.flops_per_s}
@@ -118,6 +121,7 @@ class DeviceClass:
             "source": self.source,
             **self._price(),
             "flops_per_s": {"source": self.flops_source, **self.flops_per_s},
+            **({} if self.host is None else {"host": self.host.to_table()}),
             **({} if self.kernels is None else {"kernels": self.kernels.to_table()}),
             "gemm": [
                 {"dtype": each.dtype, "source": each.source, "points": each.points} for each in self.gemm
@@ -140,6 +144,7 @@ class DeviceClass:
             flops_per_s=rates.remaining_numbers(),
             gemm=tuple(_curve_from(entry) for entry in table.tables("gemm")),
             kernels=KernelModel.from_table(table.table("kernels")) if table.has("kernels") else None,
+            host=HostShare.from_table(table.table("host")) if table.has("host") else None,
             price_per_hour=price,
             price_source="" if price is None else table.text("price_source"),
         )

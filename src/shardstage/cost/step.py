@@ -22,6 +22,7 @@ from typing import Final, NamedTuple
 from shardstage.cost.compute import moved_s, optimizer_s
 from shardstage.cost.links import Links
 from shardstage.cost.memory import MemoryUse, rank_memory, stage_elements, stage_memory
+from shardstage.cost.offload import offloaded_update_s
 from shardstage.cost.parts import Parts, compute_parts
 from shardstage.cost.pipeline import StageTime, pipeline_s, run_pipeline
 from shardstage.cost.profile import Profile, UnitCost
@@ -87,6 +88,11 @@ class Prediction:
     def peak_bytes(self) -> int:
         """Of the rank that holds most."""
         return max(memory.total_bytes for memory in self.ranks)
+
+    @property
+    def host_bytes(self) -> int:
+        """Of the host's memory, for the rank that takes most of it."""
+        return max(memory.host for memory in self.ranks)
 
 
 def predict_step(profile: Profile, setup: StepSetup, links: Links) -> Prediction:
@@ -306,6 +312,8 @@ def _update_s(profile: Profile, setup: StepSetup, links: Links, stage: int) -> f
     if setup.sharding_level >= 2:
         num_tensors = sum(unit.num_parameters for unit in _units(profile, setup, stage))
     step_s = optimizer_s(own, setup.master_bytes, num_tensors, links.cluster.device)
+    if setup.is_offloaded:
+        step_s = offloaded_update_s(own, setup, links.cluster.device)
     if setup.execution.update_bytes is not None:
         step_s = moved_s(own * setup.execution.update_bytes, links.cluster.device)
     return step_s + _new_parameters_s(profile, setup, links, stage)
