@@ -49,6 +49,10 @@ class NetworkPrices:
     num_cores: int | None = None
     special_ranks: tuple[int, ...] = ()
 
+    @property
+    def overlap_slowdown(self) -> float:
+        return self.slowdown - 1.0
+
     def compute_s(self, rank: int, stage: int, kind: InstructionKind, size: int) -> float:
         return self.silent.compute_s(rank, stage, kind, size)
 

@@ -25,6 +25,7 @@ MODEL = KernelModel(
     launch_s=1.0,
     dispatch_s=2.0,
     sustained_ratio=1.0,
+    overlap_slowdown=0.15,
     source="made up",
 )
 SIZES = st.integers(1, 300)
@@ -127,6 +128,8 @@ def test_a_device_without_multiprocessors_is_refused() -> None:
         replace(MODEL, num_sms=0)
     with pytest.raises(ClusterError, match="wave_ratio"):
         replace(MODEL, wave_ratio=1.5)
+    with pytest.raises(ClusterError, match="overlap_slowdown must lie within 0 and 1"):
+        replace(MODEL, overlap_slowdown=-0.1)
 
 
 @pytest.mark.parametrize("name", [name for name in preset_names() if load(name).device.kernels is not None])

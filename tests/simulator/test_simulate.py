@@ -76,6 +76,15 @@ def test_reductions_hide_under_the_last_backward_as_far_as_they_can() -> None:
     assert step_time(program, replace(table, slowdown=2.0)) == 4 * 3 + 2, "as if none had been hidden"
 
 
+def test_a_reduction_slows_down_the_backward_that_it_hides_under() -> None:
+    """Half as slow again: the bucket beside the second half makes the backward end at 12.5, and the last one begins then."""
+    program = pipeline("1f1b", 1, 4, dp=2)
+    table = replace(prices(1, bytes_per_s=2_000_000), slowdown=1.5)
+    assert step_time(program, table) == 4 * 3 + 0.5 + 1
+    timeline = simulate(program, table)
+    assert [(s.start_s, s.end_s) for s in timeline.spans_of(0, "dp")] == [(11, 12), (12.5, 13.5)]
+
+
 def test_ranks_that_share_cores_take_the_time_of_their_work() -> None:
     program = pipeline("1f1b", 4, 16)
     assert step_time(program, prices(4, num_cores=4)) == step_time(program, prices(4))

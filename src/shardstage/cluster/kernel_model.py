@@ -42,6 +42,8 @@ class KernelModel:
 
     ``sustained_ratio``: what products reach over hours, with all devices of a job under load, of what they reach in a benchmark.
     ``misaligned_ratio``: what is left of a product's rate where rows are no multiple of ``ALIGNED_BYTES``.
+    ``overlap_slowdown``: seconds that products and other kernels lose for each second in which a collective runs beside them: the share of
+    multiprocessors that it takes.
     ``dispatch_s``: what the host takes for one kernel of eager PyTorch, autograd and the framework's Python included.
     """
 
@@ -55,6 +57,7 @@ class KernelModel:
     launch_s: float
     dispatch_s: float
     sustained_ratio: float
+    overlap_slowdown: float
     source: str
 
     def __post_init__(self) -> None:
@@ -66,6 +69,11 @@ class KernelModel:
                 raise ClusterError(
                     f"kernels: {name} must lie above 0 and at most at 1, not {ratio}", hint=f"{name} = 0.8"
                 )
+        if not 0 <= self.overlap_slowdown <= 1:
+            raise ClusterError(
+                f"kernels: overlap_slowdown must lie within 0 and 1, not {self.overlap_slowdown}",
+                hint="overlap_slowdown = 0.15",
+            )
         if self.num_sms < 1 or not 0 <= self.wave_ratio <= 1:
             raise ClusterError(
                 f"kernels: num_sms must be at least 1 and wave_ratio within 0 and 1, not {self.num_sms} and {self.wave_ratio}",
@@ -97,7 +105,7 @@ class KernelModel:
         return best * 2.0 * k * self.num_sms / (flops_per_s * ratio)
 
     def to_table(self) -> dict[str, Any]:
-        numbers = {name: getattr(self, name) for name in ("num_sms", "wave_ratio", *_RATIOS, *_SECONDS)}
+        numbers = {name: getattr(self, name) for name in ("num_sms", "wave_ratio", *_RATIOS, *_OTHERS)}
         return {**numbers, "tiles": [list(tile) for tile in self.tiles], "source": self.source}
 
     @staticmethod
@@ -107,7 +115,7 @@ class KernelModel:
             wave_ratio=table.number("wave_ratio"),
             tiles=tuple(Tile(int(m), int(n), ratio) for m, n, ratio in table.rows("tiles", width=3)),
             source=table.text("source"),
-            **{name: table.number(name) for name in (*_RATIOS, *_SECONDS)},
+            **{name: table.number(name) for name in (*_RATIOS, *_OTHERS)},
         )
         table.done()
         return model
@@ -120,7 +128,7 @@ _RATIOS = (
     "misaligned_ratio",
     "sustained_ratio",
 )
-_SECONDS = ("launch_s", "dispatch_s")
+_OTHERS = ("overlap_slowdown", "launch_s", "dispatch_s")
 
 
 @lru_cache(maxsize=65536)

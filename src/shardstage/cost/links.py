@@ -14,14 +14,32 @@ from __future__ import annotations
 from types import MappingProxyType
 from typing import Final
 
-from shardstage.cluster import Cluster, CollectiveKind
+from shardstage.cluster import Cluster, CollectiveKind, DeviceClass
 from shardstage.cluster.links import LinearCost
 from shardstage.layout import Mesh
 
-__all__ = ["LinkCosts", "Links"]
+__all__ = ["LinkCosts", "Links", "exposed_s", "overlap_slowdown"]
 
-HIDDEN_RATIO: Final = MappingProxyType({"cuda": 1.0, "cpu": 0.0})
-"""Share of compute that communication can run beside, by kind of device. A collective over CPU ranks is computed by their own cores."""
+OVERLAP_SLOWDOWNS: Final = MappingProxyType({"cuda": 0.15, "cpu": 1.0})
+"""Of devices without a kernel model. cuda: as the A100's preset. A collective over CPU ranks is computed by their own cores."""
+
+
+def overlap_slowdown(device: DeviceClass) -> float:
+    """Seconds of compute that each second of a collective beside it adds: 0 if neither disturbs the other, 1 if they take turns."""
+    if device.kernels is not None:
+        return device.kernels.overlap_slowdown
+    return OVERLAP_SLOWDOWNS.get(device.kind, 1.0)
+
+
+def exposed_s(talk_s: float, compute_s: float, slowdown: float, first_s: float = 0.0) -> float:
+    """Seconds that ``talk_s`` of collectives add to ``compute_s`` beside which they run, all but ``first_s`` of them: a race.
+
+    While the rest r = talk - first runs, compute does 1 - slowdown seconds of its work a second. Is compute c the longer, then what is
+    left of it after r takes c - (1 - slowdown) r more: c + slowdown r in all. Is r the longer, it ends the race. So
+
+        first + max(c + slowdown r, r) - c = max(talk - c, first + slowdown r)
+    """
+    return max(talk_s - compute_s, first_s + slowdown * (talk_s - first_s))
 
 
 class LinkCosts:
@@ -54,7 +72,7 @@ class Links:
         self._costs = costs or LinkCosts(cluster)
         self.cluster = cluster
         self.mesh = mesh
-        self.hidden_ratio = HIDDEN_RATIO.get(cluster.device.kind, 0.0)
+        self.overlap_slowdown = overlap_slowdown(cluster.device)
         self.num_shards = num_shards or mesh.num_replicas
         self.ep = ep
 

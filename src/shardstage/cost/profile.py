@@ -14,7 +14,7 @@ from shardstage.cluster import Cluster, CollectiveKind, DeviceClass
 from shardstage.cost.compute import dispatch_s, kernel_s, kernels_s
 from shardstage.cost.fold import Folded
 from shardstage.cost.kernels import Kernel
-from shardstage.cost.links import Links
+from shardstage.cost.links import Links, exposed_s
 from shardstage.cost.reading import RECOMPUTES, Reading, Recompute, Work, fixed_values
 from shardstage.graph import ModelGraph
 from shardstage.graph.flops import forward_flops
@@ -328,12 +328,12 @@ def _context_s(attention_s: tuple[float, float], work: Work, b: float, links: Li
     cp = links.mesh.cp
     if cp == 1 or not work.attention:
         return 0.0, 0.0
-    beside = [links.hidden_ratio * each * (cp - 1) / cp for each in attention_s]
+    beside = [each * (cp - 1) / cp for each in attention_s]
     keys = sum(each.keys.at(b) for each in work.attention)
     whole = sum(each.whole.at(b) for each in work.attention)
     step_s = links.ring_step_s(keys)
     ring = ((cp - 1) * step_s, 2 * (cp - 1) * step_s)
-    rings = tuple(max(0.0, ring_s - hidden_s) for ring_s, hidden_s in zip(ring, beside, strict=True))
+    rings = [exposed_s(*both, links.overlap_slowdown) for both in zip(ring, beside, strict=True)]
     if min(each.num_heads for each in work.attention) % cp:
         return rings[0], rings[1]
     exchange_s = links.cp_exchange_s(whole)

@@ -8,7 +8,7 @@
     exposed    what of the gradients' reduction the last backward does not hide; its last bucket never is
     ZeRO-2/3   gathers and reductions of every microbatch, hidden by compute but for the first and the last unit
 
-How much hides under compute is the device's (``Links.hidden_ratio``), and whether the framework lets it (``Execution``).
+How much hides under compute is the device's (``links.exposed_s``), and whether the framework lets it (``Execution``).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from types import MappingProxyType
 from typing import Final, NamedTuple
 
 from shardstage.cost.compute import moved_s, optimizer_s
-from shardstage.cost.links import Links
+from shardstage.cost.links import Links, exposed_s
 from shardstage.cost.memory import MemoryUse, rank_memory, stage_elements, stage_memory
 from shardstage.cost.offload import offloaded_update_s
 from shardstage.cost.parts import Parts, compute_parts
@@ -264,9 +264,10 @@ def _waits(profile: Profile, setup: StepSetup, links: Links, stage: int) -> tupl
     gathers = [links.shards_s("all_gather", unit.own_elements * setup.compute_bytes) for unit in units]
     sums = [_scatter_s(links, unit.own_elements * setup.wire_bytes) for unit in units]
     again = gathers if setup.sharding_level == 3 else []
+    slowdown = links.overlap_slowdown
     return (
-        max(gathers[0], sum(gathers) - links.hidden_ratio * forward_s),
-        max(sums[0], sum(again) + sum(sums) - links.hidden_ratio * backward_s),
+        exposed_s(sum(gathers), forward_s, slowdown, gathers[0]),
+        exposed_s(sum(again) + sum(sums), backward_s, slowdown, sums[0]),
     )
 
 
@@ -284,8 +285,9 @@ def _exposed_reduction_s(
         all_s = _scatter_s(links, num_bytes, num_buckets)
     else:
         all_s = links.dp_s("all_reduce", num_bytes, num_buckets)
-    hidden_s = links.hidden_ratio * time.backward_s if setup.execution.overlaps_gradients else 0.0
-    return waited + max(all_s / num_buckets, all_s - hidden_s)
+    if not setup.execution.overlaps_gradients:
+        return waited + all_s
+    return waited + exposed_s(all_s, time.backward_s, links.overlap_slowdown, all_s / num_buckets)
 
 
 def _scatter_s(links: Links, num_bytes: float, num_calls: int = 1) -> float:

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from shardstage.cluster import DeviceClass
 from shardstage.cost.compute import moved_s, optimizer_s
-from shardstage.cost.links import LinkCosts, Links
+from shardstage.cost.links import LinkCosts, overlap_slowdown
 from shardstage.cost.memory import MOMENTS
 from shardstage.cost.pipeline import LATE_BUBBLES, SPLITTING
 from shardstage.cost.profile import RECOMPUTES, Recompute
@@ -112,7 +112,7 @@ class _Table:
         self._level = np.array([zero.level for zero in zeros], dtype=np.float64)[None, :]
         self._is_near = np.array([zero.num_ranks is not None for zero in zeros])[None, :]
         self._has_copies = (meshes.talk.replicas > 1)[:, None]
-        self._hidden = Links(costs.cluster, meshes.meshes[0], costs=costs).hidden_ratio
+        self._slowdown = overlap_slowdown(costs.cluster.device)
         n, pp = chain.num_units, self.pp[:, None]
         forward, backward = chain.forward_s[n], chain.backward_s[n]
         elements = chain.own[n] + sum(chain.profile.shared_elements.values())
@@ -122,7 +122,7 @@ class _Table:
         self.forward = forward / pp + waits_f
         self.backward = backward / pp + waits_b + accumulation
         update = part * optimizer_s(1, settings.master_bytes, 0, costs.cluster.device)
-        after = self._after_s(elements / pp, self._hidden * (backward + accumulation))
+        after = self._after_s(elements / pp, backward + accumulation)
         self.after = after + update + self._talk.norm_s[:, None]
         self.state_bytes = self._state_bytes(elements / pp, part)
 
@@ -140,23 +140,27 @@ class _Table:
         gather = self._shards_s(talk.gather, talk.near_gather, gathered * c, 1.0)
         scatter = self._scatter_s(gathered * w, 1.0)
         again = np.where(level == 3, gather, 0.0)
-        waits_f = np.maximum(0.0, gather - self._hidden * forward / pp)
-        waits_b = np.maximum(0.0, again + scatter - self._hidden * backward / pp)
+        waits_f = self._exposed_s(gather, forward / pp)
+        waits_b = self._exposed_s(again + scatter, backward / pp)
         return np.where(level >= 2, waits_f, 0.0), np.where(level >= 2, waits_b, 0.0)
+
+    def _exposed_s(self, talk: Any, compute: Any) -> Any:
+        """``links.exposed_s`` where all of the talk can run beside compute: convex, so a mean stage's is at most the stages' mean."""
+        return np.maximum(talk - compute, self._slowdown * talk)
 
     def _accumulation_s(self, own: Any, part: Any, device: DeviceClass) -> Any:
         """Adding a microbatch's gradients to their sums, where there is more than one."""
         added = np.where(self._level >= 2, part, own) * np.where(self.m[:, None] > 1, 1.0, 0.0)
         return added * moved_s(self.settings.compute_bytes + 2.0 * self.settings.master_bytes, device)
 
-    def _after_s(self, own: Any, hidden_s: Any) -> Any:
+    def _after_s(self, own: Any, backward: Any) -> Any:
         """After the pipeline: ZeRO-1's new parameters, and without a pipeline the reduction that the last backward does not hide."""
         c, w, level, talk = self.settings.compute_bytes, self.settings.master_bytes, self._level, self._talk
         num_buckets = np.maximum(1.0, np.floor(own * c / self.settings.bucket_bytes))
         gathered = self._shards_s(talk.gather, talk.near_gather, own * c, num_buckets)
         reduced = self._has_copies * (num_buckets * talk.reduce[:, :1] + own * w * talk.reduce[:, 1:])
         summed = np.where(level == 0, reduced, self._scatter_s(own * w, num_buckets))
-        exposed = np.where(level < 2, np.maximum(0.0, summed - hidden_s), 0.0)
+        exposed = np.where(level < 2, self._exposed_s(summed, backward), 0.0)
         return np.where(level == 1, gathered, 0.0) + np.where(self.pp[:, None] == 1, exposed, 0.0)
 
     def _state_bytes(self, own: Any, part: Any) -> Any:

@@ -24,7 +24,7 @@ from shardstage.cost import (
     rank_memory,
 )
 from shardstage.cost.compute import moved_s
-from shardstage.cost.links import LinkCosts
+from shardstage.cost.links import LinkCosts, exposed_s
 from shardstage.cost.pipeline import StageTime, pipeline_s
 from shardstage.cost.profile import RECOMPUTES, Recompute
 from shardstage.graph import ModelGraph
@@ -226,13 +226,16 @@ class Pricing:
         ]
         gathers, scatters = _sums(gather), _sums(scatter)
         again = 1.0 if setup.sharding_level == 3 else 0.0
+        slowdown = links.overlap_slowdown
 
         def waits(start: int, stop: int) -> float:
             gathered = gathers[stop] - gathers[start]
-            hidden_forward = links.hidden_ratio * (chain.forward_s[stop] - chain.forward_s[start])
-            hidden_backward = links.hidden_ratio * (chain.backward_s[stop] - chain.backward_s[start])
-            backward = again * gathered + scatters[stop] - scatters[start] - hidden_backward
-            return max(gather[start], gathered - hidden_forward) + max(scatter[start], backward)
+            scattered = again * gathered + scatters[stop] - scatters[start]
+            forward_s = chain.forward_s[stop] - chain.forward_s[start]
+            backward_s = chain.backward_s[stop] - chain.backward_s[start]
+            return exposed_s(gathered, forward_s, slowdown, gather[start]) + exposed_s(
+                scattered, backward_s, slowdown, scatter[start]
+            )
 
         return waits
 

@@ -14,6 +14,7 @@ from itertools import groupby
 from operator import attrgetter
 from typing import Final, NamedTuple
 
+from shardstage.cost.links import exposed_s
 from shardstage.program import Collective, Instruction, Program
 from shardstage.simulator.lanes import Lane, Lanes
 from shardstage.simulator.periods import Cut
@@ -70,7 +71,6 @@ class Pricer:
         self._groups: dict[tuple[int, ...], int] = {}
         self._messages: dict[tuple[object, ...], int] = {}
         self._stages_of = {p.fqn: p.stages for p in program.parameters}
-        self._hidden_ratio = min(1.0, max(0.0, 2.0 - prices.slowdown))
 
     @property
     def group_sizes(self) -> dict[int, int]:
@@ -137,10 +137,11 @@ class Pricer:
         over_tp = [self._seconds(lane, call) for call in calls if call.axis != "dp"]
         over_dp = [self._seconds(lane, call) for call in calls if call.axis == "dp"]
         # What is gathered and reduced block by block runs beside the computation but for the first of it.
-        hidden_s = self._hidden_ratio * seconds
-        exposed_s = sum(over_tp) + (max(over_dp[0], sum(over_dp) - hidden_s) if over_dp else 0.0)
+        waits_s = sum(over_tp)
+        if over_dp:
+            waits_s += exposed_s(sum(over_dp), seconds, self._prices.overlap_slowdown, over_dp[0])
         group = self._widest_group(lane, {call.axis for call in calls})
-        return (COMPUTE, seconds, exposed_s, sum(over_tp), group, instruction)
+        return (COMPUTE, seconds, waits_s, sum(over_tp), group, instruction)
 
     def _widest_group(self, lane: Lane, axes: Iterable[str]) -> int:
         """The group that has most lanes; ``ALONE`` if all ranks of all groups are alike."""

@@ -48,6 +48,10 @@ class MeasuredPrices:
     slowdown: float = 1.0
     special_ranks: tuple[int, ...] = ()
 
+    @property
+    def overlap_slowdown(self) -> float:
+        return self.slowdown - 1.0
+
     def compute_s(self, rank: int, stage: int, kind: InstructionKind, size: int) -> float:
         """As measured at this size, or in proportion to the nearest one; B is I and W where only they were measured."""
         sizes = [s for (at, what, s) in self.compute if (at, what) == (stage, kind)]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from shardstage.cluster import Cluster
 from shardstage.cost.compute import optimizer_s
-from shardstage.cost.links import HIDDEN_RATIO
+from shardstage.cost.links import overlap_slowdown
 from shardstage.errors import PlanError
 from shardstage.graph import ModelGraph
 from shardstage.layout import Mesh
@@ -25,7 +25,10 @@ __all__ = ["PlannedPrices", "planned_prices"]
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedPrices:
-    """Prices of a plan on a cluster. Communication slows compute by ``slowdown``: not at all on GPUs, wholly where cores do both.
+    """Prices of a plan on a cluster.
+
+    Beside compute run collectives, which slow it down as the device's kernel model says, and messages: not at all on GPUs, where they take
+    a channel or two, and wholly where cores do both.
 
     A cluster of CPU ranks has its own device for each rank: cores that ranks share are known only to those who measure them.
     """
@@ -43,7 +46,11 @@ class PlannedPrices:
 
     @property
     def slowdown(self) -> float:
-        return 2.0 - HIDDEN_RATIO.get(self.cluster.device.kind, 0.0)
+        return 1.0 if self.cluster.device.kind == "cuda" else 2.0
+
+    @property
+    def overlap_slowdown(self) -> float:
+        return overlap_slowdown(self.cluster.device)
 
     def compute_s(self, rank: int, stage: int, kind: InstructionKind, size: int) -> float:
         cost = self.costs.cost(stage, tp=self.mesh.coordinate(rank, "tp"), size=size)

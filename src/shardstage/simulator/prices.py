@@ -26,13 +26,16 @@ class Wire(NamedTuple):
 class Prices(Protocol):
     """Seconds on one machine.
 
-    ``slowdown``: a second in which compute and communication of a rank overlap does the work of 1 / slowdown seconds of each: 1 if they
-    do not disturb each other, 2 if they take turns. ``num_cores``: the cores that all ranks share, ``None`` where each has its device.
+    ``slowdown``: a second in which compute and a message of a rank overlap does the work of 1 / slowdown seconds of each: 1 if they
+    do not disturb each other, 2 if they take turns. ``overlap_slowdown``: seconds of compute that each second of a collective beside it
+    adds (``cost.links``). ``num_cores``: the cores that all ranks share, ``None`` where each has its device.
     ``special_ranks`` cost other than their like.
     """
 
     @property
     def slowdown(self) -> float: ...
+    @property
+    def overlap_slowdown(self) -> float: ...
     @property
     def num_cores(self) -> int | None: ...
     @property
@@ -77,6 +80,10 @@ class PriceTable:
     slowdown: float = 1.0
     num_cores: int | None = None
     special_ranks: tuple[int, ...] = ()
+
+    @property
+    def overlap_slowdown(self) -> float:
+        return self.slowdown - 1.0
 
     def compute_s(self, rank: int, stage: int, kind: InstructionKind, size: int) -> float:
         return size * self.compute[stage, kind]

@@ -79,11 +79,12 @@ def run(
     group_sizes: Mapping[int, int],
     *,
     slowdown: float = 1.0,
+    overlap_slowdown: float = 0.0,
     num_cores: int | None = None,
     keep_talks: bool = False,
 ) -> Run:
     """Walks until nothing more can run; a row that waits for ever has fewer ends than acts."""
-    return _Walk(rows, group_sizes, slowdown, num_cores, keep_talks).run()
+    return _Walk(rows, group_sizes, slowdown, overlap_slowdown, num_cores, keep_talks).run()
 
 
 class _Walk:
@@ -92,12 +93,14 @@ class _Walk:
         rows: Sequence[Sequence[Act]],
         group_sizes: Mapping[int, int],
         slowdown: float,
+        overlap_slowdown: float,
         num_cores: int | None,
         keep_talks: bool,
     ) -> None:
         self.rows = rows
         self.group_sizes = group_sizes
         self.slowdown = slowdown
+        self.overlap_slowdown = overlap_slowdown
         self.num_cores = num_cores
         self.keep_talks = keep_talks
         self.result = Run(starts_s=[[] for _ in rows], ends_s=[[] for _ in rows], talks=[[] for _ in rows])
@@ -207,21 +210,25 @@ class _Walk:
     def _reduce(
         self, number: int, position: int, reduction: Reduction, counts: dict[int, int], clock: float
     ) -> Generator[_Wanted, float | None, float]:
-        """Each bucket begins when all have filled it and the one before is done; what ran under a backward has slowed that down."""
+        """Each bucket begins when all have filled it and the one before is done, and slows down the backward that it runs beside.
+
+        ``late_s`` is how much later than without buckets compute is; what ends before its bucket does is late in name only.
+        """
         starts, ends = self.result.starts_s[number], self.result.ends_s[number]
         whole_s: tuple[float, ...] = tuple(
             starts[at] + share * (ends[at] - starts[at]) for at, share, _ in reduction.buckets
         )
         if reduction.group != ALONE:
             whole_s = yield from self._meet(number, reduction.group, counts, whole_s)
-        done_s = overlap_s = 0.0
+        done_s = late_s = 0.0
         for ready_s, bucket in zip(whole_s, reduction.buckets, strict=True):
-            begins_s = max(ready_s, done_s)
+            begins_s = max(ready_s + late_s, done_s)
             done_s = begins_s + bucket.seconds
-            overlap_s += max(0.0, min(done_s, clock) - begins_s)
+            if begins_s < clock + late_s:
+                late_s += self.overlap_slowdown * bucket.seconds
             if self.keep_talks and bucket.seconds:
                 self.result.talks[number].append((position, "dp", begins_s, done_s))
-        return max(clock, done_s) + (self.slowdown - 1.0) * overlap_s
+        return max(clock + late_s, done_s)
 
     def _meet(
         self, number: int, group: int, counts: dict[int, int], mine: tuple[float, ...]

@@ -97,6 +97,7 @@ def _run(program: Program, lanes: Lanes, prices: Prices, *, keep_talks: bool, is
             rows,
             pricer.group_sizes,
             slowdown=prices.slowdown,
+            overlap_slowdown=prices.overlap_slowdown,
             num_cores=prices.num_cores,
             keep_talks=keep_talks,
         )

@@ -70,6 +70,10 @@ class ChangedPrices:
         return self.prices.slowdown
 
     @property
+    def overlap_slowdown(self) -> float:
+        return self.prices.overlap_slowdown
+
+    @property
     def num_cores(self) -> int | None:
         return self.prices.num_cores
 
