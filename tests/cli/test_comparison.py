@@ -12,8 +12,15 @@ from rich.console import Console
 from tests.cost.machines import round_machine
 from tests.cost.toy import toy_graph
 
-from shardstage.cli.choosing import Chosen
-from shardstage.cli.comparison import Comparison, as_table, choose, comparison_page, print_comparison
+from shardstage.cli.choosing import Chosen, Question
+from shardstage.cli.comparison import (
+    Comparison,
+    Objective,
+    as_table,
+    choose,
+    comparison_page,
+    print_comparison,
+)
 from shardstage.cluster import Cluster
 from shardstage.errors import PlanError
 from shardstage.planner import predict
@@ -23,27 +30,22 @@ MACHINE = round_machine(8, latency_s=1e-5)
 
 
 def chosen_by(
-    objective: str,
-    text: str = "auto",
+    objective: Objective,
+    plan: str = "auto",
     *,
     machine: Cluster = MACHINE,
     ranks: int = 8,
-    memory: str | None = None,
-    fix: str = "",
+    memory_bytes: int | None = None,
 ) -> tuple[Chosen, Comparison]:
-    return choose(
-        text,
-        GRAPH,
-        machine,
+    question = Question(
+        plan=plan,
         num_ranks=ranks,
         batch=16,
         sequence=64,
         precision="float32",
-        memory=memory,
-        fix=fix,
-        is_runnable=True,
-        objective=objective,
+        memory_bytes=memory_bytes,
     )
+    return choose(question, GRAPH, machine, objective)
 
 
 def printed(chosen: Chosen, comparison: Comparison) -> str:
@@ -77,7 +79,7 @@ def test_the_smallest_plan_is_within_a_quarter_of_the_fastest_and_no_smaller_is(
 
 
 @pytest.mark.parametrize("objective", ["time", "cost", "memory"])
-def test_every_objective_s_plan_knows_its_graph_and_has_its_price(objective: str) -> None:
+def test_every_objective_s_plan_knows_its_graph_and_has_its_price(objective: Objective) -> None:
     chosen, _ = chosen_by(objective)
     assert chosen.plan.graph_fingerprint
     assert predict(GRAPH, chosen.plan, MACHINE).step_time_s == pytest.approx(
@@ -94,7 +96,7 @@ def test_an_objective_leaves_a_plan_that_was_given_alone() -> None:
 def test_where_nothing_fits_every_objective_says_so() -> None:
     for objective in ("time", "cost", "memory"):
         with pytest.raises(PlanError, match="no plan for 8 ranks fits"):
-            chosen_by(objective, memory="1KiB")
+            chosen_by(objective, memory_bytes=1024)
 
 
 def test_the_proof_is_shown_with_what_was_told_of_others() -> None:
@@ -124,7 +126,7 @@ def test_the_tables_are_of_the_same_plans_as_the_json() -> None:
 
 def test_what_does_not_fit_has_no_price_in_the_json() -> None:
     free, _ = chosen_by("time")
-    chosen, comparison = chosen_by("time", memory=f"{int(0.6 * free.prediction.peak_bytes)}B")
+    chosen, comparison = chosen_by("time", memory_bytes=int(0.6 * free.prediction.peak_bytes))
     unfit = [row for row in as_table(chosen, comparison, [])["why_not"] if row["step_time_s"] is None]
     assert unfit
     assert all(row["peak_bytes"] is None and row["reason"].startswith("does not fit") for row in unfit)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from shardstage.cli.fixing import Fixed
 from shardstage.graph.cache import Captured, cached
-from shardstage.plan import Plan, Precision, check, complete, load_plan, named_decisions, parse_request
-from shardstage.units import format_count, parse_bytes
+from shardstage.plan import Plan, Precision, check, complete, load_plan, parse_request
+from shardstage.units import format_count
 
 if TYPE_CHECKING:  # what imports torch is imported when it is needed: help comes at once
     from shardstage.cluster import Cluster
@@ -19,6 +20,7 @@ if TYPE_CHECKING:  # what imports torch is imported when it is needed: help come
 __all__ = [
     "Chosen",
     "KnownModel",
+    "Question",
     "capture_model",
     "choose_plan",
     "headline",
@@ -78,6 +80,37 @@ def precision_of(plan: str, dtype: str | None, machine: Cluster) -> Precision:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Question:
+    """What somebody asks of a plan, which is ``auto``, a shorthand or a plan file.
+
+    A rank may hold ``memory_bytes``, or what its device can. Where a search answers, ``fixed`` is what it may not change.
+    """
+
+    plan: str
+    num_ranks: int
+    batch: int
+    sequence: int
+    precision: Precision
+    memory_bytes: int | None = None
+    fixed: Fixed = field(default_factory=Fixed)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a search is to answer it."""
+        return self.plan == "auto"
+
+    @property
+    def is_file(self) -> bool:
+        return self.plan.endswith(".toml")
+
+    def limit_bytes(self, machine: Cluster) -> int:
+        """What a rank may hold of a device."""
+        from shardstage.planner import usable_bytes
+
+        return usable_bytes(machine) if self.memory_bytes is None else self.memory_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
 class Chosen:
     """A plan with its price, and the search that found it where there was one."""
 
@@ -88,72 +121,71 @@ class Chosen:
     mixed: MixedResult | None = None
 
 
-def choose_plan(
-    text: str,
-    graph: ModelGraph,
-    machine: Cluster,
-    num_ranks: int,
-    batch: int,
-    sequence: int,
-    precision: Precision,
-    memory: str | None,
-    *,
-    fix: str = "",
-    is_runnable: bool = True,
-) -> Chosen:
-    """The plan that ``text`` asks for: ``auto`` within the decisions of ``fix``, a shorthand, or a file."""
-    from shardstage.graph.file import fingerprint
-    from shardstage.planner import Searcher, predict, search_mixed, usable_bytes
+def choose_plan(question: Question, graph: ModelGraph, machine: Cluster) -> Chosen:
+    """The plan that was asked for, with its price. ``PlanError`` where there is none."""
+    if question.is_open:
+        return (_search_mixed if machine.is_mixed else _search)(question, graph, machine)
+    return _given(question, graph, machine)
 
-    if text == "auto" and machine.is_mixed:
-        limits = [
-            usable_bytes(machine.part(i)) if memory is None else parse_bytes(memory)
-            for i in range(len(machine.parts))
-        ]
-        mixed = search_mixed(
-            graph,
-            machine,
-            global_batch=batch,
-            sequence=sequence,
-            precision=precision,
-            limits=limits,
-            fix=parse_request(fix),
-            fixed=named_decisions(fix),
-        )
-        best = replace(mixed.best, graph_fingerprint=fingerprint(graph))
-        return Chosen(plan=best, prediction=mixed.prediction, mixed=mixed)
-    if text == "auto":
-        searcher = Searcher(
-            graph,
-            machine,
-            num_ranks=num_ranks,
-            global_batch=batch,
-            sequence=sequence,
-            precision=precision,
-            fix=parse_request(fix),
-            fixed=named_decisions(fix),
-            is_runnable=is_runnable,
-        )
-        limit = usable_bytes(machine) if memory is None else parse_bytes(memory)
-        found = searcher.best(limit)
-        best = replace(found.best, graph_fingerprint=found.certificate.graph)
-        return Chosen(plan=best, prediction=found.prediction, found=found, searcher=searcher)
-    if text.endswith(".toml"):
-        chosen = load_plan(text)
+
+def _search(question: Question, graph: ModelGraph, machine: Cluster) -> Chosen:
+    from shardstage.planner import Searcher
+
+    searcher = Searcher(
+        graph,
+        machine,
+        num_ranks=question.num_ranks,
+        global_batch=question.batch,
+        sequence=question.sequence,
+        precision=question.precision,
+        fix=question.fixed.request,
+        fixed=question.fixed.names,
+        is_runnable=question.fixed.is_runnable,
+    )
+    found = searcher.best(question.limit_bytes(machine))
+    best = replace(found.best, graph_fingerprint=found.certificate.graph)
+    return Chosen(plan=best, prediction=found.prediction, found=found, searcher=searcher)
+
+
+def _search_mixed(question: Question, graph: ModelGraph, machine: Cluster) -> Chosen:
+    from shardstage.graph.file import fingerprint
+    from shardstage.planner import search_mixed
+
+    parts = map(machine.part, range(len(machine.parts)))
+    mixed = search_mixed(
+        graph,
+        machine,
+        global_batch=question.batch,
+        sequence=question.sequence,
+        precision=question.precision,
+        limits=[question.limit_bytes(part) for part in parts],
+        fix=question.fixed.request,
+        fixed=question.fixed.names,
+    )
+    best = replace(mixed.best, graph_fingerprint=fingerprint(graph))
+    return Chosen(plan=best, prediction=mixed.prediction, mixed=mixed)
+
+
+def _given(question: Question, graph: ModelGraph, machine: Cluster) -> Chosen:
+    """A plan file, or the plan that a shorthand stands for."""
+    from shardstage.graph.file import fingerprint
+    from shardstage.planner import predict
+
+    if question.is_file:
+        plan = load_plan(question.plan)
     else:
-        request = parse_request(text)
-        chosen = complete(
-            request,
+        plan = complete(
+            parse_request(question.plan),
             graph,
-            num_ranks=num_ranks,
-            global_batch=batch,
-            sequence=sequence,
-            precision=precision,
+            num_ranks=question.num_ranks,
+            global_batch=question.batch,
+            sequence=question.sequence,
+            precision=question.precision,
             cluster=machine,
         )
-    chosen = replace(chosen, graph_fingerprint=chosen.graph_fingerprint or fingerprint(graph))
-    check(chosen, graph, num_ranks=num_ranks, cluster=machine)
-    return Chosen(plan=chosen, prediction=predict(graph, chosen, machine))
+    plan = replace(plan, graph_fingerprint=plan.graph_fingerprint or fingerprint(graph))
+    check(plan, graph, num_ranks=question.num_ranks, cluster=machine)
+    return Chosen(plan=plan, prediction=predict(graph, plan, machine))
 
 
 def headline(model: str, graph: ModelGraph, machine: Cluster, num_ranks: int) -> str:

@@ -6,14 +6,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from html import escape
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
 from rich.console import Console
 from rich.table import Table
 
-from shardstage.cli.choosing import Chosen, choose_plan
+from shardstage.cli.choosing import Chosen, Question, choose_plan
 from shardstage.errors import PlanError
-from shardstage.plan import Precision, plan_to_toml, shorthand
+from shardstage.plan import plan_to_toml, shorthand
 from shardstage.units import format_bytes, format_ratio, format_s
 
 if TYPE_CHECKING:
@@ -22,7 +22,17 @@ if TYPE_CHECKING:
     from shardstage.graph import ModelGraph
     from shardstage.planner import Alternative, Point, Searcher, SearchResult
 
-__all__ = ["Comparison", "as_table", "choose", "comparison_page", "print_comparison"]
+__all__ = [
+    "Comparison",
+    "Objective",
+    "as_table",
+    "choose",
+    "comparison_page",
+    "objective_named",
+    "print_comparison",
+]
+
+Objective = Literal["time", "cost", "memory"]
 
 MEMORY_SLACK: Final = 1.25
 """With the objective memory a plan may take a quarter longer than the fastest."""
@@ -42,32 +52,25 @@ class Comparison:
     dollars: float | None = None
 
 
+def objective_named(name: str) -> Objective:
+    """``PlanError`` for an objective that is none."""
+    known: tuple[Objective, ...] = get_args(Objective)
+    for objective in known:
+        if name == objective:
+            return objective
+    raise PlanError(f"objective {name!r} is not one of {', '.join(known)}", hint="--objective time")
+
+
 def choose(
-    text: str,
-    graph: ModelGraph,
-    machine: Cluster,
-    *,
-    num_ranks: int,
-    batch: int,
-    sequence: int,
-    precision: Precision,
-    memory: str | None,
-    fix: str,
-    is_runnable: bool,
-    objective: str,
+    question: Question, graph: ModelGraph, machine: Cluster, objective: Objective
 ) -> tuple[Chosen, Comparison]:
-    """The plan by the objective, and what it is compared with; ``PlanError`` for an objective that is none."""
+    """The plan by the objective, and what it is compared with."""
     from shardstage.planner import alternatives, front
 
-    if objective not in ("time", "cost", "memory"):
-        raise PlanError(f"objective {objective!r} is not one of time, cost, memory", hint="--objective time")
-
-    def on(ranks: int) -> Chosen:
-        return choose_plan(
-            text, graph, machine, ranks, batch, sequence, precision, memory, fix=fix, is_runnable=is_runnable
-        )
-
-    chosen = _cheapest(on, num_ranks) if objective == "cost" and text == "auto" else on(num_ranks)
+    if objective == "cost" and question.is_open:
+        chosen = _cheapest(question, graph, machine)
+    else:
+        chosen = choose_plan(question, graph, machine)
     if chosen.found is None or chosen.searcher is None:
         return chosen, Comparison(dollars=_dollars(chosen, machine))
     if objective == "memory":
@@ -100,13 +103,13 @@ def _smallest(searcher: Searcher, fastest: SearchResult) -> SearchResult:
     return best
 
 
-def _cheapest(on: Any, num_ranks: int) -> Chosen:
+def _cheapest(question: Question, graph: ModelGraph, machine: Cluster) -> Chosen:
     """The plan whose step takes fewest device-seconds, over all ranks, half of them, a quarter, …"""
     best: Chosen | None = None
-    ranks, error = num_ranks, None
+    ranks, error = question.num_ranks, None
     while ranks:
         try:
-            chosen: Chosen = on(ranks)
+            chosen = choose_plan(replace(question, num_ranks=ranks), graph, machine)
         except PlanError as raised:
             error = error or raised
             break

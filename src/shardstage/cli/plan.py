@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,33 +13,38 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from shardstage.cli.choosing import headline, known_model, precision_of
-from shardstage.cli.comparison import as_table, choose, comparison_page, print_comparison
+from shardstage.cli import options
+from shardstage.cli.choosing import Chosen, Question, headline, known_model, precision_of
+from shardstage.cli.comparison import (
+    Comparison,
+    Objective,
+    as_table,
+    choose,
+    comparison_page,
+    objective_named,
+    print_comparison,
+)
+from shardstage.cli.fixing import parse_fixed
 from shardstage.errors import PlanError
 from shardstage.plan import Plan, check, explain, save_plan, shorthand
 from shardstage.plan.check import require_runnable
-from shardstage.units import format_bytes, format_ratio, format_s
+from shardstage.units import format_bytes, format_ratio, format_s, parse_bytes
 
 if TYPE_CHECKING:
     from shardstage.cluster import Cluster
     from shardstage.cost import Prediction
+    from shardstage.graph import ModelGraph
 
 __all__ = ["plan"]
 
 
 def plan(
-    model: Annotated[
-        str, typer.Option(help="Built-in name, Hugging Face config or folder, or module:factory")
-    ] = "llama-tiny",
-    cluster: Annotated[
-        str, typer.Option(help='Preset and size such as "h100:512", a cluster file, or "local"')
-    ] = "local",
+    model: options.Model = "llama-tiny",
+    cluster: options.ClusterName = "local",
     ranks: Annotated[int | None, typer.Option(help="Ranks to plan for (default: all of the cluster)")] = None,
-    plan: Annotated[
-        str, typer.Option(help='"auto", a shorthand such as "dp=2,tp=2", or a plan file to price')
-    ] = "auto",
-    batch: Annotated[int, typer.Option(help="Samples of a step, over all ranks")] = 16,
-    seq: Annotated[int, typer.Option(help="Tokens of a sample")] = 256,
+    plan: options.Plan = "auto",
+    batch: options.Batch = 16,
+    seq: options.Sequence = 256,
     fix: Annotated[
         str,
         typer.Option(help='What the search may not change: "tp=8,dtype=fp32", "runnable" (by this release)'),
@@ -71,65 +77,98 @@ def plan(
 
       shardstage plan --model gpt2-tiny --cluster a100-80:8 --plan "tp=2,pp=2" --explain
     """
+    fixed, aim = parse_fixed(fix, plan=plan), objective_named(objective)
+    memory_bytes = None if memory is None else parse_bytes(memory)
+    console = Console(highlight=False, stderr=as_json)  # then standard output is the object alone
+    with console.status("looking at the cluster"):
+        machine = _machine(cluster, ranks)
+    fixed.require_kept_on(machine)
+    question = Question(
+        plan=plan,
+        num_ranks=ranks or machine.num_devices,
+        batch=batch,
+        sequence=seq,
+        precision=precision_of(plan, fixed.request.precision, machine),
+        memory_bytes=memory_bytes,
+        fixed=fixed,
+    )
+    answer = _answer(console, model, machine, question, aim)
+    answer.print(console, as_json=as_json)
+    if show:
+        console.print(answer.explanation(), soft_wrap=True, markup=False)
+    for path in out or ():
+        answer.write(console, path)
+
+
+def _machine(cluster: str, ranks: int | None) -> Cluster:
     from shardstage.cli.machine import cluster_named, num_default_ranks
 
-    console = Console(highlight=False, stderr=as_json)  # then standard output is the object alone
-    num_local = (ranks or num_default_ranks()) if cluster == "local" else 1
-    with console.status("looking at the cluster"):
-        machine = cluster_named(cluster, ranks=num_local)
-    num_ranks = ranks or machine.num_devices
-    asked = [part.strip() for part in fix.split(",") if part.strip()]
-    fix = ",".join(part for part in asked if part != "runnable")
-    precision = precision_of((fix or plan) if plan == "auto" else plan, None, machine)
+    return cluster_named(cluster, ranks=(ranks or num_default_ranks()) if cluster == "local" else 1)
+
+
+def _answer(
+    console: Console, model: str, machine: Cluster, question: Question, objective: Objective
+) -> _Answer:
+    """Captures the model, chooses a plan for it and says what is odd about that."""
     with console.status(f"capturing {model}"):
-        known = known_model(model, seq, precision)
-        graph = known.graph
+        known = known_model(model, question.sequence, question.precision)
     with console.status("pricing plans"):
-        chosen, comparison = choose(
-            plan,
-            graph,
-            machine,
-            num_ranks=num_ranks,
-            batch=batch,
-            sequence=seq,
-            precision=precision,
-            memory=memory,
-            fix=fix,
-            is_runnable="runnable" in asked,
-            objective=objective,
-        )
+        chosen, comparison = choose(question, known.graph, machine, objective)
         notes = check(
             chosen.plan,
-            graph,
+            known.graph,
             num_ranks=chosen.plan.mesh.world_size,
             cluster=machine,
             max_sequence=known.max_sequence,
         )
-    notes = (
-        *known.notes,
-        *machine.notes,
-        *notes,
-        *_run_notes(chosen.plan, num_ranks, chosen.prediction, machine),
+    run_notes = _run_notes(chosen.plan, question.num_ranks, chosen.prediction, machine)
+    return _Answer(
+        model=model,
+        graph=known.graph,
+        machine=machine,
+        num_ranks=question.num_ranks,
+        chosen=chosen,
+        comparison=comparison,
+        notes=(*known.notes, *machine.notes, *notes, *run_notes),
     )
-    if as_json:
-        sys.stdout.write(json.dumps(as_table(chosen, comparison, notes), indent=1) + "\n")
-    else:
-        console.print(headline(model, graph, machine, num_ranks))
-        console.print(_chosen_table(chosen.plan, chosen.prediction))
-        print_comparison(console, chosen, comparison, machine)
-        for note in notes:
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Answer:
+    """A plan on its way to the screen and to files."""
+
+    model: str
+    graph: ModelGraph
+    machine: Cluster
+    num_ranks: int
+    chosen: Chosen
+    comparison: Comparison
+    notes: tuple[str, ...]
+
+    def print(self, console: Console, *, as_json: bool) -> None:
+        if as_json:
+            table = as_table(self.chosen, self.comparison, self.notes)
+            sys.stdout.write(json.dumps(table, indent=1) + "\n")
+            return
+        console.print(headline(self.model, self.graph, self.machine, self.num_ranks))
+        console.print(_chosen_table(self.chosen.plan, self.chosen.prediction))
+        print_comparison(console, self.chosen, self.comparison, self.machine)
+        for note in self.notes:
             console.print(f"[yellow]note[/]  {note}", soft_wrap=True)
-    if show:
-        console.print(explain(chosen.plan, graph, prediction=chosen.prediction), soft_wrap=True, markup=False)
-    for path in out or ():
+
+    def explanation(self) -> str:
+        return explain(self.chosen.plan, self.graph, prediction=self.chosen.prediction)
+
+    def write(self, console: Console, path: Path) -> None:
+        """The page, where the path ends so; else the plan."""
         if path.suffix == ".html":
-            path.write_text(comparison_page(model, machine, chosen, comparison), encoding="utf-8")
-            console.print(f"page written to {path}", soft_wrap=True)
+            page = comparison_page(self.model, self.machine, self.chosen, self.comparison)
+            path.write_text(page, encoding="utf-8")
+            said = f"page written to {path}"
         else:
-            save_plan(chosen.plan, path)
-            console.print(
-                f"written to {path}: shardstage train --model {model} --plan {path}", soft_wrap=True
-            )
+            save_plan(self.chosen.plan, path)
+            said = f"written to {path}: shardstage train --model {self.model} --plan {path}"
+        console.print(said, soft_wrap=True)
 
 
 def _run_notes(plan: Plan, num_ranks: int, prediction: Prediction, machine: Cluster) -> Iterator[str]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from shardstage.cli import options
 from shardstage.cli.machine import cluster_named
 from shardstage.errors import ConfigError
 
@@ -20,22 +21,16 @@ __all__ = ["prove"]
 
 
 def prove(
-    run: Annotated[Path | None, typer.Option(help="Run file; the other options override it")] = None,
-    model: Annotated[
-        str | None, typer.Option(help="Built-in name, Hugging Face config or folder, or module:factory")
-    ] = None,
-    plan: Annotated[
-        str | None, typer.Option(help='"auto", a shorthand such as "dp=2,tp=2", or a plan file')
-    ] = None,
+    run: options.RunFile = None,
+    model: options.GivenModel = None,
+    plan: options.GivenPlan = None,
     ranks: Annotated[int | None, typer.Option(help="Local ranks to start")] = None,
     steps: Annotated[int | None, typer.Option(help="Steps to compare, at most 4")] = None,
-    batch: Annotated[int | None, typer.Option(help="Samples of a step, over all ranks")] = None,
-    seq: Annotated[int | None, typer.Option(help="Tokens of a sample")] = None,
+    batch: options.GivenBatch = None,
+    seq: options.GivenSequence = None,
     seed: Annotated[int | None, typer.Option(help="Of weights, order of samples and dropout")] = None,
     precision: Annotated[str | None, typer.Option(help="float32, bfloat16 or float64")] = None,
-    data: Annotated[
-        list[str] | None, typer.Option(help="Text files or folders (default: Python's own sources)")
-    ] = None,
+    data: options.Data = None,
     inject_fault: Annotated[
         str | None, typer.Option(help="Break the run on purpose, to see it found ('list' names the faults)")
     ] = None,
@@ -57,27 +52,28 @@ def prove(
         return _list_faults()
     config = _config(
         run,
-        {
-            "model": model,
-            "plan": plan,
-            "ranks": ranks,
-            "steps": steps,
-            "global_batch": batch,
-            "data.sequence": seq,
-            "seed": seed,
-            "precision": precision,
-            "data.paths": None if data is None else tuple(data),
-        },
+        options.typed(
+            {
+                "model": model,
+                "plan": plan,
+                "ranks": ranks,
+                "steps": steps,
+                "global_batch": batch,
+                "data.sequence": seq,
+                "seed": seed,
+                "precision": precision,
+                "data.paths": None if data is None else tuple(data),
+            }
+        ),
     )
     config = _with_samples(config)
     return _prove(config, _fault(inject_fault), report)
 
 
-def _config(run: Path | None, options: dict[str, Any]) -> RunConfig:
+def _config(run: Path | None, changes: dict[str, Any]) -> RunConfig:
     from shardstage.training import RunConfig, load_run_config
 
     config = load_run_config(run) if run is not None else RunConfig()
-    changes = {name: value for name, value in options.items() if value is not None}
     return config.with_changes(**changes, resume=False, out=f"runs/{time.strftime('%Y%m%d-%H%M%S')}-prove")
 
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from shardstage.cli.choosing import capture_model, choose_plan, headline, load_source, precision_of
+from shardstage.cli import options
+from shardstage.cli.choosing import Question, capture_model, choose_plan, headline, load_source, precision_of
 from shardstage.errors import ConfigError
 from shardstage.plan import Plan, check, load_plan, parse_request, shorthand
 from shardstage.units import format_bytes, format_ratio, format_s
@@ -39,15 +40,9 @@ ENDINGS = {".html": "the page", ".json": "the trace", ".txt": "the program"}
 
 
 def rehearse(
-    model: Annotated[
-        str, typer.Option(help="Built-in name, Hugging Face config or folder, or module:factory")
-    ] = "llama-tiny",
-    cluster: Annotated[
-        str, typer.Option(help='Preset and size such as "h100:512", a cluster file, or "local"')
-    ] = "local",
-    plan: Annotated[
-        str, typer.Option(help='"auto", a shorthand such as "dp=2,tp=2", or a plan file')
-    ] = "auto",
+    model: options.Model = "llama-tiny",
+    cluster: options.ClusterName = "local",
+    plan: options.Plan = "auto",
     batch: Annotated[
         int | None, typer.Option(help="Samples of a step (default: 4 microbatches a pipeline stage)")
     ] = None,
@@ -125,9 +120,14 @@ def _findings(
     with console.status(f"capturing {model}"):
         graph = capture_model(source, sequence, precision)
     with console.status("choosing a plan" if plan == "auto" else "completing the plan"):
-        picked = choose_plan(
-            plan, graph, machine, num_ranks, batch or asked.batch(num_ranks), sequence, precision, None
+        question = Question(
+            plan=plan,
+            num_ranks=num_ranks,
+            batch=batch or asked.batch(num_ranks),
+            sequence=sequence,
+            precision=precision,
         )
+        picked = choose_plan(question, graph, machine)
         chosen, prediction = picked.plan, picked.prediction
         notes = check(chosen, graph, num_ranks=num_ranks, cluster=machine, max_sequence=source.max_sequence)
     console.print(headline(model, graph, machine, num_ranks))

@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
+from shardstage.cli import options
 from shardstage.cli.machine import cluster_named, known_cluster
 from shardstage.cluster import Cluster
 from shardstage.errors import ConfigError
@@ -24,29 +25,16 @@ __all__ = ["train"]
 
 
 def train(
-    run: Annotated[
-        Path | None,
-        typer.Option(
-            "--run",
-            "--run-file",
-            help="Run file, which the other options override",
-        ),
-    ] = None,
-    model: Annotated[
-        str | None, typer.Option(help="Built-in name, Hugging Face config or folder, or module:factory")
-    ] = None,
-    plan: Annotated[
-        str | None, typer.Option(help='"auto", a shorthand such as "dp=2,tp=2", or a plan file')
-    ] = None,
+    run: options.RunFile = None,
+    model: options.GivenModel = None,
+    plan: options.GivenPlan = None,
     ranks: Annotated[
         int | None, typer.Option(help="Local ranks to start (ignored under torchrun and srun)")
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Steps in all, resumed ones included")] = None,
-    batch: Annotated[int | None, typer.Option(help="Samples of a step, over all ranks")] = None,
-    seq: Annotated[int | None, typer.Option(help="Tokens of a sample")] = None,
-    data: Annotated[
-        list[str] | None, typer.Option(help="Text files or folders (default: Python's own sources)")
-    ] = None,
+    batch: options.GivenBatch = None,
+    seq: options.GivenSequence = None,
+    data: options.Data = None,
     out: Annotated[str | None, typer.Option(help="Run folder (default: runs/<time>)")] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the run folder's newest checkpoint")
@@ -71,7 +59,7 @@ def train(
       torchrun --nproc-per-node 4 -m shardstage train --run-file run.toml
     """
     config = _base(run, out, is_resumed=resume).with_changes(
-        **_given(
+        **options.typed(
             {
                 "model": model,
                 "plan": plan,
@@ -212,11 +200,6 @@ def _predicted(job: TrainJob, cluster: Cluster | None) -> Prediction | None:
 
     write_predicted_timeline(job, cluster)
     return predict(job.graph, job.plan, cluster)
-
-
-def _given(options: dict[str, Any]) -> dict[str, Any]:
-    """The options that were typed."""
-    return {name: value for name, value in options.items() if value is not None}
 
 
 def _folder(config: RunConfig) -> Path:

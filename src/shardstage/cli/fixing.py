@@ -1,0 +1,94 @@
+"""``--fix``: decisions that a search may not change; what it would not keep to is refused before anything takes time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from shardstage.errors import PlanError
+from shardstage.plan import Request, named_decisions, parse_request
+
+if TYPE_CHECKING:
+    from shardstage.cluster import Cluster
+
+__all__ = ["Fixed", "parse_fixed"]
+
+RUNNABLE: Final = "runnable"
+
+KEPT: Final = "dp, tp, pp, sp, zero, mb, recompute, cp, ep, schedule, v, dtype, compile"
+"""What a search keeps to (``planner.space``)."""
+
+KEPT_ON_MIXED: Final = "tp, pp, zero, dtype"
+"""What a search over several classes of devices keeps to (``planner.mixed``)."""
+
+ONLY_PRICED: Final = "cp, ep, zr, outer"
+"""What this release does not run (``plan.check.require_runnable``)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fixed:
+    """Decisions as one types them; ``is_runnable`` leaves out what this release only prices."""
+
+    decisions: str = ""
+    is_runnable: bool = True
+
+    @property
+    def request(self) -> Request:
+        return parse_request(self.decisions)
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The fields of the request that are decided."""
+        return named_decisions(self.decisions)
+
+    def require_kept_on(self, machine: Cluster) -> None:
+        """Raises ``PlanError`` for what the search over a mixed cluster does not keep to."""
+        if machine.is_mixed:
+            _require_kept(self.decisions, KEPT_ON_MIXED, "a search over several classes of devices")
+
+
+def parse_fixed(text: str, *, plan: str) -> Fixed:
+    """What ``--fix`` says. ``PlanError`` for what no search keeps to, and where ``plan`` leaves nothing to search."""
+    parts = _parts(text)
+    if parts and plan != "auto":
+        raise PlanError(
+            f"--fix {text} says what a search may not change, and --plan {plan} leaves nothing to search",
+            hint=f'--plan auto --fix "{text}"',
+        )
+    decisions = ",".join(part for part in parts if part != RUNNABLE)
+    fixed = Fixed(decisions=decisions, is_runnable=RUNNABLE in parts)
+    _require_readable(fixed)
+    _require_kept(decisions, KEPT, "a search")
+    if fixed.is_runnable:
+        _require_runnable(fixed)
+    return fixed
+
+
+def _parts(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _require_readable(fixed: Fixed) -> None:
+    try:
+        parse_request(fixed.decisions)
+    except PlanError as error:
+        hint = (error.hint or "").replace("--plan", "--fix")
+        raise PlanError(f"--fix {fixed.decisions}: {error.message}", hint=hint) from error
+
+
+def _require_kept(decisions: str, kept: str, who: str) -> None:
+    for part in _parts(decisions):
+        if not named_decisions(part) <= named_decisions(kept) or part == "schedule=optimal":
+            raise PlanError(
+                f"--fix {part}: {who} does not choose that, and would not keep to it; it keeps to {kept}",
+                hint=f'--plan "{decisions}" is the whole plan, nothing is searched',
+            )
+
+
+def _require_runnable(fixed: Fixed) -> None:
+    for part in _parts(fixed.decisions):
+        if named_decisions(part) <= named_decisions(ONLY_PRICED) and parse_request(part) != Request():
+            raise PlanError(
+                f"--fix {RUNNABLE},{part}: {part} is planned and priced, but not run by this release",
+                hint=f'--fix "{fixed.decisions}"',
+            )
