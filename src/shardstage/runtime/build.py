@@ -70,7 +70,7 @@ def build_engine(
         source,
         groups,
         seed=seed,
-        dtype=getattr(torch, master_dtype(plan)),
+        dtype=_master(plan),
         device=device,
         folder=weights_folder,
     )
@@ -103,17 +103,8 @@ def assemble_engine(
     cuts = {size: graphs.segments(tp=tp, microbatch=size) for size in sizes}
     segments = {stage: {size: cuts[size][stage] for size in sizes} for stage in own}
     held = _held_parameters(program, graphs, next(iter(cuts.values())), own)
+    context = _context(groups, plan, own, seed=seed, device_kind=device_kind or device.type)
     is_fully_sharded = plan.zero >= 2 and mesh.dp > 1
-    context = OperatorContext(
-        tp_group=groups.tp_group,
-        tp_rank=groups.tp,
-        tp_size=mesh.tp,
-        random=RandomState(seed=seed),
-        may_overwrite=all(plan.recompute_of(stage) != "selective" for stage in own),
-        device_kind=device_kind or device.type,
-    )
-    precision: torch.dtype = getattr(torch, plan.precision)
-    master: torch.dtype = getattr(torch, master_dtype(plan))
     writer = BlockWriter(_library(graph, source, context), device, is_compiled=plan.is_compiled)
     stages = {
         stage: build_stage(
@@ -122,33 +113,15 @@ def assemble_engine(
             context=context,
             writer=writer,
             recompute=plan.recompute_of(stage),
-            parameter_dtype=master if is_fully_sharded else None,
+            parameter_dtype=_master(plan) if is_fully_sharded else None,
         )
         for stage in own
     }
-    parameters: Parameters
     if is_fully_sharded:
-        parameters = FullyShardedParameters(
-            list(stages.values()),
-            groups,
-            zero=plan.zero,
-            compute_dtype=precision,
-            master_dtype=master,
-            device=device,
-        )
+        parameters = _fully_sharded(plan, stages, groups, device)
     else:
         buckets = _buckets(program, plan, rank, held)
-        bucketed = BucketedParameters(
-            list(stages.values()),
-            buckets,
-            groups,
-            zero=plan.zero,
-            device=device,
-            master_dtype=master,
-            allocate=allocate,
-        )
-        context.weights.accumulate = bucketed.accumulate
-        parameters = bucketed
+        parameters = _bucketed(plan, stages, buckets, groups, device, allocate, context)
     return Engine(
         program=program,
         graphs=graphs,
@@ -169,6 +142,62 @@ def tied_ranks(program: Program) -> set[tuple[int, ...]]:
         tuple(sorted({program.stage_ranks[s] for s in parameter.stages})) for parameter in program.parameters
     }
     return {ranks for ranks in holders if len(ranks) > 1}
+
+
+def _context(
+    groups: RankGroups, plan: Plan, own: Iterable[int], *, seed: int, device_kind: str
+) -> OperatorContext:
+    return OperatorContext(
+        tp_group=groups.tp_group,
+        tp_rank=groups.tp,
+        tp_size=plan.mesh.tp,
+        random=RandomState(seed=seed),
+        may_overwrite=all(plan.recompute_of(stage) != "selective" for stage in own),
+        device_kind=device_kind,
+    )
+
+
+def _fully_sharded(
+    plan: Plan, stages: Mapping[int, Stage], groups: RankGroups, device: torch.device
+) -> Parameters:
+    """ZeRO-2/3 over more than one rank: FSDP2 gathers and reduces."""
+    return FullyShardedParameters(
+        list(stages.values()),
+        groups,
+        zero=plan.zero,
+        compute_dtype=getattr(torch, plan.precision),
+        master_dtype=_master(plan),
+        device=device,
+    )
+
+
+def _bucketed(
+    plan: Plan,
+    stages: Mapping[int, Stage],
+    buckets: list[list[str]],
+    groups: RankGroups,
+    device: torch.device,
+    allocate: Callable[[int, torch.dtype], Tensor],
+    context: OperatorContext,
+) -> Parameters:
+    """Flat buffers, into which operators add gradients themselves."""
+    bucketed = BucketedParameters(
+        list(stages.values()),
+        buckets,
+        groups,
+        zero=plan.zero,
+        device=device,
+        master_dtype=_master(plan),
+        allocate=allocate,
+    )
+    context.weights.accumulate = bucketed.accumulate
+    return bucketed
+
+
+def _master(plan: Plan) -> torch.dtype:
+    """Of weights as the optimizer sees them."""
+    dtype: torch.dtype = getattr(torch, master_dtype(plan))
+    return dtype
 
 
 def _buckets(
