@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import mul
 from typing import Final, Literal, NamedTuple
 
 from shardstage.cost.accounting import OUR_ACCOUNTING, Accounting
@@ -126,11 +127,15 @@ def rank_memory(
     passing = max(uses, key=lambda use: use.recompute + use.transient)
     together = {name: sum(getattr(use, name) for use in uses) for name in MemoryUse.__slots__}
     together |= {"recompute": passing.recompute, "transient": passing.transient, "fixed": passing.fixed}
-    held = {
-        stage: use.activations // max(1, setup.in_flight(stage))
-        for stage, use in zip(stages, uses, strict=True)
-    }
-    together["activations"] = _peak_activation_bytes(setup.short_order().actions[rank], held)
+    of_one = [
+        use.activations // max(1, setup.in_flight(stage)) for stage, use in zip(stages, uses, strict=True)
+    ]
+    if setup.custom is not None:
+        held = dict(zip(stages, of_one, strict=True))
+        together["activations"] = _peak_activation_bytes(setup.custom.actions[rank], held)
+    else:
+        moments = setup.in_flight_together(rank)
+        together["activations"] = max(sum(map(mul, counts, of_one)) for counts in moments)
     return MemoryUse(**together)
 
 

@@ -4,24 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Final
 
 from shardstage.cost.execution import OURS, Execution
 from shardstage.cost.profile import Profile, Recompute
 from shardstage.layout import Mesh
-from shardstage.schedule import Schedule, make_schedule
+from shardstage.schedule import (
+    Schedule,
+    held_by_stage,
+    held_together,
+    make_schedule,
+    stages_of_rank,
+    steady_microbatches,
+)
 from shardstage.units import dtype_bytes
 
 __all__ = ["StepSetup"]
-
-STEADY_ROUNDS: Final = 3
-"""After so many rounds of microbatches over all ranks every schedule of ours has held as much as it ever will; what does not fill a round
-makes one longer."""
-
-
-def steady_microbatches(num_microbatches: int, num_ranks: int) -> int:
-    """So few that are held as so many are."""
-    return STEADY_ROUNDS * num_ranks + num_microbatches % num_ranks
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,7 +28,8 @@ class StepSetup:
     ``microbatch`` is the size that the profile was made at, and ``num_microbatches`` run on each data-parallel rank. ``custom`` is a
     schedule that has no name. ``ep`` ranks deal the experts out among them, ``zero_ranks`` share what ZeRO cuts (default: all replicas);
     ``recompute_of_stages`` says for each stage what ``recompute`` says for all. ``execution`` is how the framework at hand runs all that.
-    ``gradient_dtype`` is that of gradients' sums (default: the master weights'), ``is_offloaded``: the optimizer lives in the host's memory.
+    ``gradient_dtype`` is that of gradients' sums (default: the master weights'). ``is_offloaded``: the optimizer lives in the host's
+    memory.
     """
 
     mesh: Mesh
@@ -119,20 +117,33 @@ class StepSetup:
 
     def stages_of(self, rank: int) -> tuple[int, ...]:
         """The stages that a pipeline rank runs."""
-        if self.num_stages == self.mesh.pp and self.custom is None:
+        if self.custom is not None:
+            return self.custom.stages_of(rank)
+        if self.num_stages == self.mesh.pp:
             return (rank,)
-        return self.short_order().stages_of(rank)
+        return stages_of_rank(self.schedule, self.num_stages, self.mesh.pp, rank)
 
     def in_flight(self, stage: int) -> int:
-        """Microbatches whose activations a stage holds at most: all under GPipe, one for each stage from here to the end under 1F1B.
+        """Microbatches whose activations a stage holds at most."""
+        if self.custom is not None:
+            return self.custom.max_held(stage)
+        return held_by_stage(
+            self.schedule,
+            num_stages=len(self.starts),
+            num_ranks=self.mesh.pp,
+            num_microbatches=self.num_microbatches,
+            stage=stage,
+        )
 
-        These two are asked for by every candidate of a search; another schedule is made and counted.
-        """
-        if self.schedule == "gpipe":
-            return self.num_microbatches
-        if self.schedule == "1f1b":
-            return min(len(self.starts) - stage, self.num_microbatches)
-        return self.short_order().max_held(stage)
+    def in_flight_together(self, rank: int) -> tuple[tuple[int, ...], ...]:
+        """The same on all stages of a rank at once, at each moment that no other one exceeds."""
+        return held_together(
+            self.schedule,
+            num_stages=len(self.starts),
+            num_ranks=self.mesh.pp,
+            num_microbatches=self.num_microbatches,
+            rank=rank,
+        )
 
     def short_order(self) -> Schedule:
         """The schedule of fewer microbatches: what is held at most is held by the time that the pipeline runs steadily."""
@@ -140,7 +151,7 @@ class StepSetup:
             return self.custom
         if self.schedule in ("gpipe", "looped-bfs"):  # hold all microbatches
             return _made(self.schedule, len(self.starts), self.mesh.pp, self.num_microbatches)
-        enough = min(self.num_microbatches, steady_microbatches(self.num_microbatches, self.mesh.pp))
+        enough = steady_microbatches(self.num_microbatches, self.mesh.pp)
         return _made(self.schedule, len(self.starts), self.mesh.pp, enough)
 
     def order(self) -> Schedule:

@@ -11,6 +11,7 @@ from shardstage.schedule.draw import draw
 from shardstage.schedule.dualpipe_v import dualpipe_v
 from shardstage.schedule.forward_only import forward_only
 from shardstage.schedule.gpipe import gpipe
+from shardstage.schedule.held import held_by_stage, held_together, stages_of_rank, steady_microbatches
 from shardstage.schedule.interleaved_1f1b import interleaved_1f1b
 from shardstage.schedule.looped_bfs import looped_bfs
 from shardstage.schedule.one_f_one_b import one_f_one_b
@@ -38,6 +39,8 @@ __all__ = [
     "dualpipe_v",
     "forward_only",
     "gpipe",
+    "held_by_stage",
+    "held_together",
     "interleaved_1f1b",
     "looped_bfs",
     "make_schedule",
@@ -46,6 +49,8 @@ __all__ = [
     "parse_schedule",
     "place_stages",
     "run_schedule",
+    "stages_of_rank",
+    "steady_microbatches",
     "zb_h1",
     "zb_v",
 ]

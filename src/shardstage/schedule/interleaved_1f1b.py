@@ -7,7 +7,7 @@ from itertools import pairwise
 from shardstage.schedule.action import Action, Schedule
 from shardstage.schedule.places import place_stages
 
-__all__ = ["interleaved_1f1b"]
+__all__ = ["interleaved_1f1b", "interleaved_1f1b_row"]
 
 
 def interleaved_1f1b(num_ranks: int, num_microbatches: int, stages_per_rank: int) -> Schedule:
@@ -21,17 +21,34 @@ def interleaved_1f1b(num_ranks: int, num_microbatches: int, stages_per_rank: int
     Microbatches go in rounds of p: a rank runs a round through one of its stages, then through its next one. Where p does not divide
     m, the rounds are fewer and larger, as even as they can be, so that none is shorter than the pipeline.
     """
-    forwards = _order(num_ranks, num_microbatches, stages_per_rank)
-    largest = -(-num_microbatches // max(1, num_microbatches // num_ranks))
     return Schedule(
         name="interleaved-1f1b",
         num_microbatches=num_microbatches,
         stage_ranks=place_stages("loop", num_ranks, stages_per_rank),
         actions=tuple(
-            _row(rank, num_ranks, stages_per_rank, forwards, 2 * (num_ranks - rank - 1), largest)
+            interleaved_1f1b_row(rank, num_ranks, num_microbatches, stages_per_rank)
             for rank in range(num_ranks)
         ),
     )
+
+
+def interleaved_1f1b_row(
+    rank: int, num_ranks: int, num_microbatches: int, stages_per_rank: int
+) -> tuple[Action, ...]:
+    """What one rank does: forwards until the first backward can have come back, then one of each.
+
+    Backwards take a rank's stages from the last.
+    """
+    order = _order(num_ranks, num_microbatches, stages_per_rank)
+    largest_round = -(-num_microbatches // max(1, num_microbatches // num_ranks))
+    forwards = [Action(rank + place * num_ranks, "F", m) for place, m in order]
+    last = stages_per_rank - 1
+    backwards = [Action(rank + (last - place) * num_ranks, "B", m) for place, m in order]
+    warm_up = min(len(order), 2 * (num_ranks - rank - 1) + last * largest_round)
+    row = forwards[:warm_up]
+    for forward, backward in zip(forwards[warm_up:], backwards, strict=False):
+        row += [forward, backward]
+    return tuple(row + backwards[len(order) - warm_up :])
 
 
 def _order(num_ranks: int, num_microbatches: int, stages_per_rank: int) -> list[tuple[int, int]]:
@@ -44,22 +61,3 @@ def _order(num_ranks: int, num_microbatches: int, stages_per_rank: int) -> list[
         for place in range(stages_per_rank)
         for microbatch in range(start, stop)
     ]
-
-
-def _row(
-    rank: int,
-    num_ranks: int,
-    stages_per_rank: int,
-    order: list[tuple[int, int]],
-    ahead: int,
-    largest_round: int,
-) -> tuple[Action, ...]:
-    """Forwards until the first backward can have come back, then one of each; backwards take a rank's stages from the last."""
-    forwards = [Action(rank + place * num_ranks, "F", m) for place, m in order]
-    last = stages_per_rank - 1
-    backwards = [Action(rank + (last - place) * num_ranks, "B", m) for place, m in order]
-    warm_up = min(len(order), ahead + last * largest_round)
-    row = forwards[:warm_up]
-    for forward, backward in zip(forwards[warm_up:], backwards, strict=False):
-        row += [forward, backward]
-    return tuple(row + backwards[len(order) - warm_up :])

@@ -8,16 +8,16 @@ from types import MappingProxyType
 from typing import Final
 
 from shardstage.errors import ProgramError
-from shardstage.schedule.action import Schedule
-from shardstage.schedule.dualpipe_v import dualpipe_v
+from shardstage.schedule.action import Action, Schedule
+from shardstage.schedule.dualpipe_v import dualpipe_v, dualpipe_v_row
 from shardstage.schedule.forward_only import forward_only
 from shardstage.schedule.gpipe import gpipe
-from shardstage.schedule.interleaved_1f1b import interleaved_1f1b
+from shardstage.schedule.interleaved_1f1b import interleaved_1f1b, interleaved_1f1b_row
 from shardstage.schedule.looped_bfs import looped_bfs
 from shardstage.schedule.one_f_one_b import one_f_one_b
 from shardstage.schedule.places import Places
 from shardstage.schedule.zb_h1 import zb_h1
-from shardstage.schedule.zb_v import zb_v
+from shardstage.schedule.zb_v import zb_v, zb_v_row
 
 __all__ = ["SCHEDULES", "ScheduleKind", "make_schedule"]
 
@@ -26,13 +26,15 @@ __all__ = ["SCHEDULES", "ScheduleKind", "make_schedule"]
 class ScheduleKind:
     """A family of schedules: ``build(num_ranks, num_microbatches, stages_per_rank)`` makes its members.
 
-    ``places`` says how many stages a rank runs and which; ``splits_backward`` whether some backwards are cut into I and W.
+    ``places`` says how many stages a rank runs and which; ``splits_backward`` whether some backwards are cut into I and W;
+    ``row(rank, num_ranks, num_microbatches, stages_per_rank)`` makes one rank's row alone.
     """
 
     name: str
     build: Callable[[int, int, int], Schedule]
     places: Places
     splits_backward: bool = False
+    row: Callable[[int, int, int, int], tuple[Action, ...]] | None = None
 
     def takes(self, stages_per_rank: int) -> bool:
         """Whether a rank may run so many stages."""
@@ -44,11 +46,23 @@ class ScheduleKind:
 _KINDS: Final = (
     ScheduleKind(name="gpipe", build=lambda p, m, _: gpipe(p, m), places="one"),
     ScheduleKind(name="1f1b", build=lambda p, m, _: one_f_one_b(p, m), places="one"),
-    ScheduleKind(name="interleaved-1f1b", build=interleaved_1f1b, places="loop"),
+    ScheduleKind(name="interleaved-1f1b", build=interleaved_1f1b, places="loop", row=interleaved_1f1b_row),
     ScheduleKind(name="looped-bfs", build=looped_bfs, places="loop"),
     ScheduleKind(name="zb-h1", build=lambda p, m, _: zb_h1(p, m), places="one", splits_backward=True),
-    ScheduleKind(name="zb-v", build=lambda p, m, _: zb_v(p, m), places="v", splits_backward=True),
-    ScheduleKind(name="dualpipe-v", build=lambda p, m, _: dualpipe_v(p, m), places="v", splits_backward=True),
+    ScheduleKind(
+        name="zb-v",
+        build=lambda p, m, _: zb_v(p, m),
+        places="v",
+        splits_backward=True,
+        row=lambda rank, p, m, _: zb_v_row(rank, p, m),
+    ),
+    ScheduleKind(
+        name="dualpipe-v",
+        build=lambda p, m, _: dualpipe_v(p, m),
+        places="v",
+        splits_backward=True,
+        row=lambda rank, p, m, _: dualpipe_v_row(rank, p, m),
+    ),
     ScheduleKind(name="forward-only", build=forward_only, places="loop"),
 )
 
