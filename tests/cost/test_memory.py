@@ -59,6 +59,41 @@ def test_replicated_parameters_take_these_bytes_an_element(
     assert found == tuple(n * ELEMENTS for n in (parameters, master, gradients, optimizer))
 
 
+@pytest.mark.parametrize(
+    ("zero", "gradients", "parameters", "master", "sums", "optimizer", "host"),
+    [
+        (0, "bfloat16", 2, 4, 2, 8, 0),
+        (1, "bfloat16", 2, 1, 2 + 0.5, 2, 0),
+        (2, "bfloat16", 2 + 0.5, 1, 0.5, 2, 0),
+        (0, None, 2, 0, 4, 0, 12),
+        (1, None, 2, 0, 4 + 1, 0, 3),
+        (2, None, 2 + 1, 0, 1, 0, 3),
+        (2, "bfloat16", 2 + 0.5, 0, 0.5, 0, 3),
+    ],
+)
+def test_narrow_gradients_and_an_offloaded_optimizer_take_these_bytes_an_element(
+    zero: int,
+    gradients: str | None,
+    parameters: float,
+    master: float,
+    sums: float,
+    optimizer: float,
+    host: float,
+) -> None:
+    case = setup(zero=zero, precision="bfloat16", gradient_dtype=gradients, is_offloaded=host > 0)
+    use = stage_memory(priced(), case, 0)
+    unit = (2 + case.gradient_bytes) * LAYER if zero == 2 else 0
+    found = (use.parameters, use.master, use.gradients - unit, use.optimizer, use.host)
+    assert found == tuple(n * ELEMENTS for n in (parameters, master, sums, optimizer, host))
+    assert use.total_bytes == sum(num_bytes for name, num_bytes in use.categories() if name != "host")
+
+
+def test_an_offloaded_optimizer_leaves_parameters_that_are_computed_with_in_float32() -> None:
+    use = stage_memory(priced(), setup(is_offloaded=True), 0)
+    assert (use.parameters, use.master, use.optimizer) == (4 * ELEMENTS, 0, 0)
+    assert use.host == 12 * ELEMENTS
+
+
 def test_zero_2_keeps_parameters_gathered_and_zero_3_two_units() -> None:
     for zero, whole in ((2, ELEMENTS), (3, 2 * LAYER)):
         use = stage_memory(priced(), setup(zero=zero, precision="bfloat16"), 0)

@@ -50,6 +50,7 @@ def test_a_good_plan_passes_without_a_word() -> None:
         ({"shares": (16, 0)}, "data-parallel rank 1 gets no sample", "shares = [8, 8]"),
         ({"microbatch": 0}, "a microbatch of 0 samples is none", "microbatch = 1"),
         ({"shares": (14, 2), "microbatch": 2}, "rank 1 has 2 samples for 7 microbatches", "microbatch = 7"),
+        ({"gradient_dtype": "bfloat16"}, "gradients are to be summed in bfloat16, and the model computes in float32", "grads=bf16"),
         ({"sequence": 65}, "samples of 65 tokens are longer than the 64 positions", "--seq 64"),
     ],
 )  # fmt: skip
@@ -119,3 +120,34 @@ def test_ranks_without_a_part_of_a_weight_are_said() -> None:
 def test_small_buckets_are_said() -> None:
     plan = replace(PLAN, bucket_bytes=4096)
     assert check(plan, GRAPH) == ("buckets of 4.00 KiB make many small reductions",)
+
+
+def test_gradients_are_not_narrower_than_what_computes() -> None:
+    values = {
+        name: replace(value, dtype="float64") if value.dtype == "float32" else value
+        for name, value in GRAPH.values.items()
+    }
+    wide = replace(GRAPH, values=values)
+    plan = replace(PLAN, precision="float64", gradient_dtype="float32")
+    with pytest.raises(PlanError, match="summed in float32, and the model computes in float64") as caught:
+        check(plan, wide)
+    assert caught.value.hint == "leave out grads=fp32"
+    check(replace(plan, gradient_dtype=None), wide)
+
+
+def test_an_offloaded_optimizer_must_fit_the_hosts_memory() -> None:
+    cluster = load("a100-40:4")
+    assert cluster.device.host is not None
+    tight = replace(
+        cluster, device=replace(cluster.device, host=replace(cluster.device.host, memory_bytes=10**4))
+    )
+    plan = replace(PLAN, offload="optimizer")
+    assert check(plan, GRAPH, num_ranks=4, cluster=cluster) == ()
+    with pytest.raises(PlanError, match=r"takes at least .* a rank of the host's memory") as caught:
+        check(plan, GRAPH, num_ranks=4, cluster=tight)
+    assert "zero=1" in str(caught.value.hint)
+
+
+def test_offloading_on_cpus_is_odd_and_said_so() -> None:
+    notes = check(replace(PLAN, offload="optimizer"), GRAPH, num_ranks=4, cluster=load("cpu:4"))
+    assert any("offload=optimizer saves nothing on CPUs" in note for note in notes)

@@ -87,3 +87,21 @@ def test_times_are_told_when_they_are_known() -> None:
     assert "predicted (" not in text_of("pp=2")
     lines = section(text_of("pp=2", with_times=True), "step")
     assert "predicted (" in lines[0] and "tokens/s, MFU" in lines[1] and "bubble" in lines[2]
+
+
+def test_an_offloaded_optimizer_shows_in_memory_and_on_the_way_to_the_host() -> None:
+    plain, off = (text_of(f"dp=8,zero=1{more}") for more in ("", ",offload=optimizer"))
+    assert "offload=optimizer" in section(off, "model")[-1]
+    heads = section(off, "memory")[1].split()
+    assert heads[-1] == "host" and "optimizer" not in heads and "optimizer" in section(plain, "memory")[1]
+    rows = {line.split()[0]: line for line in section(off, "talk")[2:]}
+    owned = f"{3072 * 4 // 8 / 1024:.2f} KiB"
+    assert rows["host"].endswith(owned)
+
+
+def test_gradients_of_half_the_width_take_half_the_bytes_on_their_way() -> None:
+    wide, narrow = (
+        next(line for line in section(text_of(f"dp=8{more}"), "talk") if "all_reduce" in line).split()
+        for more in (",dtype=bf16", ",dtype=bf16,grads=bf16")
+    )
+    assert float(wide[-2]) == 2 * float(narrow[-2])

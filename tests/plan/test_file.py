@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,8 @@ PLANS = st.builds(
     recompute=st.sampled_from(["none", "selective", "full"]),
     schedule=st.sampled_from(["gpipe", "1f1b"]),
     precision=st.sampled_from(["float32", "bfloat16", "float64"]),
+    gradient_dtype=st.sampled_from([None, "float32", "bfloat16"]),
+    offload=st.sampled_from(["none", "optimizer"]),
     is_sequence_parallel=st.booleans(),
     is_compiled=st.booleans(),
     replicate=st.lists(TEXT).map(tuple),
@@ -62,6 +65,13 @@ def test_a_plan_file_reads_well() -> None:
         '[[pipeline.stage]]\nfirst = "embedding"\nlast = "add_3"\n\n'
         '[[pipeline.stage]]\nfirst = "linear_7"\nlast = "loss"\n'
     )
+
+
+def test_savers_of_last_resort_stand_beside_the_others_where_they_are_used() -> None:
+    text = plan_to_toml(replace(PLAN, precision="bfloat16", gradient_dtype="bfloat16", offload="optimizer"))
+    assert 'precision = "bfloat16"\ngradients = "bfloat16"\noffload = "optimizer"\nbucket_bytes' in text
+    with pytest.raises(PlanError, match="offload must be one of"):
+        plan_from_toml(text.replace('"optimizer"', '"all"'))
 
 
 def test_a_saved_plan_loads(tmp_path: Path) -> None:

@@ -23,6 +23,8 @@ REQUESTS = st.builds(
     recompute=st.sampled_from(["none", "selective", "full"]),
     schedule=st.sampled_from(["gpipe", "1f1b"]),
     precision=st.sampled_from([None, "float32", "bfloat16", "float64"]),
+    gradient_dtype=st.sampled_from([None, "float32", "bfloat16"]),
+    offload=st.sampled_from(["none", "optimizer"]),
     shares=st.none() | st.lists(COUNT, min_size=1).map(tuple),
     replicate=st.lists(st.text("abc.*", min_size=1)).map(tuple),
     is_compiled=st.booleans(),
@@ -32,6 +34,12 @@ REQUESTS = st.builds(
 @given(REQUESTS)
 def test_a_request_reads_back_from_its_shortest_text(request: Request) -> None:
     assert parse_request(format_request(request)) == request
+
+
+def test_the_dtype_of_gradients_has_a_short_name() -> None:
+    assert parse_request("grads=bf16,offload=optimizer") == Request(
+        gradient_dtype="bfloat16", offload="optimizer"
+    )
 
 
 def test_a_shorthand_says_only_what_differs() -> None:
@@ -56,6 +64,8 @@ def test_a_shorthand_says_only_what_differs() -> None:
     [
         ("dp=2,pt=2", "'pt' is not a key of a plan", '--plan "tp=..."'),
         ("dp=2;tp=2", "dp=2;tp=2 must be a whole number of at least 1", '--plan "dp=2"'),
+        ("grads=fp64", "grads=fp64 is not one of float32, bfloat16", '--plan "...,grads=float32"'),
+        ("offload=optimiser", "is not one of none, optimizer", '--plan "...,offload=optimizer"'),
         ("dp=0", "dp=0 must be a whole number", '--plan "dp=2"'),
         ("tp", "tp= must be a whole number", '--plan "tp=2"'),
         ("dp=2,dp=4", "says dp twice", "keep one of them"),

@@ -14,10 +14,20 @@ from shardstage.plan.check import check
 from shardstage.plan.complete import complete
 from shardstage.plan.explain import explain
 from shardstage.plan.file import load_plan, plan_from_toml, plan_to_toml, save_plan
-from shardstage.plan.plan import Plan, Precision, Recompute, ScheduleName, StageRange
+from shardstage.plan.plan import (
+    GradientDtype,
+    Offload,
+    Plan,
+    Precision,
+    Recompute,
+    ScheduleName,
+    StageRange,
+)
 from shardstage.plan.shorthand import Request, format_request, named_decisions, parse_request, shorthand
 
 __all__ = [
+    "GradientDtype",
+    "Offload",
     "Plan",
     "Precision",
     "Recompute",

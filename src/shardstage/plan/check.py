@@ -8,6 +8,8 @@ from typing import Final
 
 from shardstage.cluster import Cluster
 from shardstage.cost import fold
+from shardstage.cost.memory import MOMENTS
+from shardstage.cost.offload import has_host_room
 from shardstage.errors import PlanError
 from shardstage.graph import ModelGraph
 from shardstage.graph.file import fingerprint
@@ -15,7 +17,7 @@ from shardstage.layout import AXES, Shard, balanced_sizes
 from shardstage.plan.plan import Plan
 from shardstage.plan.schedule import schedule_of
 from shardstage.sharding import shard
-from shardstage.units import format_bytes
+from shardstage.units import dtype_bytes, format_bytes
 
 __all__ = ["check", "require_runnable"]
 
@@ -36,6 +38,8 @@ def check(
     _check_ranks(plan, num_ranks, cluster)
     _check_stages(plan, graph)
     _check_batch(plan, graph)
+    _check_gradients(plan)
+    _check_host(plan, graph, cluster)
     schedule_of(plan)
     _check_sequence(plan, graph, max_sequence)
     return tuple(note for noted in _NOTES if (note := noted(plan, graph, cluster)))
@@ -162,6 +166,38 @@ def _check_batch(plan: Plan, graph: ModelGraph) -> None:
         )
 
 
+def _check_gradients(plan: Plan) -> None:
+    """Gradients may be as narrow as computation, not narrower, and no wider than master weights are."""
+    if plan.gradient_dtype == "bfloat16" and plan.precision != "bfloat16":
+        raise PlanError(
+            f"gradients are to be summed in bfloat16, and the model computes in {plan.precision}: that would lose digits that it has",
+            hint='--plan "...,dtype=bf16,grads=bf16", or leave out grads=bf16',
+        )
+    if plan.gradient_dtype == "float32" and plan.precision == "float64":
+        raise PlanError(
+            "gradients are to be summed in float32, and the model computes in float64: that would lose digits that it has",
+            hint="leave out grads=fp32",
+        )
+
+
+def _check_host(plan: Plan, graph: ModelGraph, cluster: Cluster | None) -> None:
+    """The least that an offloaded optimizer takes of the host's memory, were all ranks to share it evenly."""
+    if plan.offload == "none" or cluster is None or cluster.is_mixed:
+        return
+    device, mesh = cluster.device, plan.mesh
+    element_bytes = max(4, dtype_bytes(plan.precision))
+    shards = (plan.zero_ranks or mesh.num_replicas) if plan.zero else 1
+    least_bytes = (1 + MOMENTS) * element_bytes * graph.num_parameters // (mesh.tp * mesh.pp * shards)
+    if device.host is not None and not has_host_room(least_bytes, device):
+        raise PlanError(
+            f"an offloaded optimizer takes at least {format_bytes(least_bytes)} a rank of the host's memory, "
+            f"and a {device.name} has {format_bytes(device.host.memory_bytes)} of it",
+            hint='--plan "...,zero=1,offload=optimizer" cuts it over the data-parallel ranks'
+            if not plan.zero
+            else "--ranks with more devices",
+        )
+
+
 def _check_sequence(plan: Plan, graph: ModelGraph, max_sequence: int | None) -> None:
     if max_sequence is not None and plan.sequence is not None and plan.sequence > max_sequence:
         raise PlanError(
@@ -237,6 +273,12 @@ def _note_links(plan: Plan, _graph: ModelGraph, cluster: Cluster | None) -> str:
     return f"tp={plan.mesh.tp} talks over the {level.name} ({num_near} devices share a {innermost.name})"
 
 
+def _note_offload(plan: Plan, _graph: ModelGraph, cluster: Cluster | None) -> str:
+    if plan.offload != "none" and cluster is not None and cluster.device.kind == "cpu":
+        return f"offload={plan.offload} saves nothing on CPUs: the host's memory is the device's"
+    return ""
+
+
 def _note_bucket(plan: Plan, _graph: ModelGraph, _cluster: Cluster | None) -> str:
     if plan.mesh.dp > 1 and plan.zero < 2 and plan.bucket_bytes < 2**20:
         return f"buckets of {format_bytes(plan.bucket_bytes)} make many small reductions"
@@ -250,5 +292,6 @@ _NOTES: Final[tuple[Callable[[Plan, ModelGraph, Cluster | None], str], ...]] = (
     _note_sequence_parallel,
     _note_shares_of_tp,
     _note_links,
+    _note_offload,
     _note_bucket,
 )

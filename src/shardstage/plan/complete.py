@@ -86,6 +86,8 @@ def complete(
         zero_ranks=request.zero_ranks,
         schedule="1f1b" if request.schedule == "optimal" else request.schedule,
         precision=request.precision or precision,
+        gradient_dtype=request.gradient_dtype,
+        offload=request.offload,
         is_sequence_parallel=request.is_sequence_parallel,
         is_compiled=request.is_compiled,
         replicate=request.replicate,

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
 
 from shardstage.cost import Folded, Prediction, Profile, fold, profile, rank_memory, stage_memory
-from shardstage.cost.memory import stage_elements
+from shardstage.cost.memory import MOMENTS, stage_elements
 from shardstage.graph import ModelGraph
 from shardstage.layout import Mesh
 from shardstage.plan.order import any_cluster, setup_of
@@ -74,6 +74,8 @@ def _summary(plan: Plan, graph: ModelGraph) -> Iterator[str]:
     savers = [f"zero={plan.zero}", f"recompute={plan.recompute}"]
     savers += [plan.schedule] if plan.mesh.pp > 1 else []
     savers += ["sequence parallel"] if plan.is_sequence_parallel else []
+    savers += [f"grads={plan.gradient_dtype}"] if plan.gradient_dtype else []
+    savers += [f"offload={plan.offload}"] if plan.offload != "none" else []
     savers += ["compiled"] if plan.is_compiled else []
     yield f"with     {', '.join(savers)}"
 
@@ -133,6 +135,7 @@ def _memory(priced: _Priced) -> Iterator[str]:
     """What the ranks at each pipeline coordinate hold."""
     uses = [rank_memory(priced.profile, priced.setup, rank) for rank in range(priced.plan.mesh.pp)]
     names = list(dict.fromkeys(name for use in uses for name, _ in use.categories()))
+    names += ["host"] if any(use.host for use in uses) else []
     rows = [[str(s), *(format_bytes(getattr(use, name)) for name in names)] for s, use in enumerate(uses)]
     yield "memory a rank, at its peak"
     yield from _table(["", *names], rows)
@@ -140,7 +143,7 @@ def _memory(priced: _Priced) -> Iterator[str]:
 
 def _talk(priced: _Priced) -> Iterator[str]:
     """Collectives of a step by axis, on the rank that has most of them."""
-    rows = [*_tp_rows(priced), *_dp_rows(priced), *_pp_rows(priced)]
+    rows = [*_tp_rows(priced), *_dp_rows(priced), *_pp_rows(priced), *_host_rows(priced)]
     if rows:
         yield "talk a step, on the busiest rank"
         yield from _table(["axis", "what", "calls", "bytes"], rows)
@@ -166,7 +169,7 @@ def _dp_rows(priced: _Priced) -> Iterator[list[str]]:
     if setup.mesh.dp == 1:
         return
     elements = max(stage_elements(priced.profile, setup, s) for s in range(setup.num_stages))
-    gradients, parameters = elements * setup.master_bytes, elements * setup.compute_bytes
+    gradients, parameters = elements * setup.gradient_bytes, elements * setup.compute_bytes
     buckets = max(1, -(-parameters // setup.bucket_bytes))
     m = setup.num_microbatches
     if setup.sharding_level == 0:
@@ -187,6 +190,16 @@ def _pp_rows(priced: _Priced) -> Iterator[list[str]]:
         sent = max(priced.profile.units[start].input_bytes for start in setup.starts[1:])
         m = setup.num_microbatches
         yield ["pp", "activations and their gradients", str(2 * m), format_bytes(2 * m * sent)]
+
+
+def _host_rows(priced: _Priced) -> Iterator[list[str]]:
+    setup = priced.setup
+    if not setup.is_offloaded:
+        return
+    held = max(rank_memory(priced.profile, setup, rank).host for rank in range(setup.mesh.pp))
+    owned = held // ((1 + MOMENTS) * setup.master_bytes)
+    yield ["host", "gradients, down", "1", format_bytes(owned * setup.gradient_bytes)]
+    yield ["host", "new parameters, up", "1", format_bytes(owned * setup.stored_bytes)]
 
 
 def _unsharded(priced: _Priced) -> Iterator[str]:

@@ -12,7 +12,16 @@ from typing import Any, Final, get_args
 from shardstage.cluster.table import to_toml
 from shardstage.errors import PlanError
 from shardstage.layout import AXES, Mesh
-from shardstage.plan.plan import PLAN_VERSION, Plan, Precision, Recompute, ScheduleName, StageRange
+from shardstage.plan.plan import (
+    PLAN_VERSION,
+    GradientDtype,
+    Offload,
+    Plan,
+    Precision,
+    Recompute,
+    ScheduleName,
+    StageRange,
+)
 
 __all__ = ["load_plan", "plan_from_toml", "plan_to_toml", "save_plan"]
 
@@ -41,6 +50,8 @@ def plan_to_toml(plan: Plan) -> str:
                 "recompute": plan.recompute,
                 **({"stage_recompute": plan.stage_recompute} if plan.stage_recompute else {}),
                 "precision": plan.precision,
+                **({"gradients": plan.gradient_dtype} if plan.gradient_dtype else {}),
+                **({"offload": plan.offload} if plan.offload != "none" else {}),
                 "bucket_bytes": plan.bucket_bytes,
             },
             "tensor": {"sequence_parallel": plan.is_sequence_parallel, "replicate": plan.replicate},
@@ -88,6 +99,10 @@ def plan_from_toml(text: str, *, where: str = "plan.toml") -> Plan:
         zero=memory.choice("zero", (0, 1, 2, 3), default=0),
         recompute=memory.choice("recompute", get_args(Recompute), default="none"),
         precision=memory.choice("precision", get_args(Precision), default="float32"),
+        gradient_dtype=memory.choice("gradients", get_args(GradientDtype), default="float32")
+        if memory.has("gradients")
+        else None,
+        offload=memory.choice("offload", get_args(Offload), default="none"),
         bucket_bytes=memory.whole("bucket_bytes", least=1, default=Plan.bucket_bytes),
         schedule=pipeline.choice("schedule", get_args(ScheduleName), default="1f1b"),
         actions=pipeline.texts("actions"),
@@ -124,7 +139,10 @@ def save_plan(plan: Plan, path: str | os.PathLike[str]) -> None:
 _SECTIONS: Final[dict[str, tuple[str, ...]]] = {
     "mesh": ("dp", "tp", "pp", "cp", "ep", "order"),
     "batch": ("global_batch", "sequence", "microbatch", "shares"),
-    "memory": ("zero", "zero_ranks", "recompute", "stage_recompute", "precision", "bucket_bytes"),
+    "memory": (
+        *("zero", "zero_ranks", "recompute", "stage_recompute"),
+        *("precision", "gradients", "offload", "bucket_bytes"),
+    ),
     "tensor": ("sequence_parallel", "replicate"),
     "compute": ("compile",),
     "pipeline": ("schedule", "actions", "stage"),

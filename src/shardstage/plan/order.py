@@ -69,6 +69,8 @@ def setup_of(plan: Plan, starts: tuple[int, ...], custom: Schedule | None = None
         schedule=plan.schedule,
         custom=custom,
         precision=plan.precision,
+        gradient_dtype=plan.gradient_dtype,
+        is_offloaded=plan.offload == "optimizer",
         bucket_bytes=plan.bucket_bytes,
     )
 

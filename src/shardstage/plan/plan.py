@@ -7,13 +7,15 @@ from typing import Literal
 
 from shardstage.layout import Mesh, balanced_sizes
 
-__all__ = ["Plan", "Precision", "Recompute", "ScheduleName", "StageRange"]
+__all__ = ["GradientDtype", "Offload", "Plan", "Precision", "Recompute", "ScheduleName", "StageRange"]
 
 Recompute = Literal["none", "selective", "full"]
 ScheduleName = Literal[
     "gpipe", "1f1b", "interleaved-1f1b", "looped-bfs", "zb-h1", "zb-v", "dualpipe-v", "custom"
 ]
 Precision = Literal["float32", "bfloat16", "float64"]
+GradientDtype = Literal["float32", "bfloat16"]
+Offload = Literal["none", "optimizer"]
 
 PLAN_VERSION = 1
 
@@ -35,7 +37,9 @@ class Plan:
     ``zero``: 0 everything replicated over dp; 1 optimizer state sharded; 2 gradients too; 3 parameters too.
     ``zero_ranks`` neighbouring replicas share what it cuts, and more of them hold copies (all replicas share it where nothing is said).
     ``stage_recompute`` says for each stage what ``recompute`` says for all. ``ep`` replicas deal an expert layer's experts out among them.
-    ``precision`` is the dtype of computation; master weights and optimizer state are always float32 or wider.
+    ``precision`` is the dtype of computation; master weights and optimizer state are always float32 or wider. ``gradient_dtype`` is that of
+    gradients where they are summed, over microbatches and over ranks (None: the master weights').
+    ``offload``: ``optimizer`` keeps master weights and optimizer state in the host's memory, and updates there.
     There are ``pp`` stages, or a multiple of it where a schedule gives each rank several. ``actions`` are the rows of a schedule that is
     written by hand or found by search (``schedule = "custom"``): one text of actions (``0F0 0F1 0B0``) for each pipeline rank.
     ``replicate`` names parameters (globs over their fqn) that tensor parallelism must leave whole.
@@ -61,6 +65,8 @@ class Plan:
     version: int = PLAN_VERSION
     ep: int = 1
     zero_ranks: int | None = None
+    gradient_dtype: GradientDtype | None = None
+    offload: Offload = "none"
 
     def recompute_of(self, stage: int) -> Recompute:
         """What a stage computes again in its backward."""

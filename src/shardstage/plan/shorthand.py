@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import Any, Final, Literal, get_args
 
 from shardstage.errors import PlanError
-from shardstage.plan.plan import Plan, Precision, Recompute, ScheduleName
+from shardstage.plan.plan import GradientDtype, Offload, Plan, Precision, Recompute, ScheduleName
 
 __all__ = ["Request", "format_request", "named_decisions", "parse_request", "shorthand"]
 
@@ -40,6 +40,8 @@ class Request:
     schedule: ScheduleName | Literal["optimal"] = "1f1b"
     stages_per_rank: int | None = None
     precision: Precision | None = None
+    gradient_dtype: GradientDtype | None = None
+    offload: Offload = "none"
     shares: tuple[int, ...] | None = None
     replicate: tuple[str, ...] = ()
     is_compiled: bool = False
@@ -99,6 +101,8 @@ def shorthand(plan: Plan, *, default_precision: Precision | None = None) -> str:
             schedule=plan.schedule,
             stages_per_rank=None if plan.stages_per_rank == 1 else plan.stages_per_rank,
             precision=None if plan.precision == default_precision else plan.precision,
+            gradient_dtype=plan.gradient_dtype,
+            offload=plan.offload,
             replicate=plan.replicate,
             is_compiled=plan.is_compiled,
         )
@@ -188,7 +192,8 @@ def _choice(choices: tuple[str, ...], aliases: Mapping[str, str]) -> Callable[[s
     return read
 
 
-_PRECISIONS: Final = _choice(get_args(Precision), {"fp32": "float32", "bf16": "bfloat16", "fp64": "float64"})
+_SHORT_DTYPES: Final = MappingProxyType({"fp32": "float32", "bf16": "bfloat16", "fp64": "float64"})
+_PRECISIONS: Final = _choice(get_args(Precision), _SHORT_DTYPES)
 
 _SCHEDULES: Final = (*(name for name in get_args(ScheduleName) if name != "custom"), "optimal")
 """Those that can be typed; ``optimal`` is searched, and written out as a custom one."""
@@ -212,6 +217,8 @@ _KEYS: Final[Mapping[str, tuple[str, Callable[[str, str | None], Any]]]] = Mappi
         "v": ("stages_per_rank", _count),
         "dtype": ("precision", _PRECISIONS),
         "precision": ("precision", _PRECISIONS),
+        "grads": ("gradient_dtype", _choice(get_args(GradientDtype), _SHORT_DTYPES)),
+        "offload": ("offload", _choice(get_args(Offload), {})),
         "shares": ("shares", _counts),
         "replicate": ("replicate", _globs),
         "compile": ("is_compiled", _flag),
