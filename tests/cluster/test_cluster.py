@@ -44,9 +44,12 @@ def test_a_preset_is_written_exactly_as_it_is_read(name: str) -> None:
 @pytest.mark.parametrize("name", preset_names())
 def test_every_number_of_a_preset_has_its_source(name: str) -> None:
     cluster = load(name)
-    sourced = [*cluster.levels, *cluster.collectives, *cluster.device.gemm, cluster.device]
-    assert all(len(each.source) > 10 for each in sourced)
-    assert len(cluster.device.flops_source) > 10
+    device = cluster.device
+    sources = [device.source, device.flops_source]
+    sources += [level.source for level in cluster.levels]
+    sources += [curve.source for curve in cluster.collectives]
+    sources += [curve.source for curve in device.gemm]
+    assert all(len(source) > 10 for source in sources)
 
 
 @pytest.mark.parametrize("name", sorted({*preset_names()} - {"cpu"}))

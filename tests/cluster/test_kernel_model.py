@@ -112,8 +112,9 @@ def test_a_model_round_trips_through_its_table() -> None:
 )
 @pytest.mark.parametrize("ratio", [0.0, -1.0, 1.5])
 def test_a_ratio_that_is_none_is_refused(name: str, ratio: float) -> None:
+    table = {**MODEL.to_table(), name: ratio}
     with pytest.raises(ClusterError, match=f"{name} must lie above 0 and at most at 1"):
-        replace(MODEL, **{name: ratio})  # type: ignore[arg-type]
+        KernelModel.from_table(Table(table, "kernels"))
 
 
 def test_a_tile_that_reaches_nothing_is_refused() -> None:

@@ -10,10 +10,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.cluster.machines import curve, device, level, two_level
 
-from shardstage.cluster import Cluster, LinearCost, join, load, save
+from shardstage.cluster import Cluster, CollectiveKind, LinearCost, join, load, save
 from shardstage.errors import ClusterError
 
-KINDS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "p2p")
+KINDS: tuple[CollectiveKind, ...] = (
+    "all_reduce",
+    "all_gather",
+    "reduce_scatter",
+    "all_to_all",
+    "broadcast",
+    "p2p",
+)
 
 
 def slow(num_devices: int = 8) -> Cluster:
@@ -61,11 +68,13 @@ def test_a_cluster_of_one_class_is_its_only_part() -> None:
 
 
 @given(kind=st.sampled_from(KINDS), ranks=st.sets(st.integers(0, 5), min_size=1).map(sorted))
-def test_a_group_within_a_part_costs_what_it_costs_in_that_part_alone(kind: str, ranks: list[int]) -> None:
+def test_a_group_within_a_part_costs_what_it_costs_in_that_part_alone(
+    kind: CollectiveKind, ranks: list[int]
+) -> None:
     cluster = join([slow(8), fast(6)])
-    assert cluster.collective(kind, ranks) == slow().collective(kind, ranks)  # type: ignore[arg-type]
+    assert cluster.collective(kind, ranks) == slow().collective(kind, ranks)
     shifted = [rank + 8 for rank in ranks]
-    assert cluster.collective(kind, shifted) == fast().collective(kind, ranks)  # type: ignore[arg-type]
+    assert cluster.collective(kind, shifted) == fast().collective(kind, ranks)
 
 
 def test_between_parts_the_network_has_the_lower_bandwidth_and_the_higher_latency() -> None:
@@ -101,10 +110,12 @@ def test_a_node_is_never_shared_by_two_parts() -> None:
     ranks=st.sets(st.integers(0, 15), min_size=1).map(sorted),
     num_first=st.sampled_from([4, 8, 12]),
 )
-def test_parts_of_one_class_cost_what_the_whole_does(kind: str, ranks: list[int], num_first: int) -> None:
+def test_parts_of_one_class_cost_what_the_whole_does(
+    kind: CollectiveKind, ranks: list[int], num_first: int
+) -> None:
     halves = join([two_level(num_first), two_level(16 - num_first)])
     whole = two_level(16)
-    assert halves.collective(kind, ranks) == whole.collective(kind, ranks)  # type: ignore[arg-type]
+    assert halves.collective(kind, ranks) == whole.collective(kind, ranks)
     assert halves.level_for(ranks).name == whole.level_for(ranks).name
 
 

@@ -22,7 +22,8 @@ MASK = B * S * H
 def both(sketch: Sketch) -> tuple[list[float], list[float]]:
     """Bytes of each kernel forward and backward."""
     found = kernels(sketch)
-    return tuple([k.moved_bytes(B) for k in found if k.is_backward is way] for way in (False, True))  # type: ignore[return-value]
+    forward, backward = ([k.moved_bytes(B) for k in found if k.is_backward is way] for way in (False, True))
+    return forward, backward
 
 
 def kernels(sketch: Sketch) -> tuple[Kernel, ...]:

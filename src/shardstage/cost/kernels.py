@@ -28,6 +28,8 @@ __all__ = ["Kernel", "KernelReader", "is_attention", "is_expert"]
 NORM_KERNELS: Final = 2
 """Layer norm's backward runs one kernel for its input's gradient and one for its weight's and bias's."""
 
+Scaled = Literal["m", "n", "k", "count", ""]
+
 
 class Kernel(NamedTuple):
     """One launch. ``fixed_bytes`` and ``sample_bytes`` are moved, the latter for each sample of the microbatch.
@@ -46,7 +48,7 @@ class Kernel(NamedTuple):
     n: int = 0
     k: int = 0
     num_products: int = 1
-    scaled: Literal["m", "n", "k", "count", ""] = ""
+    scaled: Scaled = ""
     flops: float = 0.0
     is_weight: bool = False
     is_expert: bool = False
@@ -233,8 +235,8 @@ def _turned(product: Kernel, place: int) -> Kernel:
     m, n, k = product.m, product.n, product.k
     if place == 0:
         return product._replace(m=m, n=k, k=n)
-    moved = {"m": "k", "k": "m"}.get(product.scaled, product.scaled)
-    return product._replace(m=k, n=n, k=m, scaled=moved)  # type: ignore[arg-type]
+    swapped: dict[Scaled, Scaled] = {"m": "k", "k": "m"}
+    return product._replace(m=k, n=n, k=m, scaled=swapped.get(product.scaled, product.scaled))
 
 
 def _shape(values: Mapping[str, Value], op: Op, flops: int) -> tuple[int, int, int, int]:

@@ -333,11 +333,14 @@ def _context_s(attention_s: tuple[float, float], work: Work, b: float, links: Li
     whole = sum(each.whole.at(b) for each in work.attention)
     step_s = links.ring_step_s(keys)
     ring = ((cp - 1) * step_s, 2 * (cp - 1) * step_s)
-    rings = [exposed_s(*both, links.overlap_slowdown) for both in zip(ring, beside, strict=True)]
+    forward_s, backward_s = (
+        exposed_s(*both, links.overlap_slowdown) for both in zip(ring, beside, strict=True)
+    )
+    rings = (forward_s, backward_s)
     if min(each.num_heads for each in work.attention) % cp:
-        return rings[0], rings[1]
+        return rings
     exchange_s = links.cp_exchange_s(whole)
-    return min(rings, (exchange_s, exchange_s), key=sum)  # type: ignore[return-value]
+    return min(rings, (exchange_s, exchange_s), key=sum)
 
 
 def _expert_s(work: Work, b: float, links: Links) -> float:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -21,6 +23,7 @@ FORK = PlacementGraph(
     host_compute_s=(2.0, 20.0, 200.0, 2000.0),
     tensors=(Tensor(producer=0, consumers=(1, 2, 3), transfer_s=0.5),),
 )
+TWO_NODES = PlacementGraph(compute_s=(1.0, 1.0), tensors=())
 
 
 def test_a_tensor_is_sent_once_and_received_once_per_device() -> None:
@@ -61,9 +64,9 @@ def test_what_is_whole_on_one_device_costs_no_communication() -> None:
         ),
     ],
 )
-def test_a_wrong_graph_is_refused_with_a_hint(arguments: dict[str, object], message: str) -> None:
+def test_a_wrong_graph_is_refused_with_a_hint(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(PlanError, match=message) as refused:
-        PlacementGraph(**{"compute_s": (1.0, 1.0), "tensors": (), **arguments})  # type: ignore[arg-type]
+        replace(TWO_NODES, **arguments)
     assert refused.value.hint
 
 
