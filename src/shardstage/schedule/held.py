@@ -1,0 +1,104 @@
+"""What a rank holds under a named schedule: microbatches whose forward is done and whose backward, both halves of it, is not."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Final
+
+from shardstage.schedule.action import Action
+from shardstage.schedule.places import Places, place_stages
+from shardstage.schedule.registry import SCHEDULES, make_schedule
+
+__all__ = ["held_by_stage", "held_together", "stages_of_rank", "steady_microbatches"]
+
+STEADY_ROUNDS: Final = 3
+"""After so many rounds of microbatches over all ranks every schedule of ours has held as much as it ever will; what does not fill a round
+makes one longer."""
+
+
+def steady_microbatches(num_microbatches: int, num_ranks: int) -> int:
+    """So few that are held as so many are."""
+    return min(num_microbatches, STEADY_ROUNDS * num_ranks + num_microbatches % num_ranks)
+
+
+def stages_of_rank(name: str, num_stages: int, num_ranks: int, rank: int) -> tuple[int, ...]:
+    """The stages that a rank runs under the named schedule, in order."""
+    return _stages_of_ranks(SCHEDULES[name].places, num_ranks, num_stages // num_ranks)[rank]
+
+
+@lru_cache(maxsize=1024)
+def _stages_of_ranks(places: Places, num_ranks: int, stages_per_rank: int) -> tuple[tuple[int, ...], ...]:
+    found: list[list[int]] = [[] for _ in range(num_ranks)]
+    for stage, rank in enumerate(place_stages(places, num_ranks, stages_per_rank)):
+        found[rank].append(stage)
+    return tuple(map(tuple, found))
+
+
+def held_by_stage(name: str, *, num_stages: int, num_ranks: int, num_microbatches: int, stage: int) -> int:
+    """Most microbatches that a stage holds at a time.
+
+    gpipe                      m                        all forwards come first
+    1f1b, zb-v, dualpipe-v     min(stages - stage, m)   until the first one is back from the last stage
+    zb-h1                      min(p, m)                the W of a microbatch waits as long as on the first rank
+    others                     counted along the rank's row
+    """
+    if name == "gpipe":
+        return num_microbatches
+    if name in ("1f1b", "zb-v", "dualpipe-v"):
+        return min(num_stages - stage, num_microbatches)
+    if name == "zb-h1":
+        return min(num_ranks, num_microbatches)
+    rank = place_stages(SCHEDULES[name].places, num_ranks, num_stages // num_ranks)[stage]
+    together = held_together(
+        name, num_stages=num_stages, num_ranks=num_ranks, num_microbatches=num_microbatches, rank=rank
+    )
+    place = stages_of_rank(name, num_stages, num_ranks, rank).index(stage)
+    return max(held[place] for held in together)
+
+
+def held_together(
+    name: str, *, num_stages: int, num_ranks: int, num_microbatches: int, rank: int
+) -> tuple[tuple[int, ...], ...]:
+    """Microbatches that a rank holds on each of its stages at once: each moment that no other one exceeds on all stages."""
+    p, m = num_ranks, num_microbatches
+    if name not in ("gpipe", "looped-bfs"):  # these hold all microbatches
+        m = steady_microbatches(m, p)
+    return _held_together(name, num_stages, p, m, rank)
+
+
+@lru_cache(maxsize=4096)
+def _held_together(name: str, num_stages: int, p: int, m: int, rank: int) -> tuple[tuple[int, ...], ...]:
+    stages = stages_of_rank(name, num_stages, p, rank)
+    place = {stage: i for i, stage in enumerate(stages)}
+    now = [0] * len(stages)
+    peaks: set[tuple[int, ...]] = set()
+    was_forward = False
+    for action in _row(name, num_stages, p, m, rank):
+        if action.kind == "F":
+            now[place[action.stage]] += 1
+        elif action.kind != "I":
+            if was_forward:
+                peaks.add(tuple(now))
+            now[place[action.stage]] -= 1
+        else:
+            continue
+        was_forward = action.kind == "F"
+    peaks.add(tuple(now))
+    if now != [0] * len(stages):  # forwards only, of which one at a time holds anything
+        peaks = {tuple(int(i == j) for j in range(len(stages))) for i in range(len(stages))}
+    return _largest(peaks)
+
+
+def _row(name: str, num_stages: int, p: int, m: int, rank: int) -> tuple[Action, ...]:
+    kind = SCHEDULES[name]
+    if kind.row is not None:
+        return kind.row(rank, p, m, num_stages // p)
+    return make_schedule(name, num_stages=num_stages, num_ranks=p, num_microbatches=m).actions[rank]
+
+
+def _largest(found: set[tuple[int, ...]]) -> tuple[tuple[int, ...], ...]:
+    kept: list[tuple[int, ...]] = []
+    for each in sorted(found, key=sum, reverse=True):
+        if not any(all(x <= y for x, y in zip(each, other, strict=True)) for other in kept):
+            kept.append(each)
+    return tuple(kept)
