@@ -54,9 +54,12 @@ CAPTURED_LAYERS = 3
 PRESETS = {"A100-80GB": "a100-80", "A100-40GB": "a100-40", "H100-80GB": "h100"}
 
 
-def rows() -> Iterator[dict[str, Any]]:
+def rows(group: str | None = None) -> Iterator[dict[str, Any]]:
+    """All runs, or those of a group."""
     text = (DATA / "published-runs" / "runs.jsonl").read_text(encoding="utf-8")
-    yield from (json.loads(line) for line in text.splitlines())
+    for row in (json.loads(line) for line in text.splitlines()):
+        if group in (None, row["group"]):
+            yield row
 
 
 def is_ours(row: dict[str, Any]) -> bool:

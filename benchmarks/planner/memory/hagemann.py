@@ -10,7 +10,7 @@ from typing import Any
 from allocation_trace import Logits
 from cases import Case
 from models import Kernels
-from runs import shape_of
+from published import shape_of
 
 from shardstage.cost.accounting import Accounting, LossBytes
 from shardstage.layout import Mesh

@@ -10,7 +10,7 @@ from typing import Any
 from cases import Case
 from megatron import megatron_2023
 from models import Kernels
-from runs import shape_of
+from published import shape_of
 
 from shardstage.layout import Mesh
 

@@ -23,7 +23,7 @@ import megatron_ci
 import zero_bubble
 from cases import Case, peak_bytes, state_bytes
 from fits import fits
-from runs import DATA, rows
+from published import DATA, rows
 
 GB = 10**9
 GIB = 2**30
@@ -45,7 +45,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--rows", action="store_true", help="print every run")
     arguments = parser.parse_args()
-    if not DATA.exists():
+    if not (DATA / "published-runs").exists():
         print("skipped: there is no ../shared/data/published-runs beside the project")
         return
     left_out: Counter[str] = Counter()
@@ -78,7 +78,7 @@ def _zero_bubble() -> Iterator[Pair]:
 
 
 def _megatron_ci(left_out: Counter[str]) -> Iterator[Pair]:
-    for ci in megatron_ci.read(DATA / "megatron_ci_a100.jsonl"):
+    for ci in megatron_ci.read(DATA / "published-runs" / "megatron_ci_a100.jsonl"):
         why = megatron_ci.why_not(ci)
         if why:
             left_out[why] += 1

@@ -21,14 +21,7 @@ from typing import NamedTuple
 import numpy as np
 from frameworks import DEEPSPEED_MEGATRON, MEGATRON_LOSS_BYTES, Framework
 from models import Kernels, Shape
-from published import (
-    DATA,
-    Job,
-    cluster_of_gpu,
-    microbatches_of,
-    profile_of,
-    setup_of,
-)
+from published import DATA, Job, cluster_of_gpu, microbatches_of, profile_of, setup_of
 from scipy.optimize import least_squares
 
 from shardstage.cluster import Cluster
@@ -114,12 +107,18 @@ def _run(line: Sequence[str]) -> Run:
         mlp_mats=2,
         is_tied=True,
     )
-    job = Job(
+    cluster, mesh = cluster_of_gpu(GPU, num_gpus), Mesh(dp=dp, tp=tp, pp=pp)
+    job = _job(shape, sequence, cluster, mesh, microbatch=microbatch, batch=batch)
+    return Run(job=job, measured_s=float(line[10]) / 1e3)
+
+
+def _job(shape: Shape, sequence: int, cluster: Cluster, mesh: Mesh, *, microbatch: int, batch: int) -> Job:
+    return Job(
         shape=shape,
         sequence=sequence,
         framework=MEGATRON_DEEPSPEED,
-        cluster=cluster_of_gpu(GPU, num_gpus),
-        mesh=Mesh(dp=dp, tp=tp, pp=pp),
+        cluster=cluster,
+        mesh=mesh,
         stages_per_rank=1,
         schedule="1f1b",
         zero=0,
@@ -128,7 +127,6 @@ def _run(line: Sequence[str]) -> Run:
         global_batch=batch,
         is_sequence_parallel=False,
     )
-    return Run(job=job, measured_s=float(line[10]) / 1e3)
 
 
 def _seconds(job: Job, factors: Factors) -> float:
@@ -182,20 +180,8 @@ def _profile(shape: Shape, sequence: int, tp: int, microbatch: int, dispatch_s: 
     model = cluster.device.kernels
     assert model is not None
     device = replace(cluster.device, kernels=replace(model, dispatch_s=dispatch_s))
-    job = Job(
-        shape=shape,
-        sequence=sequence,
-        framework=MEGATRON_DEEPSPEED,
-        cluster=replace(cluster, device=device),
-        mesh=Mesh(tp=tp),
-        stages_per_rank=1,
-        schedule="1f1b",
-        zero=0,
-        recompute="full",
-        microbatch=microbatch,
-        global_batch=microbatch,
-        is_sequence_parallel=False,
-    )
+    one_node = replace(cluster, device=device)
+    job = _job(shape, sequence, one_node, Mesh(tp=tp), microbatch=microbatch, batch=microbatch)
     return profile_of(job)
 
 
