@@ -27,6 +27,7 @@ def searcher_of(
     slow_links: bool = False,
     is_runnable: bool = False,
 ) -> Searcher:
+    """Of one space: where nothing fits, nothing is offloaded."""
     return Searcher(
         graph,
         SLOW_LINKS if slow_links else MACHINE,
@@ -34,6 +35,7 @@ def searcher_of(
         global_batch=batch,
         sequence=64,
         is_runnable=is_runnable,
+        fixed=frozenset({"offload"}),
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from tests.runtime.dry_run_cases import SEQUENCE, rehearsed
 
@@ -9,6 +11,7 @@ from shardstage.cluster import load
 from shardstage.graph import ModelGraph
 from shardstage.plan import Plan, check, complete, parse_request
 from shardstage.planner import cheapest_fit, predict
+from shardstage.planner.fit import attempts
 from shardstage.program import lower
 from shardstage.simulator import peak_bytes, planned_prices
 
@@ -56,6 +59,14 @@ def test_the_mesh_stays_where_it_can() -> None:
     fit = cheapest_fit(graph, CLUSTER, plan, limit_bytes=int(0.8 * peak_of(graph, plan)))
     assert fit is not None and fit.plan.mesh == plan.mesh
     assert not any("→" in change and change.split()[0] in ("dp", "tp", "pp") for change in fit.changes)
+
+
+def test_offloading_is_the_last_thing_to_be_proposed() -> None:
+    _, plan = plan_of("dp=4,mb=4")
+    tried = [(request.offload, "tp" in fixed) for request, fixed in attempts(plan)]
+    assert tried == [("none", True), ("none", False), ("optimizer", True), ("optimizer", False)]
+    asked = replace(plan, offload="optimizer")
+    assert [request.offload for request, _ in attempts(asked)] == ["optimizer", "optimizer"]
 
 
 def test_nothing_is_proposed_where_nothing_fits() -> None:

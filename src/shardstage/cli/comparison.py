@@ -146,6 +146,8 @@ def print_comparison(console: Console, chosen: Chosen, comparison: Comparison, m
         f"{proof.by_rule:,} no better by rule",
         soft_wrap=True,
     )
+    if proof.needs:
+        console.print(f"needed     {proof.necessity()}", soft_wrap=True)
     runners = [(c.text, c.prediction, "") for c in chosen.found.runners_up[:MOST_SHOWN]]
     _print_table(console, "runners-up", "plan", runners, chosen.prediction)
     whys = [(a.change, a.prediction, a.reason) for a in comparison.alternatives[: 2 * MOST_SHOWN]]

@@ -35,16 +35,20 @@ def host_of(device: DeviceClass) -> HostShare | None:
     return device.host or (ASSUMED_HOST if device.kind == "cuda" else None)
 
 
-def offloaded_update_s(num_elements: float, setup: StepSetup, device: DeviceClass) -> float:
-    """Seconds from reduced gradients of ``num_elements`` on the device to their new parameters there; grows in proportion."""
-    down, up = setup.gradient_bytes, setup.stored_bytes
+def offloaded_update_s(
+    num_elements: float, device: DeviceClass, *, down_bytes: int, up_bytes: int, element_bytes: int
+) -> float:
+    """Seconds from reduced gradients of ``num_elements`` on the device to their new parameters there; grows in proportion.
+
+    A gradient's element takes ``down_bytes``, a parameter's ``up_bytes`` on the device and ``element_bytes`` in the optimizer.
+    """
     host = host_of(device)
     if host is None:
-        copied = 2.0 * num_elements * (down + up)
-        return moved_s(copied, device) + num_elements * optimizer_s(1, setup.master_bytes, 0, device)
-    norm_s = moved_s(num_elements * down, device)
-    travel_s = num_elements * (down + up) / host.link_bytes_per_s
-    update_s = (OPTIMIZER_PASSES - 1) * num_elements * setup.master_bytes / host.memory_bytes_per_s
+        copied = 2.0 * num_elements * (down_bytes + up_bytes)
+        return moved_s(copied, device) + num_elements * optimizer_s(1, element_bytes, 0, device)
+    norm_s = moved_s(num_elements * down_bytes, device)
+    travel_s = num_elements * (down_bytes + up_bytes) / host.link_bytes_per_s
+    update_s = (OPTIMIZER_PASSES - 1) * num_elements * element_bytes / host.memory_bytes_per_s
     return norm_s + travel_s + update_s
 
 

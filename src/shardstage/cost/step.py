@@ -315,7 +315,13 @@ def _update_s(profile: Profile, setup: StepSetup, links: Links, stage: int) -> f
         num_tensors = sum(unit.num_parameters for unit in _units(profile, setup, stage))
     step_s = optimizer_s(own, setup.master_bytes, num_tensors, links.cluster.device)
     if setup.is_offloaded:
-        step_s = offloaded_update_s(own, setup, links.cluster.device)
+        step_s = offloaded_update_s(
+            own,
+            links.cluster.device,
+            down_bytes=setup.gradient_bytes,
+            up_bytes=setup.stored_bytes,
+            element_bytes=setup.master_bytes,
+        )
     if setup.execution.update_bytes is not None:
         step_s = moved_s(own * setup.execution.update_bytes, links.cluster.device)
     return step_s + _new_parameters_s(profile, setup, links, stage)

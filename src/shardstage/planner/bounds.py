@@ -22,6 +22,7 @@ from shardstage.cluster import DeviceClass
 from shardstage.cost.compute import moved_s, optimizer_s
 from shardstage.cost.links import LinkCosts, overlap_slowdown
 from shardstage.cost.memory import MOMENTS
+from shardstage.cost.offload import offloaded_update_s
 from shardstage.cost.pipeline import LATE_BUBBLES, SPLITTING
 from shardstage.cost.profile import RECOMPUTES, Recompute
 from shardstage.layout import Mesh
@@ -80,14 +81,16 @@ def bounds_of(
 
 @dataclass(frozen=True, kw_only=True)
 class BoundSettings:
-    """What all choices share: bytes of an element computed with and in the optimizer, of a bucket."""
+    """What all choices share: bytes of an element computed with, of a gradient's sum and in the optimizer, of a bucket."""
 
     compute_bytes: int
     master_bytes: int
+    gradient_bytes: int
     bucket_bytes: int
     least_factor: float = 1.0
     limit_bytes: int = 0
     modes: tuple[Recompute, ...] = RECOMPUTES
+    is_offloaded: bool = False
 
 
 class _Table:
@@ -121,7 +124,7 @@ class _Table:
         accumulation = self._accumulation_s(elements / pp, part, costs.cluster.device)
         self.forward = forward / pp + waits_f
         self.backward = backward / pp + waits_b + accumulation
-        update = part * optimizer_s(1, settings.master_bytes, 0, costs.cluster.device)
+        update = part * self._update_s(costs.cluster.device)
         after = self._after_s(elements / pp, backward + accumulation)
         self.after = after + update + self._talk.norm_s[:, None]
         self.state_bytes = self._state_bytes(elements / pp, part)
@@ -135,10 +138,10 @@ class _Table:
 
     def _waits_s(self, gathered: Any, forward: float, backward: float) -> tuple[Any, Any]:
         """What a mean stage waits for ZeRO-2/3's gathers and reductions for each microbatch, forward and backward."""
-        c, w, pp = self.settings.compute_bytes, self.settings.master_bytes, self.pp[:, None]
+        c, g, pp = self.settings.compute_bytes, self.settings.gradient_bytes, self.pp[:, None]
         talk, level = self._talk, self._level
         gather = self._shards_s(talk.gather, talk.near_gather, gathered * c, 1.0)
-        scatter = self._scatter_s(gathered * w, 1.0)
+        scatter = self._scatter_s(gathered * g, 1.0)
         again = np.where(level == 3, gather, 0.0)
         waits_f = self._exposed_s(gather, forward / pp)
         waits_b = self._exposed_s(again + scatter, backward / pp)
@@ -148,29 +151,44 @@ class _Table:
         """``links.exposed_s`` where all of the talk can run beside compute: convex, so a mean stage's is at most the stages' mean."""
         return np.maximum(talk - compute, self._slowdown * talk)
 
+    def _update_s(self, device: DeviceClass) -> Any:
+        """The optimizer's step for one element: [mesh, ZeRO]."""
+        settings = self.settings
+        if not settings.is_offloaded:
+            return optimizer_s(1, settings.master_bytes, 0, device)
+        down, w = settings.gradient_bytes, settings.master_bytes
+        as_computed, as_cut = (
+            offloaded_update_s(1, device, down_bytes=down, up_bytes=up, element_bytes=w)
+            for up in (settings.compute_bytes, down)
+        )
+        return np.where(self._has_copies & (self._level >= 2), as_cut, as_computed)
+
     def _accumulation_s(self, own: Any, part: Any, device: DeviceClass) -> Any:
         """Adding a microbatch's gradients to their sums, where there is more than one."""
         added = np.where(self._level >= 2, part, own) * np.where(self.m[:, None] > 1, 1.0, 0.0)
-        return added * moved_s(self.settings.compute_bytes + 2.0 * self.settings.master_bytes, device)
+        return added * moved_s(self.settings.compute_bytes + 2.0 * self.settings.gradient_bytes, device)
 
     def _after_s(self, own: Any, backward: Any) -> Any:
         """After the pipeline: ZeRO-1's new parameters, and without a pipeline the reduction that the last backward does not hide."""
-        c, w, level, talk = self.settings.compute_bytes, self.settings.master_bytes, self._level, self._talk
+        c, g, level, talk = self.settings.compute_bytes, self.settings.gradient_bytes, self._level, self._talk
         num_buckets = np.maximum(1.0, np.floor(own * c / self.settings.bucket_bytes))
         gathered = self._shards_s(talk.gather, talk.near_gather, own * c, num_buckets)
-        reduced = self._has_copies * (num_buckets * talk.reduce[:, :1] + own * w * talk.reduce[:, 1:])
-        summed = np.where(level == 0, reduced, self._scatter_s(own * w, num_buckets))
+        reduced = self._has_copies * (num_buckets * talk.reduce[:, :1] + own * g * talk.reduce[:, 1:])
+        summed = np.where(level == 0, reduced, self._scatter_s(own * g, num_buckets))
         exposed = np.where(level < 2, self._exposed_s(summed, backward), 0.0)
         return np.where(level == 1, gathered, 0.0) + np.where(self.pp[:, None] == 1, exposed, 0.0)
 
     def _state_bytes(self, own: Any, part: Any) -> Any:
         """Parameters, gradients, optimizer and one microbatch's least activations of a mean stage."""
-        c, w, level = self.settings.compute_bytes, self.settings.master_bytes, self._level
-        whole = np.where(level == 3, 0.0, own)
-        gradients = np.where(level >= 2, part * w, own * w + np.where(level == 1, part * w, 0.0))
-        master = np.where((level >= 2) | (c != w), part * w, 0.0)
-        least = min(self.chain.saved[mode][-1] for mode in self.settings.modes)
-        return whole * c + gradients + master + MOMENTS * part * w + least / self.pp[:, None]
+        settings, level = self.settings, np.where(self._has_copies, self._level, 0.0)
+        c, g, w = settings.compute_bytes, settings.gradient_bytes, settings.master_bytes
+        is_cut, stays = level >= 2, 0.0 if settings.is_offloaded else 1.0
+        has_own_masters = settings.is_offloaded | (np.where(is_cut, g, c) != w)
+        parameters = np.where(level == 3, 0.0, own * c) + np.where(is_cut & has_own_masters, part * g, 0.0)
+        gradients = np.where(is_cut, part * g, own * g + np.where(level == 1, part * g, 0.0))
+        master = np.where(is_cut | has_own_masters, part * w, 0.0)
+        least = min(self.chain.saved[mode][-1] for mode in settings.modes)
+        return parameters + gradients + stays * (master + MOMENTS * part * w) + least / self.pp[:, None]
 
     def _shards_s(self, far: Array, near: Array, num_bytes: Any, calls: Any) -> Any:
         """A collective over the ranks that ZeRO cuts over: [mesh, ZeRO]."""

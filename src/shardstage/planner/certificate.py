@@ -36,7 +36,10 @@ class Counts:
 
 @dataclass(frozen=True, kw_only=True)
 class Certificate:
-    """The proof of a search; hashes say what was searched."""
+    """The proof of a search; hashes say what was searched.
+
+    ``needs`` are the savers without which none of ``without`` choices fits; these were all searched, and are not enumerated here.
+    """
 
     graph: str
     cluster: str
@@ -49,6 +52,8 @@ class Certificate:
     by_bound: int
     by_memory: int
     by_rule: int
+    needs: str = ""
+    without: int = 0
 
     @staticmethod
     def of(
@@ -60,6 +65,8 @@ class Certificate:
         cost_s: float,
         counts: Counts,
         best_bound_s: float,
+        needs: str = "",
+        without: int = 0,
     ) -> Certificate:
         return Certificate(
             graph=fingerprint(graph),
@@ -73,6 +80,8 @@ class Certificate:
             by_bound=counts.by_bound,
             by_memory=counts.by_memory,
             by_rule=counts.by_rule,
+            needs=needs,
+            without=without,
         )
 
     @property
@@ -83,6 +92,10 @@ class Certificate:
     def gap(self) -> float:
         """How much faster an unpriced choice might be, as a share of the cost."""
         return max(0.0, 1.0 - self.best_bound_s / self.cost_s)
+
+    def necessity(self) -> str:
+        """Why savers were used, empty where they were not, or were asked for."""
+        return f"nothing fits without {self.needs}: {self.without:,} plans were tried" if self.needs else ""
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "enumerated": self.enumerated, "gap": self.gap}

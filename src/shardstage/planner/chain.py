@@ -121,15 +121,21 @@ class ChainCosts:
         """Parameters, gradients and optimizer state of a run."""
         chain, setup = self.chain, self.setup
         part = setup.part_elements(int(elements), int(chain.experts[stop] - chain.experts[start]))
-        level, c, w = setup.sharding_level, setup.compute_bytes, setup.master_bytes
+        level, c, g, w = (
+            setup.sharding_level,
+            setup.compute_bytes,
+            setup.gradient_bytes,
+            setup.master_bytes,
+        )
+        is_apart = setup.has_own_masters
+        state = 0 if setup.is_offloaded else (MOMENTS + (level >= 2 or is_apart)) * part * w
         if level < 2:
-            bucket = min(setup.bucket_bytes, elements * c) // setup.num_shards if level else 0
-            gradients = elements * w + (part * w if level else 0)
-            return elements * c + (part * w if c != w else 0) + gradients + MOMENTS * part * w + bucket
+            bucket = min(setup.bucket_bytes, elements * c) // setup.num_shards if level == 1 else 0
+            return elements * c + elements * g + (part * g if level else 0) + state + bucket
         sizes = chain.largest_units(start, stop)
         largest = max(sizes[0], shared)
         whole = elements if level == 2 else min(elements, sum(sizes) + shared)
-        return whole * c + part * w + part * w + largest * (c + w) + MOMENTS * part * w
+        return whole * c + (part * g if is_apart else 0) + part * g + largest * (c + g) + state
 
     def _in_flight(self, stage: int) -> int:
         setup = self.setup

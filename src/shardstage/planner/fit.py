@@ -35,11 +35,10 @@ class Fit:
 def cheapest_fit(graph: ModelGraph, cluster: Cluster, plan: Plan, *, limit_bytes: int) -> Fit | None:
     """The fastest plan for the same ranks and batch that holds at most ``limit_bytes`` a rank, on the same mesh where one fits there.
 
-    Another ZeRO level, recomputation, microbatch or schedule is preferred to another mesh. None where nothing fits.
+    Another ZeRO level, recomputation, microbatch or schedule is preferred to another mesh, and another mesh to offloading. None where
+    nothing fits.
     """
-    same_mesh = Request(tp=plan.mesh.tp, pp=plan.mesh.pp, dp=plan.mesh.dp, is_compiled=plan.is_compiled)
-    asked = Request(is_compiled=plan.is_compiled)
-    for request, fixed in ((same_mesh, frozenset({"tp", "pp", "dp"})), (asked, frozenset[str]())):
+    for request, fixed in attempts(plan):
         searcher = Searcher(
             graph,
             cluster,
@@ -70,6 +69,16 @@ def cheapest_fit(graph: ModelGraph, cluster: Cluster, plan: Plan, *, limit_bytes
     return None
 
 
+def attempts(plan: Plan) -> Iterator[tuple[Request, frozenset[str]]]:
+    """What is asked of a search, and what of that it may not change: the least change first."""
+    asked = Request(
+        tp=plan.mesh.tp, pp=plan.mesh.pp, dp=plan.mesh.dp, offload=plan.offload, is_compiled=plan.is_compiled
+    )
+    for request in dict.fromkeys((asked, replace(asked, offload="optimizer"))):
+        yield request, frozenset({"tp", "pp", "dp", "offload"})
+        yield request, frozenset({"offload"})
+
+
 def _simulated_peak(graph: ModelGraph, plan: Plan, cluster: Cluster) -> int:
     program = lower(graph, plan)
     holdings = planned_prices(graph, plan, cluster).holdings
@@ -88,9 +97,11 @@ def _changes(before: Plan, after: Plan) -> Iterator[str]:
         ("stage_recompute", "recompute by stage"),
         ("microbatch", "mb"),
         ("schedule", "schedule"),
+        ("gradient_dtype", "grads"),
+        ("offload", "offload"),
     ):
         old, new = getattr(before, name), getattr(after, name)
         if old != new:
-            yield f"{what} {old} → {new}"
+            yield f"{what} {old or 'default'} → {new or 'default'}"
     if before.is_sequence_parallel != after.is_sequence_parallel:
         yield "sp" if after.is_sequence_parallel else "no sp"

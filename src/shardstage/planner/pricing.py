@@ -24,6 +24,7 @@ from shardstage.cost import (
     rank_memory,
 )
 from shardstage.cost.compute import moved_s
+from shardstage.cost.offload import has_host_room
 from shardstage.cost.links import LinkCosts, exposed_s
 from shardstage.cost.pipeline import StageTime, pipeline_s
 from shardstage.cost.profile import RECOMPUTES, Recompute
@@ -33,7 +34,7 @@ from shardstage.layout import Mesh
 from shardstage.plan import Precision
 from shardstage.plan.plan import Plan
 from shardstage.planner.chain import Chain, ChainCosts
-from shardstage.planner.space import Choice, Group, Space
+from shardstage.planner.space import Choice, Group, Savers, Space
 from shardstage.planner.stages import best_cut
 
 Array = npt.NDArray[np.float64]
@@ -52,6 +53,7 @@ class Priced:
     setup: StepSetup
     positions: tuple[int, ...]
     prediction: Prediction
+    savers: Savers
 
     @property
     def seconds(self) -> float:
@@ -77,6 +79,7 @@ class Pricing:
         self.costs = LinkCosts(cluster)
         self.folded: Folded = _fold_for(graph, num_ranks)
         self.modes = modes
+        self.savers = Savers()
         self._global_batch = global_batch
         self._sequence = sequence
         self._precision = precision
@@ -147,7 +150,9 @@ class Pricing:
             found = self._even(chain, setup, links, limit_bytes, below_s)
         if found is None:
             return None
-        return self._priced(choice, chain, links, found)
+        priced = self._priced(choice, chain, links, found)
+        has_room = has_host_room(priced.prediction.host_bytes, self.cluster.device)
+        return priced if has_room else None
 
     def _priced(self, choice: Choice, chain: Chain, links: Links, setup: StepSetup) -> Priced:
         return Priced(
@@ -155,6 +160,7 @@ class Pricing:
             setup=setup,
             positions=tuple(self.folded.units[start].start for start in setup.starts),
             prediction=predict_step(chain.profile, setup, links),
+            savers=self.savers,
         )
 
     def links(self, choice: Choice) -> Links:
@@ -184,6 +190,8 @@ class Pricing:
             bucket_bytes=Plan.bucket_bytes,
             ep=choice.group.ep,
             zero_ranks=choice.zero.num_ranks,
+            gradient_dtype=self.savers.gradient_dtype,
+            is_offloaded=self.savers.offload == "optimizer",
         )
 
     def _cut(

@@ -3,6 +3,7 @@
     1  every group of choices whose units cost the same gets a bound (``bounds``), and groups are taken in its order
     2  in a group every choice gets a bound; choices are taken in its order until no bound beats the best price so far
     3  a choice is priced exactly: its stages and what each recomputes by ``stages``, the step by ``cost.predict_step``
+    4  where nothing fits, all of that again with savers: gradients as narrow as computation, the optimizer offloaded, both
 
 Nothing is left out but by a bound on time or memory, so the result is the best of the space *under the cost model*, and the certificate
 counts how each choice was dealt with. The winner is the fastest to the last bit; of equal ones, the first enumerated.
@@ -31,7 +32,7 @@ from shardstage.planner.bounds import Bounds, BoundSettings, bounds_of
 from shardstage.planner.certificate import Certificate, Counts
 from shardstage.planner.lattice import Lattice
 from shardstage.planner.pricing import Priced, Pricing, TooSlow
-from shardstage.planner.space import Choice, Group, Space, declared_space
+from shardstage.planner.space import Choice, Group, Savers, Space, declared_space, ladder
 from shardstage.units import dtype_bytes, format_bytes
 
 __all__ = ["Candidate", "SearchResult", "Searcher", "as_plan", "pareto", "search", "usable_bytes"]
@@ -61,6 +62,7 @@ class SearchResult:
     certificate: Certificate
     runners_up: tuple[Candidate, ...]
     limit_bytes: int
+    savers: Savers
     priced: Priced = field(repr=False)
     front: tuple[Priced, ...] = field(repr=False)
 
@@ -136,6 +138,7 @@ class Searcher:
             is_compiled=self.is_compiled,
             **({"modes": (request.recompute,)} if "recompute" in fixed else {}),
         )
+        self._ladder = ladder(precision, request, fixed)
         self.space: Space = declared_space(
             graph,
             cluster,
@@ -148,11 +151,13 @@ class Searcher:
             fix=fix,
             fixed=fixed,
             is_runnable=is_runnable,
+            savers=self._ladder[0],
         )
         compute_bytes = dtype_bytes(precision)
         self._settings = BoundSettings(
             compute_bytes=compute_bytes,
             master_bytes=max(4, compute_bytes),
+            gradient_bytes=max(4, compute_bytes),
             bucket_bytes=Plan.bucket_bytes,
             least_factor=self.pricing.least_factor,
             modes=self.pricing.modes,
@@ -162,9 +167,35 @@ class Searcher:
         self._bounded_bytes = 0
         self._unit_bounds: dict[Group, float] = {}
         self.lattice = Lattice(self.space, self.pricing.costs, self.pricing.num_units)
+        self.use(self._ladder[0])
 
     def best(self, limit_bytes: int) -> SearchResult:
-        """The fastest plan within a limit; ``PlanError`` where nothing fits."""
+        """The fastest plan within a limit, with savers only where nothing fits without; ``PlanError`` where nothing does with them."""
+        without = 0
+        for savers in self._ladder:
+            self.use(savers)
+            found = self._search(limit_bytes)
+            if found.best is not None:
+                return self._result(found, found.best, limit_bytes, without)
+            without += found.counts.enumerated
+        raise self._nothing_fits(limit_bytes)
+
+    def use(self, savers: Savers) -> None:
+        """From here on plans are bounded and priced with these savers."""
+        if savers == self.space.savers == self.pricing.savers:
+            return
+        self._bounds = {}
+        self.space = replace(self.space, savers=savers)
+        self.pricing.savers = savers
+        master_bytes = self._settings.master_bytes
+        self._settings = replace(
+            self._settings,
+            gradient_bytes=dtype_bytes(savers.gradient_dtype) if savers.gradient_dtype else master_bytes,
+            is_offloaded=savers.offload == "optimizer",
+        )
+
+    def _search(self, limit_bytes: int) -> _Found:
+        """All of the space within a limit."""
         if self._bounded_bytes != limit_bytes:
             self._bounds, self._bounded_bytes = {}, limit_bytes
         self._settings = replace(self._settings, limit_bytes=limit_bytes)
@@ -190,9 +221,9 @@ class Searcher:
                 walk = self._walk(item, limit_bytes, found)
             if walk is not None and walk.num_left:
                 heapq.heappush(queue, (walk.least_s, number, walk))
-        if found.best is None:
-            raise self._nothing_fits(limit_bytes)
-        best = found.best
+        return found
+
+    def _result(self, found: _Found, best: Priced, limit_bytes: int, without: int) -> SearchResult:
         return SearchResult(
             best=self.as_plan(best),
             prediction=best.prediction,
@@ -204,9 +235,12 @@ class Searcher:
                 cost_s=best.seconds,
                 counts=found.counts,
                 best_bound_s=found.least_pruned_s,
+                needs=str(self.space.savers.beyond(self._ladder[0])),
+                without=without,
             ),
             runners_up=tuple(self._runners_up(found)),
             limit_bytes=limit_bytes,
+            savers=self.space.savers,
             priced=best,
             front=tuple(found.front),
         )
@@ -392,6 +426,8 @@ def as_plan(graph: ModelGraph, priced: Priced, precision: Precision, *, is_compi
         is_compiled=is_compiled,
         ep=setup.ep,
         zero_ranks=setup.zero_ranks,
+        gradient_dtype=priced.savers.gradient_dtype,
+        offload=priced.savers.offload,
     )
 
 

@@ -5,6 +5,7 @@
     dp                                  the ranks that are left, or the fewest that run as few microbatches
     ZeRO level, ranks that it cuts over how parameters, gradients and optimizer state lie over the replicas
     order of the axes                   pipeline outside data parallelism, or inside
+    savers                              dtype of gradients, offloading: a space each, searched only where nothing fits without (``ladder``)
 
 Inside a choice the cut into stages and what each stage recomputes are solved exactly (``stages``), not enumerated.
 """
@@ -23,9 +24,9 @@ from shardstage.graph import ModelGraph
 from shardstage.layout import AXES, Mesh
 from shardstage.layout.mesh import Axis
 from shardstage.plan import Request
-from shardstage.plan.plan import ScheduleName
+from shardstage.plan.plan import GradientDtype, Offload, Precision, ScheduleName
 
-__all__ = ["Choice", "Group", "Schedule", "Space", "Zero", "declared_space"]
+__all__ = ["Choice", "Group", "Savers", "Schedule", "Space", "Zero", "declared_space", "ladder"]
 
 MAX_MICROBATCH_TOKENS: Final = 65_536
 """A larger microbatch is not tried: products of this many rows reach the best rate of every device we know."""
@@ -51,6 +52,30 @@ class Schedule(NamedTuple):
 
     name: ScheduleName
     per_rank: int
+
+
+class Savers(NamedTuple):
+    """What is tried only where nothing fits without it: gradients as narrow as computation, the optimizer in the host's memory."""
+
+    gradient_dtype: GradientDtype | None = None
+    offload: Offload = "none"
+
+    def beyond(self, others: Savers) -> Savers:
+        """What of these is not among others."""
+        is_dtype_new = self.gradient_dtype != others.gradient_dtype
+        return Savers(
+            self.gradient_dtype if is_dtype_new else None,
+            self.offload if self.offload != others.offload else "none",
+        )
+
+    def __str__(self) -> str:
+        """As a shorthand writes them; empty without any."""
+        dtype = f"grads={self.gradient_dtype}" if self.gradient_dtype else ""
+        place = f"offload={self.offload}" if self.offload != "none" else ""
+        return ",".join(filter(None, (dtype, place)))
+
+
+NO_SAVERS: Final = Savers()
 
 
 class Group(NamedTuple):
@@ -94,6 +119,7 @@ class Space:
     dps: tuple[int, ...] = ()
     node_size: int = 1
     uses_all_ranks: bool = False
+    savers: Savers = NO_SAVERS
 
     @property
     def fingerprint(self) -> str:
@@ -179,6 +205,7 @@ def declared_space(
     fix: Request | None = None,
     fixed: frozenset[str] = frozenset(),
     is_runnable: bool = False,
+    savers: Savers = NO_SAVERS,
 ) -> Space:
     """The whole space of a model on a cluster, or what is left of it where ``fixed`` names decisions that ``fix`` has taken.
 
@@ -207,7 +234,20 @@ def declared_space(
         dps=taken("dp", ()),
         node_size=1 if is_runnable else node,
         uses_all_ranks=is_runnable,
+        savers=savers,
     )
+
+
+def ladder(precision: Precision, fix: Request, fixed: frozenset[str]) -> tuple[Savers, ...]:
+    """What is searched one after the other until something fits: without savers, with narrow gradients where computation is as narrow,
+    with the optimizer offloaded, with both. What ``fixed`` names stays as ``fix`` has it."""
+    dtypes: tuple[GradientDtype | None, ...] = (None, "bfloat16") if precision == "bfloat16" else (None,)
+    offloads: tuple[Offload, ...] = ("none", "optimizer")
+    if "gradient_dtype" in fixed:
+        dtypes = (fix.gradient_dtype,)
+    if "offload" in fixed:
+        offloads = (fix.offload,)
+    return tuple(Savers(dtype, offload) for offload in offloads for dtype in dtypes)
 
 
 def _tps(num_ranks: int, node: int) -> Iterator[int]:

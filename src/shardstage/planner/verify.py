@@ -39,6 +39,7 @@ class Verification:
 def verify_certificate(searcher: Searcher, found: SearchResult, *, max_checked: int = 500) -> Verification:
     """Checks the certificate of ``found`` against the space that ``searcher`` declares, pricing at most ``max_checked`` choices."""
     proof = found.certificate
+    searcher.use(found.savers)
     choices = list(_choices(searcher)) if proof.enumerated <= MAX_LISTED else None
     num_choices = len(choices) if choices is not None else sum(1 for _ in _choices(searcher))
     problems = [

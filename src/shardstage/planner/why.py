@@ -52,6 +52,7 @@ class Point:
 def alternatives(searcher: Searcher, found: SearchResult) -> tuple[Alternative, ...]:
     """Every single change of the best plan's decisions, cheapest first."""
     best = found.priced
+    searcher.use(found.savers)
     told = []
     for change, choice in _changed(searcher, best):
         priced = searcher.pricing.price(choice, found.limit_bytes)
@@ -72,6 +73,7 @@ def alternatives(searcher: Searcher, found: SearchResult) -> tuple[Alternative, 
 def front(searcher: Searcher, found: SearchResult) -> tuple[Point, ...]:
     """What less memory costs: of all plans that the search and ``alternatives`` priced, those that nothing faster undercuts."""
     priced = [*found.front]
+    searcher.use(found.savers)
     for _, choice in _changed(searcher, found.priced):
         other = searcher.pricing.price(choice, found.limit_bytes)
         if other is not None:
