@@ -14,7 +14,6 @@ from typing import Final
 
 from shardstage.cluster import DeviceClass, HostShare
 from shardstage.cost.compute import OPTIMIZER_PASSES, moved_s, optimizer_s
-from shardstage.cost.setup import StepSetup
 
 __all__ = ["has_host_room", "host_of", "offloaded_update_s"]
 
