@@ -102,7 +102,7 @@ def assert_bounds_are_below(searcher: Searcher, priced: dict[Choice, Priced | No
             price = priced[bounds.choice(index)]
             if price is not None:
                 assert bounds.seconds.flat[index] <= price.seconds * CLOSE, price.choice
-                assert bounds.state_bytes.flat[index] <= price.prediction.peak_bytes * CLOSE, price.choice
+                assert bounds.least_bytes.flat[index] <= price.prediction.peak_bytes * CLOSE, price.choice
                 assert searcher._units_bound_s(group) <= price.seconds * CLOSE, price.choice
     dominated = searcher.space.dominated
     fitting = sum(1 for c in priced if c.schedule not in dominated)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import Final
+
+import numpy as np
 
 __all__ = ["balanced", "slowest"]
 
@@ -27,22 +29,20 @@ def balanced(weights: Sequence[float], num_stages: int) -> tuple[int, ...]:
         raise ValueError(f"{num_units} units cannot make {num_stages} stages")
     total = (0.0, *accumulate(weights))
     cap = _lightest_heaviest(weights, total, num_stages)
-    best = [0.0] + [math.inf] * num_units
+    sums = np.array(total)
+    earliest = np.array([bisect_left(total, total[stop] - cap) for stop in range(num_units + 1)])
+    width = int((np.arange(num_units + 1) - earliest).max())
+    # [stop, …]: the starts within reach of a stop, ascending; of equal cuts, the first stages, which hold most activations, get fewer
+    reach = np.arange(num_units + 1)[:, None] - np.arange(width, 0, -1)[None, :]
+    weight = sums[:, None] - sums[np.maximum(reach, 0)]
+    squares = np.where((reach >= 0) & (weight <= cap), weight * weight, np.inf)
+    best = np.array([0.0] + [math.inf] * num_units)
     cuts = []
-    for stage in range(1, num_stages + 1):
-        row, came_from = [math.inf] * (num_units + 1), [0] * (num_units + 1)
-        for stop in range(stage, num_units - (num_stages - stage) + 1):
-            for start in range(stop - 1, stage - 2, -1):
-                weight = total[stop] - total[start]
-                if weight > cap:
-                    break  # an earlier start only makes this stage heavier
-                squares = best[start] + weight * weight
-                if (
-                    squares <= row[stop]
-                ):  # of equal cuts, the first stages, which hold most activations, get fewer
-                    row[stop], came_from[stop] = squares, start
-        best = row
-        cuts.append(came_from)
+    for _ in range(num_stages):
+        of_starts = best[np.maximum(reach, 0)] + squares
+        chosen = of_starts.argmin(axis=1)
+        best = np.take_along_axis(of_starts, chosen[:, None], axis=1)[:, 0]
+        cuts.append(np.take_along_axis(reach, chosen[:, None], axis=1)[:, 0].tolist())
     starts = [num_units]
     for came_from in reversed(cuts):
         starts.append(came_from[starts[-1]])
@@ -57,21 +57,28 @@ def slowest(weights: Sequence[float], starts: Sequence[int]) -> float:
 
 def _lightest_heaviest(weights: Sequence[float], total: Sequence[float], num_stages: int) -> float:
     """The least weight that no stage need exceed, a little rounded up."""
-    low, high = max(max(weights), total[-1] / num_stages), total[-1]
+    low = max(max(weights), total[-1] / num_stages)
+    high = min(
+        total[-1], total[-1] / num_stages + max(weights)
+    )  # filling each stage past the mean by a unit is enough
     while high - low > CAP_PRECISION * high:
+        lighter = _heaviest_under(high * (1 - 3 * CAP_PRECISION), total, num_stages)
+        if lighter is None:
+            break
+        high = lighter
         middle = (low + high) / 2
-        if _num_stages_under(middle, total) <= num_stages:
-            high = middle
-        else:
-            low = middle
+        found = _heaviest_under(middle, total, num_stages)
+        low, high = (middle, high) if found is None else (low, found)
     return high * (1 + CAP_PRECISION)
 
 
-def _num_stages_under(cap: float, total: Sequence[float]) -> int:
-    """How few stages do, none of them heavier than ``cap``; filled one after the other, each as far as it goes."""
-    num_stages, start = 0, 0
-    while start < len(total) - 1:
-        stop = bisect_right(total, total[start] + cap * (1 + CAP_PRECISION)) - 1
-        start = max(stop, start + 1)
-        num_stages += 1
-    return num_stages
+def _heaviest_under(cap: float, total: Sequence[float], num_stages: int) -> float | None:
+    """The heaviest of ``num_stages`` stages, filled one after the other, each as far as ``cap`` allows; None where that is not enough."""
+    heaviest, start = 0.0, 0
+    for _ in range(num_stages):
+        stop = max(bisect_right(total, total[start] + cap * (1 + CAP_PRECISION)) - 1, start + 1)
+        heaviest = max(heaviest, total[stop] - total[start])
+        start = stop
+        if start == len(total) - 1:
+            return heaviest
+    return None

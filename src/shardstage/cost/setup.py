@@ -108,8 +108,8 @@ class StepSetup:
 
     def units_of(self, stage: int, profile: Profile) -> range:
         """Indices of the units of a stage."""
-        stops = (*self.starts[1:], len(profile.units))
-        return range(self.starts[stage], stops[stage])
+        is_last = stage + 1 == len(self.starts)
+        return range(self.starts[stage], len(profile.units) if is_last else self.starts[stage + 1])
 
     @property
     def num_stages(self) -> int:

@@ -301,9 +301,12 @@ def _expert_elements(profile: Profile, setup: StepSetup, stage: int) -> int:
 
 def _tied_elements(profile: Profile, setup: StepSetup, stage: int) -> int:
     """Elements of the parameters that this stage shares with another."""
-    names = [{n for unit in _units(profile, setup, s) for n in unit.shared} for s in range(setup.num_stages)]
-    others = set().union(*(found for s, found in enumerate(names) if s != stage))
-    return sum(profile.shared_elements[name] for name in names[stage] & others)
+    own = {name for unit in _units(profile, setup, stage) for name in unit.shared}
+    if not own:
+        return 0
+    inside = setup.units_of(stage, profile)
+    others = {name for i, unit in enumerate(profile.units) if i not in inside for name in unit.shared}
+    return sum(profile.shared_elements[name] for name in own & others)
 
 
 def _update_s(profile: Profile, setup: StepSetup, links: Links, stage: int) -> float:

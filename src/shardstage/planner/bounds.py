@@ -6,14 +6,17 @@ so does what waits for ZeRO's gathers (by convexity), the optimizer and the memo
     seconds >= m × max(mean stage, heaviest unit) + bubble of mean stages + optimizer of a mean stage + the norm's sum
 
 The bubble's formula asks for means only (``cost.pipeline``). Exposed reductions of gradients count where there is no pipeline, as there a
-mean stage is the stage. Arrays are indexed [mesh, schedule, ZeRO].
+mean stage is the stage. A mean stage recomputes at least what memory asks for (``trade``). Arrays are indexed
+[mesh, schedule, ZeRO], in between [mesh, stages a rank, ZeRO].
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -22,13 +25,14 @@ from shardstage.cluster import DeviceClass
 from shardstage.cost.compute import moved_s, optimizer_s
 from shardstage.cost.links import LinkCosts, overlap_slowdown
 from shardstage.cost.memory import MOMENTS
-from shardstage.cost.offload import offloaded_update_s
 from shardstage.cost.pipeline import LATE_BUBBLES, SPLITTING
 from shardstage.cost.profile import RECOMPUTES, Recompute
 from shardstage.layout import Mesh
 from shardstage.planner.chain import Chain
+from shardstage.planner.even import EvenCuts
 from shardstage.planner.lattice import Lattice, MeshTable
 from shardstage.planner.space import Choice, Group, Schedule, Zero
+from shardstage.planner.trade import Trade
 
 __all__ = ["Bounds", "bounds_of"]
 
@@ -37,14 +41,14 @@ Array = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Bounds:
-    """``seconds`` and ``state_bytes`` are lower bounds; choices that the space does not have are infinite."""
+    """``seconds`` and ``least_bytes`` (of the fullest rank) are lower bounds; choices that the space does not have are infinite."""
 
     group: Group
     meshes: tuple[Mesh, ...]
     schedules: tuple[Schedule, ...]
     zeros: tuple[Zero, ...]
     seconds: Array
-    state_bytes: Array
+    least_bytes: Array
 
     def choice(self, index: int) -> Choice:
         mesh, schedule, zero = np.unravel_index(index, self.seconds.shape)
@@ -66,35 +70,48 @@ def bounds_of(
     chain: Chain,
     costs: LinkCosts,
     settings: BoundSettings,
-    compositions: Array,
+    even: EvenCuts,
+    below_s: float = math.inf,
 ) -> Bounds | None:
-    """Bounds of all choices of a group; None where it has none. ``compositions`` are those of even cuts (``Pricing``)."""
+    """Bounds of all choices of a group; None where it has none. ``even`` are the cuts of schedules with several stages a rank.
+
+    A mesh whose mean stages alone take ``below_s`` has no other bound than that.
+    """
     meshes = lattice.table(group)
     if meshes is None:
         return None
-    table = _Table(group, chain, costs, settings, meshes, lattice.zeros, compositions)
-    seconds = np.stack([table.seconds(schedule) for schedule in lattice.schedules], axis=1)
+    table = _Table(group, chain, costs, settings, meshes, lattice.zeros, even)
+    seconds = np.broadcast_to(table.mean_s, meshes.has.shape).copy()
+    least_bytes = np.zeros(meshes.has.shape)
+    is_open = (table.mean_s < below_s).any(axis=(1, 2))
+    if is_open.any():
+        rows = np.flatnonzero(is_open)
+        table = _Table(group, chain, costs, settings, meshes.at(is_open), lattice.zeros, even)
+        for name in dict.fromkeys(schedule.name for schedule in lattice.schedules):
+            places = [i for i, schedule in enumerate(lattice.schedules) if schedule.name == name]
+            per_rank = np.array([lattice.schedules[i].per_rank for i in places], dtype=np.float64)
+            at = np.ix_(rows, places)
+            seconds[at], least_bytes[at] = table.of(name, per_rank)
     seconds[~meshes.has] = np.inf
-    state = np.broadcast_to(table.state_bytes[:, None, :], seconds.shape)
-    return Bounds(group, meshes.meshes, lattice.schedules, lattice.zeros, seconds, state)
+    return Bounds(group, meshes.meshes, lattice.schedules, lattice.zeros, seconds, least_bytes)
 
 
 @dataclass(frozen=True, kw_only=True)
 class BoundSettings:
-    """What all choices share: bytes of an element computed with, of a gradient's sum and in the optimizer, of a bucket."""
+    """What all choices share: bytes of an element computed with, in the optimizer and of gradients' sums, of a bucket."""
 
     compute_bytes: int
     master_bytes: int
     gradient_bytes: int
     bucket_bytes: int
+    is_offloaded: bool = False
     least_factor: float = 1.0
     limit_bytes: int = 0
     modes: tuple[Recompute, ...] = RECOMPUTES
-    is_offloaded: bool = False
 
 
 class _Table:
-    """One group's figures as arrays [mesh] or [mesh, ZeRO]."""
+    """One group's figures as arrays [mesh, 1, 1] or [mesh, stages a rank, ZeRO]."""
 
     def __init__(
         self,
@@ -104,153 +121,230 @@ class _Table:
         settings: BoundSettings,
         meshes: MeshTable,
         zeros: Sequence[Zero],
-        compositions: Array,
+        even: EvenCuts,
     ) -> None:
-        self._compositions = compositions
-        self._least: dict[Recompute, Array] = {}
         self.settings = settings
         self.chain = chain
-        self.pp, self.m = meshes.pp, np.ceil(meshes.share / group.microbatch)
+        self.p = _column(meshes.pp)
+        self.m = _column(np.ceil(meshes.share / group.microbatch))
+        self._even = even
+        self._figures: dict[tuple[str, Recompute], Array] = {}
+        self._trade = Trade(chain.kinds, even.whole, settings.modes)
         self._talk = meshes.talk
-        self._level = np.array([zero.level for zero in zeros], dtype=np.float64)[None, :]
-        self._is_near = np.array([zero.num_ranks is not None for zero in zeros])[None, :]
-        self._has_copies = (meshes.talk.replicas > 1)[:, None]
+        self._level = np.array([zero.level for zero in zeros], dtype=np.float64)[None, None, :]
+        self._is_near = np.array([zero.num_ranks is not None for zero in zeros])[None, None, :]
+        self._has_copies = _column(meshes.talk.replicas > 1)
         self._slowdown = overlap_slowdown(costs.cluster.device)
-        n, pp = chain.num_units, self.pp[:, None]
+        near, whole = _column(meshes.talk.near_ranks), _column(meshes.talk.replicas)
+        self._shards = np.where(self._level == 0, 1.0, np.where(self._is_near, near, whole))
+        self._expert_shards = np.maximum(1, np.floor(self._shards / group.ep))
+        n, p = chain.num_units, self.p
         forward, backward = chain.forward_s[n], chain.backward_s[n]
         elements = chain.own[n] + sum(chain.profile.shared_elements.values())
-        part = self._part_elements(elements, chain.experts[n], group.ep)
-        waits_f, waits_b = self._waits_s(chain.own[n] / pp, forward, backward)
-        accumulation = self._accumulation_s(elements / pp, part, costs.cluster.device)
-        self.forward = forward / pp + waits_f
-        self.backward = backward / pp + waits_b + accumulation
-        update = part * self._update_s(costs.cluster.device)
-        after = self._after_s(elements / pp, backward + accumulation)
-        self.after = after + update + self._talk.norm_s[:, None]
-        self.state_bytes = self._state_bytes(elements / pp, part)
+        part = self._part_elements(elements, chain.experts[n]) / p
+        waits_f, waits_b = self._waits_s(chain.own[n] / p, forward, backward)
+        accumulation = self._accumulation_s(elements / p, part, costs.cluster.device)
+        self.forward = forward / p + waits_f
+        self.backward = backward / p + waits_b + accumulation
+        after = self._after_s(elements / p, backward + accumulation)
+        self.after = after + self._update_s(part, costs.cluster.device) + _column(self._talk.norm_s)
+        self.state_bytes = self._state_bytes(elements / p, part)
 
-    def _part_elements(self, elements: float, experts: float, ep: int) -> Any:
-        """What a rank of a mean stage owns under ZeRO."""
-        whole, near = self._talk.replicas[:, None], self._talk.near_ranks[:, None]
-        shards = np.where(self._level == 0, 1.0, np.where(self._is_near, near, whole))
-        expert_shards = np.maximum(1, np.floor(shards / ep))
-        return ((elements - experts) / shards + experts / expert_shards) / self.pp[:, None]
+    @property
+    def mean_s(self) -> Any:
+        """Whatever the schedule: all microbatches on the mean stage, and what comes after."""
+        slowest = np.maximum(self.forward + self.backward, self.chain.slowest_unit_s)
+        return self.settings.least_factor * (self.m * slowest + self.after)
+
+    def of(self, name: str, per_rank: Array) -> tuple[Any, Any]:
+        """Seconds and bytes of a schedule with each of these numbers of stages a rank."""
+        if per_rank.max() == 1:
+            return self._of_free_cuts(name)
+        return self._of_even_cuts(name, per_rank[None, :, None])
+
+    def _part_elements(self, elements: Any, experts: Any) -> Any:
+        """What a rank owns under ZeRO of elements of which so many are of experts."""
+        return (elements - experts) / self._shards + experts / self._expert_shards
 
     def _waits_s(self, gathered: Any, forward: float, backward: float) -> tuple[Any, Any]:
         """What a mean stage waits for ZeRO-2/3's gathers and reductions for each microbatch, forward and backward."""
-        c, g, pp = self.settings.compute_bytes, self.settings.gradient_bytes, self.pp[:, None]
-        talk, level = self._talk, self._level
-        gather = self._shards_s(talk.gather, talk.near_gather, gathered * c, 1.0)
-        scatter = self._scatter_s(gathered * g, 1.0)
+        talk, level, p = self._talk, self._level, self.p
+        gather = self._shards_s(talk.gather, talk.near_gather, gathered * self.settings.compute_bytes, 1.0)
+        scatter = self._scatter_s(gathered * self.settings.gradient_bytes, 1.0)
         again = np.where(level == 3, gather, 0.0)
-        waits_f = self._exposed_s(gather, forward / pp)
-        waits_b = self._exposed_s(again + scatter, backward / pp)
+        waits_f = self._exposed_s(gather, forward / p)
+        waits_b = self._exposed_s(again + scatter, backward / p)
         return np.where(level >= 2, waits_f, 0.0), np.where(level >= 2, waits_b, 0.0)
 
     def _exposed_s(self, talk: Any, compute: Any) -> Any:
         """``links.exposed_s`` where all of the talk can run beside compute: convex, so a mean stage's is at most the stages' mean."""
         return np.maximum(talk - compute, self._slowdown * talk)
 
-    def _update_s(self, device: DeviceClass) -> Any:
-        """The optimizer's step for one element: [mesh, ZeRO]."""
-        settings = self.settings
-        if not settings.is_offloaded:
-            return optimizer_s(1, settings.master_bytes, 0, device)
-        down, w = settings.gradient_bytes, settings.master_bytes
-        as_computed, as_cut = (
-            offloaded_update_s(1, device, down_bytes=down, up_bytes=up, element_bytes=w)
-            for up in (settings.compute_bytes, down)
-        )
-        return np.where(self._has_copies & (self._level >= 2), as_cut, as_computed)
-
     def _accumulation_s(self, own: Any, part: Any, device: DeviceClass) -> Any:
         """Adding a microbatch's gradients to their sums, where there is more than one."""
-        added = np.where(self._level >= 2, part, own) * np.where(self.m[:, None] > 1, 1.0, 0.0)
+        added = np.where(self._level >= 2, part, own) * np.where(self.m > 1, 1.0, 0.0)
         return added * moved_s(self.settings.compute_bytes + 2.0 * self.settings.gradient_bytes, device)
+
+    def _update_s(self, part: Any, device: DeviceClass) -> Any:
+        """The optimizer of a mean stage; on the host, whose rate is not asked here, nothing."""
+        if self.settings.is_offloaded:
+            return 0.0
+        return part * optimizer_s(1, self.settings.master_bytes, 0, device)
 
     def _after_s(self, own: Any, backward: Any) -> Any:
         """After the pipeline: ZeRO-1's new parameters, and without a pipeline the reduction that the last backward does not hide."""
-        c, g, level, talk = self.settings.compute_bytes, self.settings.gradient_bytes, self._level, self._talk
-        num_buckets = np.maximum(1.0, np.floor(own * c / self.settings.bucket_bytes))
+        settings, level, talk = self.settings, self._level, self._talk
+        c, g = settings.compute_bytes, settings.gradient_bytes
+        num_buckets = np.maximum(1.0, np.floor(own * c / settings.bucket_bytes))
         gathered = self._shards_s(talk.gather, talk.near_gather, own * c, num_buckets)
-        reduced = self._has_copies * (num_buckets * talk.reduce[:, :1] + own * g * talk.reduce[:, 1:])
+        latency, per_byte = _column(talk.reduce[:, 0]), _column(talk.reduce[:, 1])
+        reduced = self._has_copies * (num_buckets * latency + own * g * per_byte)
         summed = np.where(level == 0, reduced, self._scatter_s(own * g, num_buckets))
         exposed = np.where(level < 2, self._exposed_s(summed, backward), 0.0)
-        return np.where(level == 1, gathered, 0.0) + np.where(self.pp[:, None] == 1, exposed, 0.0)
+        return np.where(level == 1, gathered, 0.0) + np.where(self.p == 1, exposed, 0.0)
 
     def _state_bytes(self, own: Any, part: Any) -> Any:
-        """Parameters, gradients, optimizer and one microbatch's least activations of a mean stage."""
-        settings, level = self.settings, np.where(self._has_copies, self._level, 0.0)
+        """Parameters, gradients and optimizer of a stage."""
+        settings, level = self.settings, self._level
         c, g, w = settings.compute_bytes, settings.gradient_bytes, settings.master_bytes
-        is_cut, stays = level >= 2, 0.0 if settings.is_offloaded else 1.0
-        has_own_masters = settings.is_offloaded | (np.where(is_cut, g, c) != w)
-        parameters = np.where(level == 3, 0.0, own * c) + np.where(is_cut & has_own_masters, part * g, 0.0)
-        gradients = np.where(is_cut, part * g, own * g + np.where(level == 1, part * g, 0.0))
-        master = np.where(is_cut | has_own_masters, part * w, 0.0)
-        least = min(self.chain.saved[mode][-1] for mode in settings.modes)
-        return parameters + gradients + stays * (master + MOMENTS * part * w) + least / self.pp[:, None]
+        whole = np.where(level == 3, 0.0, own)
+        gradients = np.where(level >= 2, part * g, own * g + np.where(level == 1, part * g, 0.0))
+        if settings.is_offloaded:
+            return whole * c + gradients
+        master = np.where((level >= 2) | (c != w), part * w, 0.0)
+        return whole * c + gradients + master + MOMENTS * part * w
 
     def _shards_s(self, far: Array, near: Array, num_bytes: Any, calls: Any) -> Any:
-        """A collective over the ranks that ZeRO cuts over: [mesh, ZeRO]."""
-        latency, per_byte = (np.where(self._is_near, near[:, i : i + 1], far[:, i : i + 1]) for i in (0, 1))
+        """A collective over the ranks that ZeRO cuts over."""
+        latency, per_byte = (np.where(self._is_near, _column(near[:, i]), _column(far[:, i])) for i in (0, 1))
         return self._has_copies * (calls * latency + num_bytes * per_byte)
 
     def _scatter_s(self, num_bytes: Any, calls: Any) -> Any:
         """Summing and cutting gradients, and summing the parts with those of the copies."""
         talk = self._talk
-        each = calls * talk.copies[:, :1] + num_bytes / talk.near_ranks[:, None] * talk.copies[:, 1:]
+        latency, per_byte = _column(talk.copies[:, 0]), _column(talk.copies[:, 1])
+        each = calls * latency + num_bytes / _column(talk.near_ranks) * per_byte
         copies = self._has_copies * np.where(self._is_near, each, 0.0)
         return self._shards_s(talk.scatter, talk.near_scatter, num_bytes, calls) + copies
 
-    def seconds(self, schedule: Schedule) -> Any:
-        """[mesh, ZeRO]"""
-        if schedule.per_rank > 1:
-            return self._rounds_s(schedule)
-        m, p = self.m[:, None], self.pp[:, None]
-        mean = self.forward + self.backward
-        slowest = np.maximum(mean, self.chain.slowest_unit_s)
-        if schedule.name in ("1f1b", "gpipe"):
+    def _of_free_cuts(self, name: str) -> tuple[Any, Any]:
+        """One stage a rank, of which each may recompute otherwise; ``held`` microbatches at least are in flight on all of them."""
+        m, p = self.m, self.p
+        held = {"gpipe": m, "zb-h1": np.minimum(m, p)}.get(name, 1.0)
+        again = self._trade.again_s(p * (self.settings.limit_bytes - self.state_bytes) / held) / p
+        mean = self.forward + self.backward + again
+        fullest_s, fullest_bytes = self._of_most_layers(held)
+        slowest = np.maximum(mean, np.maximum(fullest_s, self.chain.slowest_unit_s))
+        if name in ("1f1b", "gpipe"):
             total = (m - 1) * slowest + p * mean
         else:
-            total = m * slowest + self._bubble_s(schedule, self.forward, self.backward)
-        return self.settings.least_factor * (total + self.after)
+            total = m * slowest + self._bubble_s(name, self.forward, self.backward)
+        least_bytes = np.maximum(self.state_bytes + held * self._trade.least_saved / p, fullest_bytes)
+        return self.settings.least_factor * (total + self.after), least_bytes
 
-    def _rounds_s(self, schedule: Schedule) -> Any:
-        """Several stages a rank, which recompute alike: by the first mode that does not surely exceed the memory.
+    def _of_most_layers(self, held: Any) -> tuple[Any, Any]:
+        """Of the stage that has most units of the kind that takes longest in all: at least their even share, rounded up."""
+        chain, whole = self.chain, self._even.whole
+        kind = int(np.argmax(whole * self._of_kinds("both_s")))
+        unit = chain.kinds[kind]
+        number = np.ceil(whole[kind] / self.p)
+        own, experts = number * unit.own_elements, number * unit.expert_elements
+        state = self._state_bytes(own, self._part_elements(own, experts)) + self._reduced_bytes(
+            unit.own_elements
+        )
+        return self._first_that_fits(
+            lambda mode: number * (self._of_kinds("both_s")[kind] + unit.kept[mode].recompute_s),
+            lambda mode: (
+                state
+                + held * number * unit.kept[mode].saved_bytes
+                + unit.kept[mode].extra_bytes
+                + unit.transient_bytes
+            ),
+        )
 
-        When the first microbatch comes back to the first rank, that has at least a whole round in flight: p microbatches on each of its
-        stages, or under a V p on one; none of its stages keeps less than the smallest.
-        """
-        v, m, p = schedule.per_rank, self.m[:, None], self.pp[:, None]
-        is_v = schedule.name in SPLITTING
-        held = np.minimum(m, p) * (1 if is_v else v)
-        found = np.full(self.forward.shape, np.inf)
-        open_ones = np.ones(self.forward.shape, dtype=bool)
-        for mode in self.settings.modes:
+    def _of_even_cuts(self, name: str, v: Any) -> tuple[Any, Any]:
+        """Several stages a rank, which recompute alike: by the first mode that does not surely exceed the memory."""
+        m, p, held, ranks = self.m, self.p, self._held(name, v), self._even.ranks(name)
+        at = np.broadcast_arrays(p.astype(np.int64), v.astype(np.int64))
+        has = (at[0] > 1) & (at[0] * at[1] <= self.chain.num_units)
+        at = [np.where(has, each, 0) for each in at]
+        own, experts = (ranks.of_fullest(self._of_kinds(of), *at) for of in ("own", "experts"))
+        state = self._state_bytes(own, self._part_elements(own, experts)) + self._reduced_bytes(
+            ranks.most_of_fullest(self._of_kinds("own"), *at)
+        )
+
+        def seconds(mode: Recompute) -> Any:
             again = self.chain.recompute_s[mode][-1] / p
             mean = self.forward + self.backward + again
-            slowest = np.maximum(mean, self.chain.slowest_unit_s)
-            bubble = self._bubble_s(schedule, self.forward / v, (self.backward + again) / v)
-            total = m * slowest + bubble + self.after
-            least = held * self._least_saved(mode, v)[:, None]
-            fits = open_ones & (least <= self.settings.limit_bytes)
-            found[fits] = total[fits]
-            open_ones &= ~fits
-        return self.settings.least_factor * found
+            heaviest = ranks.slowest(self._of_kinds("both_s") + self._of_kinds("again_s", mode), *at)
+            slowest = np.maximum(mean, np.maximum(heaviest, self.chain.slowest_unit_s))
+            bubble = self._bubble_s(name, self.forward / v, (self.backward + again) / v)
+            return self.settings.least_factor * (m * slowest + bubble + self.after)
 
-    def _least_saved(self, mode: Recompute, per_rank: int) -> Array:
-        """For each mesh what the smallest of its stages keeps of a microbatch."""
-        if mode not in self._least:
-            kept = np.array([unit.kept[mode].saved_bytes for unit in self.chain.kinds], dtype=np.float64)
-            self._least[mode] = (self._compositions @ kept).min(axis=1)
-        num_stages = (self.pp * per_rank).astype(np.int64)
-        is_there = num_stages < len(self._least[mode])
-        found: Array = np.where(is_there, self._least[mode][np.where(is_there, num_stages, 0)], 0.0)
-        return found
+        def num_bytes(mode: Recompute) -> Any:
+            saved = held * ranks.least_of_fullest(self._of_kinds("saved", mode), *at)
+            return state + saved + ranks.most_of_fullest(self._of_kinds("passing", mode), *at)
 
-    def _bubble_s(self, schedule: Schedule, forward: Any, backward: Any) -> Any:
-        m, p = self.m[:, None], self.pp[:, None]
-        if schedule.name in SPLITTING:
-            late = LATE_BUBBLES.get(schedule.name, 0.0) * np.maximum(0.0, 2 * p - m) / p
+        return self._first_that_fits(seconds, num_bytes)
+
+    def _first_that_fits(
+        self, seconds: Callable[[Recompute], Any], num_bytes: Callable[[Recompute], Any]
+    ) -> tuple[Any, Any]:
+        """Seconds by the first mode that does not surely exceed the limit, or the last one, and the least bytes of all modes."""
+        first, *others = self.settings.modes
+        found_s, least_bytes = seconds(first), num_bytes(first)
+        for mode in others:
+            is_open = least_bytes > self.settings.limit_bytes
+            if is_open.any():
+                found_s = np.where(is_open, seconds(mode), found_s)
+            least_bytes = np.minimum(least_bytes, num_bytes(mode))
+        return found_s, least_bytes
+
+    def _reduced_bytes(self, largest_unit: Any) -> Any:
+        """Under ZeRO-2/3 the gradients of a unit while they are reduced."""
+        return np.where(self._level >= 2, largest_unit * self.settings.gradient_bytes, 0.0)
+
+    def _of_kinds(self, figure: str, mode: Recompute = "none") -> Array:
+        """A figure of each kind of unit."""
+        if (figure, mode) not in self._figures:
+            read = _FIGURES[figure]
+            self._figures[figure, mode] = np.array(
+                [read(unit, mode) for unit in self.chain.kinds], dtype=np.float64
+            )
+        return self._figures[figure, mode]
+
+    def _held(self, name: str, v: Any) -> Any:
+        """Pairs (stage, microbatch) that one of the ranks holds at once: the first in rounds, the last in a V (``schedule.held``)."""
+        m, p = self.m, self.p
+        if name in SPLITTING:
+            return 2 * np.minimum(m, p) * np.ones_like(v)
+        if name == "looped-bfs":
+            return m * v
+        largest_round = np.ceil(m / np.maximum(1, np.floor(m / p)))
+        return np.minimum(m * v, 2 * (p - 1) + (v - 1) * largest_round + 1)
+
+    def _bubble_s(self, name: str, forward: Any, backward: Any) -> Any:
+        m, p = self.m, self.p
+        if name in SPLITTING:
+            late = LATE_BUBBLES.get(name, 0.0) * np.maximum(0.0, 2 * p - m) / p
             return (p - 1) * forward * (1 + late)
         return (p - 1) * (forward + backward)
+
+
+_FIGURES: Final = MappingProxyType(
+    {
+        "both_s": lambda unit, _: (
+            unit.forward_s + unit.backward_s + unit.talk_s(forward=True) + unit.talk_s(forward=False)
+        ),
+        "again_s": lambda unit, mode: unit.kept[mode].recompute_s,
+        "saved": lambda unit, mode: unit.kept[mode].saved_bytes,
+        "passing": lambda unit, mode: unit.kept[mode].extra_bytes + unit.transient_bytes,
+        "own": lambda unit, _: unit.own_elements,
+        "experts": lambda unit, _: unit.expert_elements,
+    }
+)
+
+
+def _column(values: Any) -> Any:
+    """Figures of meshes, one below the other."""
+    return np.asarray(values)[:, None, None]

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
+import numpy as np
+
 from shardstage.cost.accounting import OUR_ACCOUNTING
 from shardstage.cost.memory import GATHERED_UNITS, MOMENTS
 from shardstage.cost.pipeline import SPLITTING
@@ -21,36 +23,51 @@ __all__ = ["Chain", "ChainCosts"]
 
 
 class Chain:
-    """Sums over the units of one profile: the same for all choices of a group. ``kinds`` are its different units, by their twins."""
+    """Sums over the units of one profile: the same for all choices of a group.
 
-    def __init__(self, profile: Profile, kinds: Sequence[UnitCost] = ()) -> None:
+    ``kinds`` are its different units and ``twins`` the kind of each; by default every unit is of its own kind.
+    """
+
+    def __init__(
+        self, profile: Profile, kinds: Sequence[UnitCost] = (), twins: Sequence[int] | None = None
+    ) -> None:
         units = profile.units
         self.profile = profile
         self.num_units = len(units)
-        self.kinds = kinds
-        self.forward_s = _sums(unit.forward_s + unit.talk_s(forward=True) for unit in units)
-        self.backward_s = _sums(unit.backward_s + unit.talk_s(forward=False) for unit in units)
-        self.recompute_s = {m: _sums(unit.kept[m].recompute_s for unit in units) for m in RECOMPUTES}
-        self.saved = {m: _sums(unit.kept[m].saved_bytes for unit in units) for m in RECOMPUTES}
-        self.own = _sums(unit.own_elements for unit in units)
-        self.experts = _sums(unit.expert_elements for unit in units)
-        self.parameters = _sums(unit.num_parameters for unit in units)
+        self.kinds = kinds or units
+        self._twins = np.arange(len(units)) if twins is None else np.asarray(twins)
+        self.forward_s = self._sums(unit.forward_s + unit.talk_s(forward=True) for unit in self.kinds)
+        self.backward_s = self._sums(unit.backward_s + unit.talk_s(forward=False) for unit in self.kinds)
+        self.recompute_s = {m: self._sums(u.kept[m].recompute_s for u in self.kinds) for m in RECOMPUTES}
+        self.saved = {m: self._sums(u.kept[m].saved_bytes for u in self.kinds) for m in RECOMPUTES}
+        self.own = self._sums(unit.own_elements for unit in self.kinds)
+        self.experts = self._sums(unit.expert_elements for unit in self.kinds)
         self.received = [unit.input_bytes for unit in units]
         self.slowest_unit_s = max(
             unit.forward_s + unit.backward_s + unit.talk_s(forward=True) + unit.talk_s(forward=False)
-            for unit in units
+            for unit in self.kinds
         )
         self.both_s = [f + b for f, b in zip(self.forward_s, self.backward_s, strict=True)]
         self._shared = [(i, name) for i, unit in enumerate(units) for name in unit.shared]
         self._sharing = [i for i, _ in self._shared]
-        self._passing = {m: [u.kept[m].extra_bytes + u.transient_bytes for u in units] for m in RECOMPUTES}
         self._most: dict[tuple[Recompute, int], list[int]] = {}
         self._largest: dict[tuple[int, int], list[int]] = {}
+
+    def _sums(self, of_kinds: Iterable[float]) -> list[float]:
+        """What the units before each one add up to, and all."""
+        each = np.array(list(of_kinds))
+        sums: list[float] = [0.0, *each[self._twins].cumsum().tolist()]
+        return sums
+
+    def _passing(self, mode: Recompute) -> list[int]:
+        each = np.array([unit.kept[mode].extra_bytes + unit.transient_bytes for unit in self.kinds])
+        passing: list[int] = each[self._twins].tolist()
+        return passing
 
     def most_passing(self, mode: Recompute, start: int, stop: int) -> int:
         """The most that a unit of a run brings back and works with."""
         if (mode, start) not in self._most:
-            self._most[mode, start] = list(accumulate(self._passing[mode][start:], max))
+            self._most[mode, start] = list(accumulate(self._passing(mode)[start:], max))
         return self._most[mode, start][stop - start - 1]
 
     def largest_units(self, start: int, stop: int) -> list[int]:
@@ -145,7 +162,3 @@ class ChainCosts:
             0 if setup.schedule in SPLITTING else stage
         )  # what waits for its W is held as long as on the first rank
         return min(setup.mesh.pp - behind, setup.num_microbatches)
-
-
-def _sums(values: Iterable[float]) -> list[float]:
-    return [0.0, *accumulate(values)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Final
 
 import numpy as np
@@ -18,14 +19,13 @@ from shardstage.cost import (
     Profile,
     Profiler,
     StepSetup,
-    balanced,
     fold,
     predict_step,
     rank_memory,
 )
 from shardstage.cost.compute import moved_s
-from shardstage.cost.offload import has_host_room
 from shardstage.cost.links import LinkCosts, exposed_s
+from shardstage.cost.offload import has_host_room
 from shardstage.cost.pipeline import StageTime, pipeline_s
 from shardstage.cost.profile import RECOMPUTES, Recompute
 from shardstage.graph import ModelGraph
@@ -34,7 +34,8 @@ from shardstage.layout import Mesh
 from shardstage.plan import Precision
 from shardstage.plan.plan import Plan
 from shardstage.planner.chain import Chain, ChainCosts
-from shardstage.planner.space import Choice, Group, Savers, Space
+from shardstage.planner.even import EvenCuts
+from shardstage.planner.space import MAX_STAGES_PER_RANK, Choice, Group, Savers, Space
 from shardstage.planner.stages import best_cut
 
 Array = npt.NDArray[np.float64]
@@ -86,8 +87,6 @@ class Pricing:
         self._is_compiled = is_compiled
         self._profilers: dict[tuple[int, bool], Profiler] = {}
         self._chains: dict[Group, Chain] = {}
-        self._starts: dict[int, tuple[int, ...]] = {}
-        self._compositions: Array | None = None
         self._reference = 1 if graph.is_scalable else graph.microbatch
         self.least_factor = (
             1.0 if cluster.calibration is None else min(cluster.calibration.factors.values(), default=1.0)
@@ -114,9 +113,9 @@ class Pricing:
         """The units of a group with their sums."""
         if group not in self._chains:
             profile = self._profile(group)
-            by_twin = {unit.twin: i for i, unit in enumerate(self.folded.units)}
-            kinds = [profile.units[by_twin[twin]] for twin in range(len(by_twin))]
-            self._chains[group] = Chain(profile, kinds)
+            twins = [unit.twin for unit in self.folded.units]
+            kinds = [profile.units[twins.index(twin)] for twin in range(max(twins) + 1)]
+            self._chains[group] = Chain(profile, kinds, twins)
         return self._chains[group]
 
     def prepare(self, space: Space) -> None:
@@ -251,7 +250,7 @@ class Pricing:
         self, chain: Chain, setup: StepSetup, links: Links, limit_bytes: int, below_s: float
     ) -> StepSetup | None:
         """Several stages a rank: cut for balance, all recomputing alike, as little as fits."""
-        starts = self.even_starts(setup.num_stages)
+        starts = self.even.starts(setup.num_stages)
         for mode in self.modes:
             if self._least_s(setup, _stage_times(chain, starts, (mode,) * len(starts))) >= below_s:
                 raise TooSlow
@@ -266,38 +265,12 @@ class Pricing:
         m = setup.num_microbatches
         return self.least_factor * pipeline_s(setup.schedule, times, setup.mesh.pp, m)
 
-    def even_compositions(self) -> Array:
-        """[stages, kinds of stage, kinds of unit]: of how many units of each kind the stages of an even cut are made, each way once.
-
-        The first index is the number of stages; ways that a cut lacks repeat its first.
-        """
-        if self._compositions is None:
-            self._compositions = self._made_compositions()
-        return self._compositions
-
-    def _made_compositions(self) -> Array:
-        twins = [unit.twin for unit in self.folded.units]
-        num_kinds, n = max(twins) + 1, len(twins)
-        ways: list[list[tuple[int, ...]]] = [[(0,) * num_kinds]]
-        for num_stages in range(1, n + 1):
-            starts = self.even_starts(num_stages)
-            stops = (*starts[1:], n)
-            found: dict[tuple[int, ...], None] = {}
-            for start, stop in zip(starts, stops, strict=True):
-                counts = [0] * num_kinds
-                for twin in twins[start:stop]:
-                    counts[twin] += 1
-                found[tuple(counts)] = None
-            ways.append(list(found))
-        widest = max(map(len, ways))
-        return np.array([way + [way[0]] * (widest - len(way)) for way in ways], dtype=np.float64)
-
-    def even_starts(self, num_stages: int) -> tuple[int, ...]:
+    @cached_property
+    def even(self) -> EvenCuts:
         """Stages of equal seconds, for all choices alike: of what the units take one rank for one sample."""
-        if num_stages not in self._starts:
-            units = self.profiler(1, False).at(self._reference).units
-            self._starts[num_stages] = balanced([u.forward_s + u.backward_s for u in units], num_stages)
-        return self._starts[num_stages]
+        units = self.profiler(1, False).at(self._reference).units
+        seconds = [unit.forward_s + unit.backward_s for unit in units]
+        return EvenCuts([unit.twin for unit in self.folded.units], seconds, MAX_STAGES_PER_RANK)
 
 
 class TooSlow(Exception):

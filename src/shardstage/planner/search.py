@@ -278,7 +278,7 @@ class Searcher:
         share = group.tp * group.cp / self.space.num_ranks
         return self.global_batch / group.microbatch * units_s * share * self.pricing.least_factor
 
-    def _bounds_of(self, group: Group) -> Bounds | None:
+    def _bounds_of(self, group: Group, below_s: float = math.inf) -> Bounds | None:
         if group not in self._bounds:
             self._bounds[group] = bounds_of(
                 self.lattice,
@@ -286,17 +286,18 @@ class Searcher:
                 self.pricing.chain(group),
                 self.pricing.costs,
                 self._settings,
-                self.pricing.even_compositions(),
+                self.pricing.even,
+                below_s,
             )
         return self._bounds[group]
 
     def _walk(self, group: Group, limit_bytes: int, found: _Found) -> _Walk | None:
         """The choices of a group that may fit, in the order of their bounds."""
-        bounds = self._bounds_of(group)
+        bounds = self._bounds_of(group, found.best_s)
         if bounds is None:
             return None
         seconds = bounds.seconds.ravel()
-        too_large = (bounds.state_bytes.ravel() > limit_bytes) & np.isfinite(seconds)
+        too_large = (bounds.least_bytes.ravel() > limit_bytes) & np.isfinite(seconds)
         found.counts.by_memory += int(too_large.sum())
         open_ones = np.flatnonzero(np.isfinite(seconds) & ~too_large)
         return _Walk(bounds, open_ones[np.argsort(seconds[open_ones], kind="stable")])
@@ -327,7 +328,7 @@ class Searcher:
     def _nothing_fits(self, limit_bytes: int) -> PlanError:
         least = (
             min(
-                (float(bounds.state_bytes[np.isfinite(bounds.seconds)].min()), group)
+                (float(bounds.least_bytes[np.isfinite(bounds.seconds)].min()), group)
                 for group, bounds in self._bounds.items()
                 if bounds is not None and bounds.num_choices
             )

@@ -17,7 +17,7 @@ makes one longer."""
 
 
 def steady_microbatches(num_microbatches: int, num_ranks: int) -> int:
-    """So few that are held as so many are."""
+    """So few that are held as so many are, by any schedule but those that hold all."""
     return min(num_microbatches, STEADY_ROUNDS * num_ranks + num_microbatches % num_ranks)
 
 
@@ -61,7 +61,9 @@ def held_together(
 ) -> tuple[tuple[int, ...], ...]:
     """Microbatches that a rank holds on each of its stages at once: each moment that no other one exceeds on all stages."""
     p, m = num_ranks, num_microbatches
-    if name not in ("gpipe", "looped-bfs"):  # these hold all microbatches
+    if SCHEDULES[name].places == "v":  # full once a microbatch has gone down and up
+        m = min(m, 2 * p)
+    elif name not in ("gpipe", "looped-bfs"):  # these hold all microbatches
         m = steady_microbatches(m, p)
     return _held_together(name, num_stages, p, m, rank)
 

@@ -1,0 +1,118 @@
+"""``EvenCuts``: cuts into stages of equal seconds, for schedules that give each rank several, and of how many units of each kind they are.
+
+A cut is the same for all choices: of what the units take one rank for one sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from shardstage.cost import balanced
+from shardstage.schedule import SCHEDULES, stages_of_rank
+
+__all__ = ["EvenCuts"]
+
+Array = npt.NDArray[np.float64]
+
+
+class EvenCuts:
+    """``kinds`` are those of the units, numbered from 0, ``seconds`` what each takes; a rank has ``most_per_rank`` stages at most."""
+
+    def __init__(self, kinds: Sequence[int], seconds: Sequence[float], most_per_rank: int) -> None:
+        self._seconds = seconds
+        self._kinds = kinds
+        self._most_per_rank = most_per_rank
+        self._starts: dict[int, tuple[int, ...]] = {}
+        self._tables: dict[str, RankTable] = {}
+
+    def starts(self, num_stages: int) -> tuple[int, ...]:
+        """First unit of each stage."""
+        if num_stages not in self._starts:
+            self._starts[num_stages] = balanced(self._seconds, num_stages)
+        return self._starts[num_stages]
+
+    @cached_property
+    def whole(self) -> Array:
+        """[kind]: how many units there are of each."""
+        return self._counts_before[-1]
+
+    def ranks(self, schedule: str) -> RankTable:
+        """Of all numbers of ranks and of stages a rank under a schedule."""
+        places = SCHEDULES[schedule].places
+        if places not in self._tables:
+            self._tables[places] = self._made(schedule)
+        return self._tables[places]
+
+    def _made(self, schedule: str) -> RankTable:
+        n, num_kinds = len(self._kinds), len(self.whole)
+        is_v = SCHEDULES[schedule].places == "v"
+        most = 2 if is_v else max(2, min(self._most_per_rank, n // 2))
+        ways: dict[tuple[int, int], list[tuple[float, ...]]] = {}
+        stages = np.zeros((n + 1, most + 1, most, num_kinds))
+        for v in range(2, most + 1):
+            for p in range(2, n // v + 1):
+                counts = self._stage_counts(p * v)
+                of_ranks = np.stack(
+                    [counts[list(stages_of_rank(schedule, p * v, p, rank))] for rank in range(p)]
+                )
+                ways[p, v] = list(dict.fromkeys(map(tuple, of_ranks.sum(axis=1).tolist())))
+                stages[p, v] = of_ranks[p - 1 if is_v else 0, [*range(v), *([0] * (most - v))]]
+        widest = max(map(len, ways.values()), default=1)
+        table = np.zeros((n + 1, most + 1, widest, num_kinds))
+        for place, found in ways.items():
+            table[place] = found + found[:1] * (widest - len(found))
+        return RankTable(table, stages)
+
+    def _stage_counts(self, num_stages: int) -> Array:
+        """[stage, kind]"""
+        starts = self.starts(num_stages)
+        before = self._counts_before
+        found: Array = before[[*starts[1:], len(self._kinds)]] - before[list(starts)]
+        return found
+
+    @cached_property
+    def _counts_before(self) -> Array:
+        """[unit, kind]: units of a kind before a unit."""
+        ones = np.zeros((len(self._kinds) + 1, max(self._kinds) + 1))
+        ones[np.arange(1, len(self._kinds) + 1), list(self._kinds)] = 1.0
+        return ones.cumsum(axis=0)
+
+
+@dataclass(frozen=True)
+class RankTable:
+    """Of how many units of each kind ranks are made, [ranks, stages a rank, …, kind]; 0 for more stages than there are units.
+
+    ``each`` are the ways in which ranks are made, each once; what is missing repeats the first. ``stages`` are those of the rank that
+    surely holds most microbatches at once: the first where stages go round, the last in a V.
+    """
+
+    each: Array
+    stages: Array
+
+    def slowest(self, of_kinds: Array, p: Array, v: Array) -> Array:
+        """The most that the units of a rank add up to."""
+        found: Array = (self.each @ of_kinds).max(axis=2)[p, v]
+        return found
+
+    def of_fullest(self, of_kinds: Array, p: Array, v: Array) -> Array:
+        """What the units of the fullest rank add up to."""
+        number = np.arange(self.stages.shape[1])[None, :]
+        each = self.stages @ of_kinds
+        is_there = np.arange(each.shape[2]) < number[:, :, None]
+        found: Array = (each * is_there).sum(axis=2)[p, v]
+        return found
+
+    def least_of_fullest(self, of_kinds: Array, p: Array, v: Array) -> Array:
+        """What the units of the least of its stages add up to."""
+        found: Array = (self.stages @ of_kinds).min(axis=2)[p, v]
+        return found
+
+    def most_of_fullest(self, of_kinds: Array, p: Array, v: Array) -> Array:
+        """The most that one unit of it has."""
+        found: Array = np.where(self.stages > 0, of_kinds, 0.0).max(axis=(2, 3))[p, v]
+        return found
