@@ -25,6 +25,20 @@ CASES: dict[str, tuple[Product, Product, tuple[int, int], tuple[int, ...]]] = {
     "addmm": (call_addmm, lambda _, x, w, b: torch.addmm(b, x, w), (7, 5), (6, 7)),
     "matmul": (lambda c, x, w, b: matmul(c, x, w) + b, lambda _, x, w, b: x @ w + b, (7, 5), (3, 2, 7)),
     "no rows": (linear, lambda _, x, w, b: torch.nn.functional.linear(x, w, b), (5, 7), (0, 7)),
+    # of a rank that has none of the heads: the model's projections into them and out of them
+    "linear from no heads": (
+        linear,
+        lambda _, x, w, b: torch.nn.functional.linear(x, w, b),
+        (5, 0),
+        (3, 2, 0),
+    ),
+    "linear into no heads": (
+        linear,
+        lambda _, x, w, b: torch.nn.functional.linear(x, w, b),
+        (0, 7),
+        (3, 2, 7),
+    ),
+    "addmm from no heads": (call_addmm, lambda _, x, w, b: torch.addmm(b, x, w), (0, 5), (6, 0)),
 }
 
 

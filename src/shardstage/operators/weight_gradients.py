@@ -13,6 +13,7 @@ Parallelism", 2023), and microbatches add up in place.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -67,8 +68,7 @@ class _Product(Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, Tensor | None, None, None]:
         x, weight = ctx.saved_tensors
         needs_x, _, needs_bias = ctx.needs_input_grad[:3]
-        flat = gradient.reshape(-1, gradient.shape[-1])
-        rows = x.reshape(-1, x.shape[-1])
+        flat, rows = _rows(gradient), _rows(x)
         if ctx.is_transposed:
             dx = gradient @ weight if needs_x else None
             ctx.context.weights.add(ctx.weight, flat.t(), rows)
@@ -76,3 +76,8 @@ class _Product(Function):
             dx = gradient @ weight.t() if needs_x else None
             ctx.context.weights.add(ctx.weight, rows.t(), flat)
         return dx, None, flat.sum(0) if needs_bias else None, None, None
+
+
+def _rows(x: Tensor) -> Tensor:
+    """``x [.., n]`` as ``[rows, n]``, also where ``n`` is 0: a rank that has none of the heads."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
