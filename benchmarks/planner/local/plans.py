@@ -26,10 +26,10 @@ GRID = (
         "dp=2,tp=2,mb=8,zero=3",
     ),
     *("tp=4,mb=16", "tp=4,mb=16,sp"),
-    *("dp=2,pp=2,mb=4", "dp=2,pp=2,mb=2", "dp=2,pp=2,mb=4,zero=1", "dp=2,pp=2,mb=4,zero=3"),
+    *("dp=2,pp=2,mb=8", "dp=2,pp=2,mb=4", "dp=2,pp=2,mb=2", "dp=2,pp=2,mb=4,zero=1", "dp=2,pp=2,mb=4,zero=3"),
     *("dp=2,pp=2,mb=2,schedule=zb-h1", "dp=2,pp=2,mb=2,schedule=interleaved-1f1b,v=2"),
-    *("tp=2,pp=2,mb=8", "tp=2,pp=2,mb=4", "tp=2,pp=2,mb=4,sp", "tp=2,pp=2,mb=4,schedule=zb-h1"),
-    *("pp=4,mb=4", "pp=4,mb=2", "pp=4,mb=1", "pp=4,mb=2,recompute=full"),
+    *("tp=2,pp=2,mb=16", "tp=2,pp=2,mb=8", "tp=2,pp=2,mb=4", "tp=2,pp=2,mb=4,schedule=zb-h1"),
+    *("pp=4,mb=8", "pp=4,mb=4", "pp=4,mb=2", "pp=4,mb=2,recompute=full"),
     *("pp=4,mb=2,schedule=zb-h1", "pp=4,mb=2,schedule=zb-v", "pp=4,mb=2,schedule=interleaved-1f1b,v=2"),
 )
 """Every mesh of four ranks; of each what its choices are about: microbatch, ZeRO, sp, schedule, recomputation. For a batch of 16."""
