@@ -11,7 +11,14 @@ from shardstage.cost.links import Links
 from shardstage.cost.memory import MemoryUse, rank_memory, stage_memory
 from shardstage.cost.profile import Profile, Profiler, UnitCost, profile
 from shardstage.cost.setup import StepSetup
-from shardstage.cost.step import Prediction, StagePrediction, least_step_s, predict_step, stage_times
+from shardstage.cost.step import (
+    Prediction,
+    StagePrediction,
+    least_step_s,
+    predict_step,
+    stage_times,
+    step_seconds,
+)
 
 __all__ = [
     "OURS",
@@ -34,4 +41,5 @@ __all__ = [
     "rank_memory",
     "stage_memory",
     "stage_times",
+    "step_seconds",
 ]

@@ -28,7 +28,7 @@ from shardstage.cost.pipeline import StageTime, pipeline_s, run_pipeline
 from shardstage.cost.profile import Profile, UnitCost
 from shardstage.cost.setup import StepSetup
 
-__all__ = ["Prediction", "StagePrediction", "least_step_s", "predict_step", "stage_times"]
+__all__ = ["Prediction", "StagePrediction", "least_step_s", "predict_step", "stage_times", "step_seconds"]
 
 
 class Spread(NamedTuple):
@@ -95,8 +95,10 @@ class Prediction:
         return max(memory.host for memory in self.ranks)
 
 
-def predict_step(profile: Profile, setup: StepSetup, links: Links) -> Prediction:
-    """Seconds and bytes of one step on the links' cluster."""
+def predict_step(
+    profile: Profile, setup: StepSetup, links: Links, ranks: Sequence[MemoryUse] | None = None
+) -> Prediction:
+    """Seconds and bytes of one step on the links' cluster; ``ranks`` are what they hold, where that is known already."""
     cluster = links.cluster
     times = stage_times(profile, setup, links)
     m, num_stages, num_ranks = setup.num_microbatches, setup.num_stages, setup.mesh.pp
@@ -104,8 +106,7 @@ def predict_step(profile: Profile, setup: StepSetup, links: Links) -> Prediction
     travel_s = end_s - _pipeline_s(setup, [time._replace(receive_s=0.0) for time in times])
     exposed = _exposed_s(profile, setup, links, times)
     update = _of_busiest_rank(setup, [_update_s(profile, setup, links, s) for s in range(num_stages)])
-    least = _least_parts(profile, setup, links, times)
-    parts = least._replace(dp=least.dp + exposed, pp=max(0.0, end_s + update + links.norm_s() - sum(least)))
+    parts = _parts(profile, setup, links, times)
     low_s, step_s, high_s = _range_s(parts, links)
     busy = [m * (time.forward_s + time.backward_s) for time in times]
     talk = [
@@ -120,7 +121,7 @@ def predict_step(profile: Profile, setup: StepSetup, links: Links) -> Prediction
         step_time_high_s=high_s,
         parts=parts._asdict(),
         stages=_stages(profile, setup, times),
-        ranks=tuple(rank_memory(profile, setup, rank) for rank in range(num_ranks)),
+        ranks=tuple(ranks or (rank_memory(profile, setup, rank) for rank in range(num_ranks))),
         bubble_ratio=1 - sum(busy) / (num_ranks * end_s),
         exposed_dp_s=exposed + m * _of_busiest_rank(setup, gathering),
         exposed_tp_s=_of_busiest_rank(setup, talk),
@@ -130,6 +131,11 @@ def predict_step(profile: Profile, setup: StepSetup, links: Links) -> Prediction
         tokens_per_s=setup.global_batch * (setup.sequence or 1) / step_s,
         mfu=3 * profile.whole_flops * setup.global_batch / setup.microbatch / (step_s * rate),
     )
+
+
+def step_seconds(profile: Profile, setup: StepSetup, links: Links) -> float:
+    """``predict_step``'s expected seconds alone."""
+    return _range_s(_parts(profile, setup, links, stage_times(profile, setup, links)), links)[1]
 
 
 def least_step_s(profile: Profile, setup: StepSetup, links: Links) -> float:
@@ -177,6 +183,15 @@ def _busiest_rank(setup: StepSetup, by_stage: Sequence[float]) -> int:
 
 def _by_rank(setup: StepSetup, by_stage: Sequence[float]) -> list[float]:
     return [sum(by_stage[stage] for stage in setup.stages_of(rank)) for rank in range(setup.mesh.pp)]
+
+
+def _parts(profile: Profile, setup: StepSetup, links: Links, times: Sequence[StageTime]) -> Parts:
+    """Seconds by cause: what no schedule can spare, the reductions that nothing hides, and the pipeline's bubble and transfers."""
+    least = _least_parts(profile, setup, links, times)
+    update = _of_busiest_rank(setup, [_update_s(profile, setup, links, s) for s in range(setup.num_stages)])
+    pipeline = _pipeline_s(setup, times) + update + links.norm_s() - sum(least)
+    exposed = _exposed_s(profile, setup, links, times)
+    return least._replace(dp=least.dp + exposed, pp=max(0.0, pipeline))
 
 
 def _least_parts(profile: Profile, setup: StepSetup, links: Links, times: Sequence[StageTime]) -> Parts:

@@ -13,7 +13,7 @@ mean stage is the stage. A mean stage recomputes at least what memory asks for (
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Final
@@ -26,13 +26,14 @@ from shardstage.cost.compute import moved_s, optimizer_s
 from shardstage.cost.links import LinkCosts, overlap_slowdown
 from shardstage.cost.memory import MOMENTS
 from shardstage.cost.pipeline import LATE_BUBBLES, SPLITTING
-from shardstage.cost.profile import RECOMPUTES, Recompute
+from shardstage.cost.profile import RECOMPUTES, Recompute, UnitCost
 from shardstage.layout import Mesh
 from shardstage.planner.chain import Chain
 from shardstage.planner.even import EvenCuts
 from shardstage.planner.lattice import Lattice, MeshTable
 from shardstage.planner.space import Choice, Group, Schedule, Zero
 from shardstage.planner.trade import Trade
+from shardstage.schedule import SCHEDULES
 
 __all__ = ["Bounds", "bounds_of"]
 
@@ -90,7 +91,7 @@ def bounds_of(
         for name in dict.fromkeys(schedule.name for schedule in lattice.schedules):
             places = [i for i, schedule in enumerate(lattice.schedules) if schedule.name == name]
             per_rank = np.array([lattice.schedules[i].per_rank for i in places], dtype=np.float64)
-            at = np.ix_(rows, places)
+            at = np.ix_(rows, np.array(places))
             seconds[at], least_bytes[at] = table.of(name, per_rank)
     seconds[~meshes.has] = np.inf
     return Bounds(group, meshes.meshes, lattice.schedules, lattice.zeros, seconds, least_bytes)
@@ -127,8 +128,9 @@ class _Table:
         self.chain = chain
         self.p = _column(meshes.pp)
         self.m = _column(np.ceil(meshes.share / group.microbatch))
-        self._even = even
-        self._figures: dict[tuple[str, Recompute], Array] = {}
+        self.even = even
+        self.kinds = _Kinds(chain.kinds)
+        self._ranks: dict[str, _EvenRanks] = {}
         self._trade = Trade(chain.kinds, even.whole, settings.modes)
         self._talk = meshes.talk
         self._level = np.array([zero.level for zero in zeros], dtype=np.float64)[None, None, :]
@@ -244,16 +246,14 @@ class _Table:
 
     def _of_most_layers(self, held: Any) -> tuple[Any, Any]:
         """Of the stage that has most units of the kind that takes longest in all: at least their even share, rounded up."""
-        chain, whole = self.chain, self._even.whole
-        kind = int(np.argmax(whole * self._of_kinds("both_s")))
+        chain, whole = self.chain, self.even.whole
+        kind = int(np.argmax(whole * self.kinds.of("both_s")))
         unit = chain.kinds[kind]
         number = np.ceil(whole[kind] / self.p)
         own, experts = number * unit.own_elements, number * unit.expert_elements
-        state = self._state_bytes(own, self._part_elements(own, experts)) + self._reduced_bytes(
-            unit.own_elements
-        )
+        state = self.rank_state_bytes(own, experts, unit.own_elements)
         return self._first_that_fits(
-            lambda mode: number * (self._of_kinds("both_s")[kind] + unit.kept[mode].recompute_s),
+            lambda mode: number * (self.kinds.of("both_s")[kind] + unit.kept[mode].recompute_s),
             lambda mode: (
                 state
                 + held * number * unit.kept[mode].saved_bytes
@@ -264,28 +264,23 @@ class _Table:
 
     def _of_even_cuts(self, name: str, v: Any) -> tuple[Any, Any]:
         """Several stages a rank, which recompute alike: by the first mode that does not surely exceed the memory."""
-        m, p, held, ranks = self.m, self.p, self._held(name, v), self._even.ranks(name)
-        at = np.broadcast_arrays(p.astype(np.int64), v.astype(np.int64))
-        has = (at[0] > 1) & (at[0] * at[1] <= self.chain.num_units)
-        at = [np.where(has, each, 0) for each in at]
-        own, experts = (ranks.of_fullest(self._of_kinds(of), *at) for of in ("own", "experts"))
-        state = self._state_bytes(own, self._part_elements(own, experts)) + self._reduced_bytes(
-            ranks.most_of_fullest(self._of_kinds("own"), *at)
-        )
+        m, p, ranks = self.m, self.p, self._ranks_of(name, v)
 
         def seconds(mode: Recompute) -> Any:
             again = self.chain.recompute_s[mode][-1] / p
             mean = self.forward + self.backward + again
-            heaviest = ranks.slowest(self._of_kinds("both_s") + self._of_kinds("again_s", mode), *at)
-            slowest = np.maximum(mean, np.maximum(heaviest, self.chain.slowest_unit_s))
+            slowest = np.maximum(mean, np.maximum(ranks.slowest_s(mode), self.chain.slowest_unit_s))
             bubble = self._bubble_s(name, self.forward / v, (self.backward + again) / v)
             return self.settings.least_factor * (m * slowest + bubble + self.after)
 
-        def num_bytes(mode: Recompute) -> Any:
-            saved = held * ranks.least_of_fullest(self._of_kinds("saved", mode), *at)
-            return state + saved + ranks.most_of_fullest(self._of_kinds("passing", mode), *at)
+        return self._first_that_fits(seconds, ranks.num_bytes)
 
-        return self._first_that_fits(seconds, num_bytes)
+    def _ranks_of(self, name: str, v: Any) -> _EvenRanks:
+        """What even cuts make of ranks: the same under both schedules that lay stages in a V."""
+        places = SCHEDULES[name].places
+        if places not in self._ranks:
+            self._ranks[places] = _EvenRanks(self, name, v)
+        return self._ranks[places]
 
     def _first_that_fits(
         self, seconds: Callable[[Recompute], Any], num_bytes: Callable[[Recompute], Any]
@@ -300,20 +295,12 @@ class _Table:
             least_bytes = np.minimum(least_bytes, num_bytes(mode))
         return found_s, least_bytes
 
-    def _reduced_bytes(self, largest_unit: Any) -> Any:
-        """Under ZeRO-2/3 the gradients of a unit while they are reduced."""
-        return np.where(self._level >= 2, largest_unit * self.settings.gradient_bytes, 0.0)
+    def rank_state_bytes(self, own: Any, experts: Any, largest_unit: Any) -> Any:
+        """Of a rank with so many elements, and under ZeRO-2/3 the gradients of its largest unit while they are reduced."""
+        reduced = np.where(self._level >= 2, largest_unit * self.settings.gradient_bytes, 0.0)
+        return self._state_bytes(own, self._part_elements(own, experts)) + reduced
 
-    def _of_kinds(self, figure: str, mode: Recompute = "none") -> Array:
-        """A figure of each kind of unit."""
-        if (figure, mode) not in self._figures:
-            read = _FIGURES[figure]
-            self._figures[figure, mode] = np.array(
-                [read(unit, mode) for unit in self.chain.kinds], dtype=np.float64
-            )
-        return self._figures[figure, mode]
-
-    def _held(self, name: str, v: Any) -> Any:
+    def held(self, name: str, v: Any) -> Any:
         """Pairs (stage, microbatch) that one of the ranks holds at once: the first in rounds, the last in a V (``schedule.held``)."""
         m, p = self.m, self.p
         if name in SPLITTING:
@@ -331,7 +318,53 @@ class _Table:
         return (p - 1) * (forward + backward)
 
 
-_FIGURES: Final = MappingProxyType(
+class _EvenRanks:
+    """Ranks of even cuts of one group, [mesh, stages a rank, ZeRO]; what was asked once is kept."""
+
+    def __init__(self, table: _Table, name: str, v: Any) -> None:
+        self._kinds = table.kinds
+        self._ranks = table.even.ranks(name)
+        p, v_ = np.broadcast_arrays(table.p.astype(np.int64), v.astype(np.int64))
+        has = (p > 1) & (p * v_ <= table.chain.num_units)
+        self._at = (np.where(has, p, 0), np.where(has, v_, 0))
+        self._held = table.held(name, v)
+        own, experts = (self._ranks.of_fullest(self._kinds.of(of), *self._at) for of in ("own", "experts"))
+        largest = self._ranks.most_of_fullest(self._kinds.of("own"), *self._at)
+        self._state = table.rank_state_bytes(own, experts, largest)
+        self._slowest: dict[Recompute, Any] = {}
+        self._bytes: dict[Recompute, Any] = {}
+
+    def slowest_s(self, mode: Recompute) -> Any:
+        """Seconds of the heaviest rank for one microbatch, without what ZeRO waits for."""
+        if mode not in self._slowest:
+            each = self._kinds.of("both_s") + self._kinds.of("again_s", mode)
+            self._slowest[mode] = self._ranks.slowest(each, *self._at)
+        return self._slowest[mode]
+
+    def num_bytes(self, mode: Recompute) -> Any:
+        """What the fullest rank holds at least."""
+        if mode not in self._bytes:
+            saved = self._held * self._ranks.least_of_fullest(self._kinds.of("saved", mode), *self._at)
+            passing = self._ranks.most_of_fullest(self._kinds.of("passing", mode), *self._at)
+            self._bytes[mode] = self._state + saved + passing
+        return self._bytes[mode]
+
+
+class _Kinds:
+    """Figures of each kind of unit of a chain."""
+
+    def __init__(self, units: Sequence[UnitCost]) -> None:
+        self._units = units
+        self._known: dict[tuple[str, Recompute], Array] = {}
+
+    def of(self, figure: str, mode: Recompute = "none") -> Array:
+        if (figure, mode) not in self._known:
+            read = _FIGURES[figure]
+            self._known[figure, mode] = np.array([read(unit, mode) for unit in self._units], dtype=np.float64)
+        return self._known[figure, mode]
+
+
+_FIGURES: Final[Mapping[str, Callable[[UnitCost, Recompute], float]]] = MappingProxyType(
     {
         "both_s": lambda unit, _: (
             unit.forward_s + unit.backward_s + unit.talk_s(forward=True) + unit.talk_s(forward=False)

@@ -39,7 +39,8 @@ class EvenCuts:
     @cached_property
     def whole(self) -> Array:
         """[kind]: how many units there are of each."""
-        return self._counts_before[-1]
+        found: Array = self._counts_before[-1]
+        return found
 
     def ranks(self, schedule: str) -> RankTable:
         """Of all numbers of ranks and of stages a rank under a schedule."""

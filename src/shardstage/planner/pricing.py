@@ -15,6 +15,7 @@ from shardstage.cluster import Cluster
 from shardstage.cost import (
     Folded,
     Links,
+    MemoryUse,
     Prediction,
     Profile,
     Profiler,
@@ -22,6 +23,7 @@ from shardstage.cost import (
     fold,
     predict_step,
     rank_memory,
+    step_seconds,
 )
 from shardstage.cost.compute import moved_s
 from shardstage.cost.links import LinkCosts, exposed_s
@@ -143,24 +145,31 @@ class Pricing:
         chain = self.chain(choice.group)
         setup = self.setup(choice)
         links = self.links(choice)
+        ranks = None
         if choice.schedule.per_rank == 1:
-            found = self._cut(chain, setup, links, limit_bytes, below_s)
+            found = self._cut(choice, chain, setup, links, limit_bytes, below_s)
+            if found is not None:
+                self._check_seconds(choice, chain, links, found, below_s)
         else:
-            found = self._even(chain, setup, links, limit_bytes, below_s)
+            found, ranks = self._even(choice, chain, setup, links, limit_bytes, below_s)
         if found is None:
             return None
-        priced = self._priced(choice, chain, links, found)
+        priced = Priced(
+            choice=choice,
+            setup=found,
+            positions=tuple(self.folded.units[start].start for start in found.starts),
+            prediction=predict_step(chain.profile, found, links, ranks),
+            savers=self.savers,
+        )
         has_room = has_host_room(priced.prediction.host_bytes, self.cluster.device)
         return priced if has_room else None
 
-    def _priced(self, choice: Choice, chain: Chain, links: Links, setup: StepSetup) -> Priced:
-        return Priced(
-            choice=choice,
-            setup=setup,
-            positions=tuple(self.folded.units[start].start for start in setup.starts),
-            prediction=predict_step(chain.profile, setup, links),
-            savers=self.savers,
-        )
+    def _check_seconds(
+        self, choice: Choice, chain: Chain, links: Links, setup: StepSetup, below_s: float
+    ) -> None:
+        """Raises ``TooSlow`` where a step takes ``below_s`` or more; that is known sooner than what its ranks hold."""
+        if below_s != math.inf and (seconds := step_seconds(chain.profile, setup, links)) >= below_s:
+            raise TooSlow(choice, seconds)
 
     def links(self, choice: Choice) -> Links:
         return Links(
@@ -194,7 +203,13 @@ class Pricing:
         )
 
     def _cut(
-        self, chain: Chain, setup: StepSetup, links: Links, limit_bytes: int, below_s: float
+        self,
+        choice: Choice,
+        chain: Chain,
+        setup: StepSetup,
+        links: Links,
+        limit_bytes: int,
+        below_s: float,
     ) -> StepSetup | None:
         """Stages and what they recompute, solved exactly."""
         is_summed = setup.num_microbatches > 1
@@ -218,7 +233,7 @@ class Pricing:
             return None
         times = _stage_times(chain, cut.starts, cut.recompute)
         if self._least_s(setup, times) >= below_s:
-            raise TooSlow
+            raise TooSlow(choice)
         return _with_stages(setup, cut.starts, cut.recompute)
 
     def _waits(self, chain: Chain, setup: StepSetup, links: Links) -> Callable[[int, int], float]:
@@ -247,18 +262,25 @@ class Pricing:
         return waits
 
     def _even(
-        self, chain: Chain, setup: StepSetup, links: Links, limit_bytes: int, below_s: float
-    ) -> StepSetup | None:
-        """Several stages a rank: cut for balance, all recomputing alike, as little as fits."""
+        self,
+        choice: Choice,
+        chain: Chain,
+        setup: StepSetup,
+        links: Links,
+        limit_bytes: int,
+        below_s: float,
+    ) -> tuple[StepSetup | None, list[MemoryUse]]:
+        """Several stages a rank: cut for balance, all recomputing alike, as little as fits; and what the ranks hold."""
         starts = self.even.starts(setup.num_stages)
         for mode in self.modes:
             if self._least_s(setup, _stage_times(chain, starts, (mode,) * len(starts))) >= below_s:
-                raise TooSlow
+                raise TooSlow(choice)
             made = _with_stages(setup, starts, (mode,) * setup.num_stages)
-            ranks = (0, setup.mesh.pp - 1, *range(1, setup.mesh.pp - 1))[: setup.mesh.pp]
-            if all(rank_memory(chain.profile, made, rank).total_bytes <= limit_bytes for rank in ranks):
-                return made
-        return None
+            self._check_seconds(choice, chain, links, made, below_s)
+            ranks = _ranks_within(chain.profile, made, limit_bytes)
+            if ranks is not None:
+                return made, ranks
+        return None, []
 
     def _least_s(self, setup: StepSetup, times: list[StageTime]) -> float:
         """What the pipeline alone takes at least, before ZeRO's waits, sums of gradients and transfers."""
@@ -274,7 +296,23 @@ class Pricing:
 
 
 class TooSlow(Exception):
-    """A choice whose price cannot come below the best one's."""
+    """A choice whose price cannot come below the best one's: its seconds, where they were found out, if it fits."""
+
+    def __init__(self, choice: Choice, seconds: float = math.inf) -> None:
+        super().__init__(choice)
+        self.choice = choice
+        self.seconds = seconds
+
+
+def _ranks_within(profile: Profile, setup: StepSetup, limit_bytes: int) -> list[MemoryUse] | None:
+    """What each rank holds; None as soon as one of them exceeds the limit, those at the ends first."""
+    last = setup.mesh.pp - 1
+    found: dict[int, MemoryUse] = {}
+    for rank in (last, 0, *range(1, last)):
+        found[rank] = rank_memory(profile, setup, rank)
+        if found[rank].total_bytes > limit_bytes:
+            return None
+    return [found[rank] for rank in range(last + 1)]
 
 
 def _stage_times(chain: Chain, starts: tuple[int, ...], modes: tuple[Recompute, ...]) -> list[StageTime]:

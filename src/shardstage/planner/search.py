@@ -238,7 +238,7 @@ class Searcher:
                 needs=str(self.space.savers.beyond(self._ladder[0])),
                 without=without,
             ),
-            runners_up=tuple(self._runners_up(found)),
+            runners_up=tuple(self._runners_up(found, limit_bytes)),
             limit_bytes=limit_bytes,
             savers=self.space.savers,
             priced=best,
@@ -307,8 +307,9 @@ class Searcher:
         choice = walk.next()
         try:
             priced = self.pricing.price(choice, limit_bytes, found.best_s)
-        except TooSlow:
+        except TooSlow as slower:
             found.counts.priced += 1
+            found.add_slower(slower)
             return
         if priced is None:
             found.counts.unfit += 1
@@ -316,8 +317,22 @@ class Searcher:
             found.counts.priced += 1
             found.add(priced)
 
-    def _runners_up(self, found: _Found) -> Iterator[Candidate]:
-        for priced in found.runners_up():
+    def _next_best(self, found: _Found, limit_bytes: int) -> list[Priced]:
+        """The best of other meshes that were priced and fit; what a slower choice's ranks hold was not asked so far."""
+        seconds = {mesh: priced.seconds for mesh, priced in found.by_mesh.items() if priced is not found.best}
+        for mesh, slower in sorted(found.slower.items(), key=lambda item: item[1].seconds):
+            faster = [s for s in seconds.values() if s < slower.seconds]
+            if len(faster) >= KEPT_RUNNERS_UP:
+                break
+            if slower.seconds < seconds.get(mesh, math.inf) and mesh != found.best_mesh:
+                priced = self.pricing.price(slower.choice, limit_bytes)
+                if priced is not None:
+                    found.add(priced)
+                    seconds[mesh] = priced.seconds
+        return found.runners_up()
+
+    def _runners_up(self, found: _Found, limit_bytes: int) -> Iterator[Candidate]:
+        for priced in self._next_best(found, limit_bytes):
             plan = self.as_plan(priced)
             yield Candidate(
                 text=shorthand(plan, default_precision=self.precision),
@@ -371,6 +386,14 @@ class _Walk:
         return self._bounds.choice(int(self._order[self._at - 1]))
 
 
+_MeshKey = tuple[int, int, int, int]
+
+
+def _mesh_key(choice: Choice) -> _MeshKey:
+    """What makes two plans alike to a reader: tp, pp, cp and ep."""
+    return choice.mesh.tp, choice.mesh.pp, choice.mesh.cp, choice.group.ep
+
+
 @dataclass
 class _Found:
     """The state of a search: the best so far, the best of other meshes, and how choices were dealt with."""
@@ -378,16 +401,27 @@ class _Found:
     best: Priced | None = None
     counts: Counts = field(default_factory=Counts)
     least_pruned_s: float = math.inf
-    by_mesh: dict[tuple[int, int, int, int], Priced] = field(default_factory=dict)
+    by_mesh: dict[_MeshKey, Priced] = field(default_factory=dict)
+    slower: dict[_MeshKey, TooSlow] = field(default_factory=dict)
     front: list[Priced] = field(default_factory=list)
 
     @property
     def best_s(self) -> float:
         return math.inf if self.best is None else self.best.seconds
 
+    @property
+    def best_mesh(self) -> _MeshKey | None:
+        return None if self.best is None else _mesh_key(self.best.choice)
+
+    def add_slower(self, slower: TooSlow) -> None:
+        key = _mesh_key(slower.choice)
+        if slower.seconds < math.inf and (
+            key not in self.slower or slower.seconds < self.slower[key].seconds
+        ):
+            self.slower[key] = slower
+
     def add(self, priced: Priced) -> None:
-        mesh = priced.choice.mesh
-        key = (mesh.tp, mesh.pp, mesh.cp, priced.choice.group.ep)
+        key = _mesh_key(priced.choice)
         if key not in self.by_mesh or priced.seconds < self.by_mesh[key].seconds:
             self.by_mesh[key] = priced
         if priced.seconds < self.best_s:

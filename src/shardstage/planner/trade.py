@@ -6,7 +6,7 @@ its seconds; by convexity no cut does better.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +22,7 @@ class Trade:
     """Saved bytes of a microbatch, ascending, with the least seconds of recomputation for them: between the corners it is linear."""
 
     def __init__(
-        self, kinds: Sequence[UnitCost], numbers: Sequence[float], modes: Sequence[Recompute]
+        self, kinds: Sequence[UnitCost], numbers: Iterable[float], modes: Sequence[Recompute]
     ) -> None:
         saved = again_s = 0.0
         steps: list[tuple[float, float, float]] = []
