@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from tests.cluster.machines import curve, two_level
 
 from shardstage.cluster import CollectiveKind, LinearCost, LinkLevel
+from shardstage.cluster.table import Table
 from shardstage.errors import ClusterError
 
 
@@ -116,3 +118,29 @@ def test_a_level_or_curve_that_cannot_be_is_refused() -> None:
         LinkLevel(name="node", size=1, latency_s=1.0, bytes_per_s=0.0, source="")
     with pytest.raises(ClusterError, match="the all_reduce curve of 1 ranks needs group >= 2"):
         curve(group=1)
+
+
+def test_a_ring_takes_a_step_for_each_rank_but_one() -> None:
+    """Eight ranks on two nodes: six steps of 0.1 s within and one of 0.5 s between; launching costs a hop of the innermost level."""
+    cluster = two_level(16)
+    node, network = cluster.levels
+    levels = (replace(node, step_s=0.1), replace(network, step_s=0.5))
+    ring = replace(cluster, levels=levels)
+    for kind in ("all_gather", "reduce_scatter", "broadcast"):
+        assert ring.collective(kind, 8).latency_s == pytest.approx(node.latency_s + 6 * 0.1 + 0.5)
+        assert ring.collective(kind, 4).latency_s == pytest.approx(node.latency_s + 3 * 0.1)
+    assert ring.collective("all_gather", [0, 4, 8, 12]).latency_s == pytest.approx(
+        network.latency_s + 3 * 0.5
+    )
+    assert ring.collective("all_reduce", 8) == cluster.collective("all_reduce", 8), "by trees"
+    assert ring.collective("all_gather", 8).bytes_per_s == cluster.collective("all_gather", 8).bytes_per_s
+    with pytest.raises(ClusterError, match="must have step_s >= 0"):
+        replace(node, step_s=-1.0)
+
+
+def test_steps_that_a_level_does_not_know_leave_hops() -> None:
+    cluster = two_level(16)
+    half = replace(cluster, levels=(replace(cluster.levels[0], step_s=0.1), cluster.levels[1]))
+    assert half.collective("all_gather", 8) == cluster.collective("all_gather", 8)
+    assert half.collective("all_gather", 4).latency_s < cluster.collective("all_gather", 4).latency_s
+    assert LinkLevel.from_table(Table(half.levels[0].to_table(), "level")) == half.levels[0]

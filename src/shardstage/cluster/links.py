@@ -4,6 +4,8 @@ A collective takes ``latency_s + num_bytes / bytes_per_s`` (Hockney's model). Wh
 elsewhere the cost follows from the link levels that the group crosses:
 
     latency_s    Σ over levels   rounds × ceil(log2(parts that the level joins)) × the level's latency_s
+                 where steps of a ring are known and the collective goes round one (all_gather, reduce_scatter, broadcast):
+                 latency_s of the innermost level + Σ over levels   links of the ring over the level × its step_s
     bytes_per_s  min over levels   the level's bytes_per_s × lanes / traffic
 
 ``traffic`` is what a rank sends for each byte of the tensor, the ring's optimum (Patarasuk and Yuan, "Bandwidth
@@ -12,6 +14,8 @@ its own link:
 
       node 0        node 1            group {0..7}: 2 parts, 4 lanes over the network
     0  1  2  3 ── 4  5  6  7          group {0, 4}: 2 parts, 1 lane
+
+A ring of all eight takes seven steps, one of them over the network: NCCL sums by trees too, but gathers and scatters by rings.
 """
 
 from __future__ import annotations
@@ -50,13 +54,15 @@ class LinearCost(NamedTuple):
 @dataclass(frozen=True, kw_only=True)
 class LinkLevel:
     """One level of the tree: joins ``size`` parts, which are devices at the innermost level and else whole groups of
-    the level below. ``latency_s`` is one hop; ``bytes_per_s`` is what one device sends while it receives as much."""
+    the level below. ``latency_s`` is one hop; ``bytes_per_s`` is what one device sends while it receives as much. ``step_s`` is the latency
+    of one step of a ring over the level, where it is known."""
 
     name: str
     size: int
     latency_s: float
     bytes_per_s: float
     source: str
+    step_s: float | None = None
 
     def __post_init__(self) -> None:
         if self.size < 1:
@@ -69,9 +75,15 @@ class LinkLevel:
                 f"not {self.latency_s} and {self.bytes_per_s}",
                 hint="latency_s = 5e-6\nbytes_per_s = 5e10",
             )
+        if self.step_s is not None and self.step_s < 0:
+            raise ClusterError(
+                f"level {self.name!r} must have step_s >= 0, not {self.step_s}", hint="step_s = 2e-6"
+            )
 
     def to_table(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("name", "size", "latency_s", "bytes_per_s", "source")}
+        names = ("name", "size", "latency_s", "bytes_per_s", "source")
+        step = {} if self.step_s is None else {"step_s": self.step_s}
+        return {**{name: getattr(self, name) for name in names}, **step}
 
     @staticmethod
     def from_table(table: Table) -> LinkLevel:
@@ -81,6 +93,7 @@ class LinkLevel:
             latency_s=table.number("latency_s"),
             bytes_per_s=table.number("bytes_per_s"),
             source=table.text("source"),
+            step_s=table.number("step_s") if table.has("step_s") else None,
         )
         table.done()
         return level
@@ -133,11 +146,28 @@ class Crossing(NamedTuple):
 def derived_cost(kind: CollectiveKind, num_ranks: int, crossed: Sequence[Crossing]) -> LinearCost:
     """What follows from the levels alone."""
     rule = _RULES[kind]
-    latency_s = sum(
-        rule.rounds * _hops(kind, crossing.parts) * crossing.level.latency_s for crossing in crossed
-    )
+    latency_s = _ring_latency_s(num_ranks, crossed) if kind in _RINGS else None
+    if latency_s is None:
+        latency_s = sum(
+            rule.rounds * _hops(kind, crossing.parts) * crossing.level.latency_s for crossing in crossed
+        )
     seconds_per_byte = max(_seconds_per_byte(kind, num_ranks, crossing) for crossing in crossed)
     return LinearCost(latency_s, 1 / seconds_per_byte)
+
+
+def _ring_latency_s(num_ranks: int, crossed: Sequence[Crossing]) -> float | None:
+    """Of n - 1 steps round a ring that enters each part once; None where steps of a level are not known.
+
+    A level that joins parts of ``lanes`` ranks is stepped over as often as there are parts, but for those that outer levels join.
+    """
+    latency_s, units = crossed[0].level.latency_s, num_ranks - 1
+    for crossing, outer in zip(crossed, [*crossed[1:], None], strict=True):
+        if crossing.level.step_s is None:
+            return None
+        further = 0 if outer is None else min(units, -(-num_ranks // max(1, outer.lanes)) - 1)
+        latency_s += (units - further) * crossing.level.step_s
+        units = further
+    return latency_s
 
 
 def rescaled_cost(curve: CollectiveCurve, num_ranks: int) -> LinearCost:
@@ -176,6 +206,9 @@ _RULES: Final[dict[CollectiveKind, _Rule]] = {
     "broadcast": _Rule(1, lambda _: 1.0),
     "p2p": _Rule(1, lambda _: 1.0),
 }
+
+
+_RINGS: Final = frozenset({"all_gather", "reduce_scatter", "broadcast"})
 
 
 def _hops(kind: CollectiveKind, parts: int) -> int:

@@ -87,11 +87,13 @@ def _slowest(levels: Sequence[LinkLevel]) -> LinkLevel:
     """The level itself where all are one; else a level with the worst of every figure."""
     if all(level == levels[0] for level in levels):
         return levels[0]
+    steps = [level.step_s for level in levels]
     return LinkLevel(
         name=_either(level.name for level in levels),
         size=min(level.size for level in levels),
         latency_s=max(level.latency_s for level in levels),
         bytes_per_s=min(level.bytes_per_s for level in levels),
+        step_s=None if None in steps else max(step for step in steps if step is not None),
         source="the worst of each: " + " | ".join(dict.fromkeys(level.source for level in levels)),
     )
 
