@@ -21,7 +21,9 @@ class Framework:
 
     ``loss_bytes`` are moved forward for each logit beyond what a cross-entropy of float32 logits moves. Where a framework
     ``gathers_logits``, each tensor-parallel rank computes the whole vocabulary's loss; ``num_gates`` are the column-parallel products of
-    an MLP that sum their input's gradient on their own, beyond the first.
+    an MLP that sum their input's gradient on their own, beyond the first. A vocabulary is padded to a multiple of ``vocab_multiple`` on each
+    tensor-parallel rank. ``waits_for_kernels``: it ran with CUDA_LAUNCH_BLOCKING. ``dispatch_s`` is what its host takes for
+    a kernel, where another than the preset's was measured.
     """
 
     kernels: Kernels
@@ -31,6 +33,9 @@ class Framework:
     gathers_logits: bool = False
     num_gates: int = 0
     bucket_bytes: int = 200 * 2**20
+    vocab_multiple: int = 1
+    waits_for_kernels: bool = False
+    dispatch_s: float | None = None
 
 
 MEGATRON_2021 = Execution(
@@ -53,7 +58,21 @@ DEEPSPEED_MEGATRON = MEGATRON_2021
 DEEPSPEED_BF16 = replace(DEEPSPEED_MEGATRON, accumulation_bytes=10.0, wire_bytes=4.0)
 """Gradients in bfloat16 are added to sums in float32, which are reduced as they are (the same repository, runtime/bf16_optimizer.py)."""
 
+MEGATRON_VOCAB_MULTIPLE = 128
+"""--make-vocab-size-divisible-by, times the tensor-parallel ranks (github.com/NVIDIA/Megatron-LM megatron/tokenizer/tokenizer.py)."""
+
+HANGING_RANKS = 320
+"""So many A100 of Jean Zay "always hang" unless CUDA_LAUNCH_BLOCKING=1, which 160 do not need and BLOOM's script sets
+(github.com/bigscience-workshop/bigscience train/tr11-176B-ml, chronicles-prequel.md and tr11-176B-ml.slurm)."""
+
+DEEPSPEED_DISPATCH_S = 61e-6
+"""Fitted on the even half of vTrain's models, which Megatron-DeepSpeed ran on other machines (benchmarks/planner/vtrain)."""
+
 FSDP = Execution(accumulation_bytes=0.0, wire_bytes=4.0)
+FSDP_BF16 = replace(FSDP, wire_bytes=2.0)
+"""Gradients are reduced as they are computed: mixed precision PURE of Mosaic's trainer (github.com/mosaicml/composer
+composer/distributed/mosaic_parallelism.py), bfSixteen of IBM's (github.com/foundation-model-stack/fms-fsdp policies/mixed_precision.py)."""
+
 INTERNEVO = Execution(accumulation_bytes=6.0, wire_bytes=2.0, overlaps_sends=False)
 ALEPH_ALPHA = replace(MEGATRON_2021, scatters_sends=False, wire_bytes=4.0)
 """Gradients are added up in bfloat16 and reduced in float32 (github.com/Aleph-Alpha/scaling core/optimizer/allreduce.py)."""
@@ -68,6 +87,7 @@ def framework_of(row: dict[str, Any]) -> Framework:
             is_compiled=True,
             execution=FSDP if plan["zero"] == 3 else MEGATRON_2021,
             loss_bytes=MEGATRON_LOSS_BYTES,
+            vocab_multiple=MEGATRON_VOCAB_MULTIPLE,
         )
     if group == "zero-bubble":
         return Framework(
@@ -75,6 +95,7 @@ def framework_of(row: dict[str, Any]) -> Framework:
             is_compiled=True,
             execution=MEGATRON_2021,
             loss_bytes=MEGATRON_LOSS_BYTES,
+            vocab_multiple=MEGATRON_VOCAB_MULTIPLE,
         )
     if group.startswith("bloom"):
         return Framework(
@@ -82,6 +103,9 @@ def framework_of(row: dict[str, Any]) -> Framework:
             is_compiled=True,
             execution=DEEPSPEED_BF16 if plan["dtype"].startswith("bf16") else DEEPSPEED_MEGATRON,
             loss_bytes=MEGATRON_LOSS_BYTES,
+            vocab_multiple=MEGATRON_VOCAB_MULTIPLE,
+            waits_for_kernels=row["hardware"]["gpus"] >= HANGING_RANKS,
+            dispatch_s=DEEPSPEED_DISPATCH_S,
         )
     if group == "hagemann-2023":
         kernel = plan["attention_kernel"]
@@ -105,8 +129,15 @@ def framework_of(row: dict[str, Any]) -> Framework:
             has_bias=False,
         ),
         is_compiled=bool(plan.get("compile")),
-        execution=INTERNEVO if group == "internevo" else FSDP,
+        execution=_execution_of(group, plan),
     )
+
+
+def _execution_of(group: str, plan: dict[str, Any]) -> Execution:
+    if group == "internevo":
+        return INTERNEVO
+    is_pure = plan.get("mp_mode") == "PURE" or group == "ibm-fms-fsdp"
+    return FSDP_BF16 if is_pure else FSDP
 
 
 _HAGEMANN_ATTENTION: dict[str, Any] = {

@@ -126,11 +126,13 @@ def job_of(row: dict[str, Any]) -> Job:
     model, plan = row["model"], row["plan"]
     mesh = Mesh(dp=plan["dp"], tp=plan["tp"], pp=plan["pp"])
     vpp = plan.get("vpp") or 1
+    framework = framework_of(row)
+    multiple = framework.vocab_multiple * mesh.tp
     return Job(
-        shape=shape_of(model),
+        shape=replace(shape_of(model), vocab=-(-model["vocab"] // multiple) * multiple),
         sequence=model["seq_len"],
-        framework=framework_of(row),
-        cluster=_with_attention(cluster_of(row["hardware"], mesh.world_size), framework_of(row).kernels),
+        framework=framework,
+        cluster=_as_run_by(framework, cluster_of(row["hardware"], mesh.world_size)),
         mesh=mesh,
         stages_per_rank=vpp,
         schedule="interleaved-1f1b"
@@ -142,7 +144,9 @@ def job_of(row: dict[str, Any]) -> Job:
         microbatch=plan["microbatch"],
         global_batch=plan["global_batch"],
         is_sequence_parallel=bool(plan["sp"]),
-        zero_ranks=plan.get("zero_shard_size"),
+        zero_ranks=row["hardware"]["gpus_per_node"]
+        if plan["zero"] == "hsdp"
+        else plan.get("zero_shard_size"),
         layers_of=_layers_of(row),
     )
 
@@ -268,6 +272,7 @@ def _profiler(
         sequence=sequence,
         is_sequence_parallel=is_sp,
         is_compiled=framework.is_compiled,
+        waits_for_kernels=framework.waits_for_kernels,
     )
 
 
@@ -287,14 +292,14 @@ def cluster_of(hardware: dict[str, Any], num_devices: int) -> Cluster:
 
 
 @cache
-def _with_attention(cluster: Cluster, kernels: Kernels) -> Cluster:
-    """What earlier kernels reached of FlashAttention-2's rate."""
+def _as_run_by(framework: Framework, cluster: Cluster) -> Cluster:
+    """What earlier kernels reached of FlashAttention-2's rate, and what a framework's host takes for a kernel."""
     model = cluster.device.kernels
-    if kernels.attention not in SLOWER_ATTENTION or model is None:
-        return cluster
-    factor = SLOWER_ATTENTION[kernels.attention]
+    assert model is not None
+    factor = SLOWER_ATTENTION.get(framework.kernels.attention, 1.0)
     slower = replace(
         model,
+        dispatch_s=framework.dispatch_s or model.dispatch_s,
         attention_forward_ratio=model.attention_forward_ratio / factor,
         attention_backward_ratio=model.attention_backward_ratio / factor,
     )

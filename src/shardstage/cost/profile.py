@@ -112,7 +112,10 @@ def profile(
 
 
 class Profiler:
-    """One sharding of a model, priced at any microbatch: it is sharded once, and sizes that follow the microbatch scale with it."""
+    """One sharding of a model, priced at any microbatch: it is sharded once, and sizes that follow the microbatch scale with it.
+
+    ``waits_for_kernels``: the host does not run ahead, each launch waits for the kernel before it (CUDA_LAUNCH_BLOCKING).
+    """
 
     def __init__(
         self,
@@ -124,6 +127,7 @@ class Profiler:
         is_sequence_parallel: bool = False,
         replicate: Sequence[str] = (),
         is_compiled: bool = False,
+        waits_for_kernels: bool = False,
     ) -> None:
         graph = folded.graph.at(
             microbatch=REFERENCE_MICROBATCH if folded.graph.is_scalable else folded.graph.microbatch,
@@ -135,6 +139,7 @@ class Profiler:
         local = localize(sharding, 0)
         self._folded = folded
         self._device = cluster.device
+        self._waits_for_kernels = waits_for_kernels
         self._known: dict[tuple[int, float], _Seconds] = {}
         self._elements = {p.name: local.values[p.name].numel for p in local.parameters}
         self._shared = _shared_names(folded, self._elements)
@@ -243,7 +248,10 @@ class Profiler:
             talk[is_backward] += self._links[kind].seconds(num_bytes)
             volume[kind] += num_bytes
             counts[kind] += 1
-        forward_s, backward_s = (max(device_s[way], host_s[way] - talk[way]) for way in (False, True))
+        if self._waits_for_kernels:
+            forward_s, backward_s = device_s[0] + host_s[0], device_s[1] + host_s[1]
+        else:
+            forward_s, backward_s = (max(device_s[way], host_s[way] - talk[way]) for way in (False, True))
         attention_s = (seconds.forward_attention, seconds.backward_attention)
         cp_s = (0.0, 0.0) if links is None else _context_s(attention_s, work, b, links)
         ep_s = 0.0 if links is None else _expert_s(work, b, links)
