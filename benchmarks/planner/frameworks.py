@@ -21,8 +21,8 @@ class Framework:
 
     ``loss_bytes`` are moved forward for each logit beyond what a cross-entropy of float32 logits moves. Where a framework
     ``gathers_logits``, each tensor-parallel rank computes the whole vocabulary's loss; ``num_gates`` are the column-parallel products of
-    an MLP that sum their input's gradient on their own, beyond the first. A vocabulary is padded to a multiple of ``vocab_multiple`` on each
-    tensor-parallel rank. ``waits_for_kernels``: it ran with CUDA_LAUNCH_BLOCKING. ``dispatch_s`` is what its host takes for
+    an MLP that sum their input's gradient on their own, beyond the first. A vocabulary is padded to a multiple of ``vocab_multiple`` on
+    each tensor-parallel rank. ``waits_for_kernels``: it ran with CUDA_LAUNCH_BLOCKING. ``dispatch_s`` is what its host takes for
     a kernel, where another than the preset's was measured.
     """
 
@@ -73,7 +73,25 @@ FSDP_BF16 = replace(FSDP, wire_bytes=2.0)
 """Gradients are reduced as they are computed: mixed precision PURE of Mosaic's trainer (github.com/mosaicml/composer
 composer/distributed/mosaic_parallelism.py), bfSixteen of IBM's (github.com/foundation-model-stack/fms-fsdp policies/mixed_precision.py)."""
 
-INTERNEVO = Execution(accumulation_bytes=6.0, wire_bytes=2.0, overlaps_sends=False)
+INTERNEVO = Execution(
+    accumulation_bytes=6.0,
+    wire_bytes=2.0,
+    overlaps_sends=False,
+    sums_whole=True,  # _reduce_and_copy: no destination, so an all_reduce of the bucket
+    packing_bytes=8.0,  # bucket.flatten and unflatten_and_copy
+    broadcasts_parameters=True,  # broadcast_params: rank by rank
+)
+"""github.com/InternLM/InternEvo internlm/solver/optimizer/hybrid_zero_optim.py."""
+
+INTERNEVO_LOSS_BYTES = 36.0
+"""internlm/model/metrics.py, for each microbatch: a second cross-entropy (4), the maximum twice (8), argmax (4), less the maximum (8),
+exponentials (8), their sum (4), of float32 logits."""
+
+DEEPSPEED_ZERO3_2021 = Execution(accumulation_bytes=0.0, wire_bytes=2.0, gathers_apart=4, live_elements=1e9)
+"""A decoder layer's four matrices; what is smaller than 100,000 elements stays whole, and max_live_parameters is 1e9
+(github.com/deepspeedai/DeepSpeed v0.3.13, runtime/zero: _allgather_param and _reduce_scatter_gradient in partition_parameters.py,
+fetch_sub_module in stage3.py). torch's ProcessGroupNCCL copies what each rank sent in a kernel of its own."""
+
 ALEPH_ALPHA = replace(MEGATRON_2021, scatters_sends=False, wire_bytes=4.0)
 """Gradients are added up in bfloat16 and reduced in float32 (github.com/Aleph-Alpha/scaling core/optimizer/allreduce.py)."""
 
@@ -85,7 +103,7 @@ def framework_of(row: dict[str, Any]) -> Framework:
         return Framework(
             kernels=Kernels(attention="fused-softmax", dropout=0.1),
             is_compiled=True,
-            execution=FSDP if plan["zero"] == 3 else MEGATRON_2021,
+            execution=DEEPSPEED_ZERO3_2021 if plan["zero"] == 3 else MEGATRON_2021,
             loss_bytes=MEGATRON_LOSS_BYTES,
             vocab_multiple=MEGATRON_VOCAB_MULTIPLE,
         )
@@ -130,6 +148,8 @@ def framework_of(row: dict[str, Any]) -> Framework:
         ),
         is_compiled=bool(plan.get("compile")),
         execution=_execution_of(group, plan),
+        loss_bytes=INTERNEVO_LOSS_BYTES if group == "internevo" else 0.0,
+        bucket_bytes=2 * 512 * 2**20 if group == "internevo" else 200 * 2**20,
     )
 
 

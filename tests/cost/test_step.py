@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,8 +10,8 @@ from tests.cost.machines import round_machine
 from tests.cost.test_memory import setup
 from tests.cost.toy import toy_graph
 
-from shardstage.cluster import Cluster
-from shardstage.cost import Links, Prediction, Profile, fold, least_step_s, predict_step, profile
+from shardstage.cluster import Cluster, load
+from shardstage.cost import Execution, Links, Prediction, Profile, fold, least_step_s, predict_step, profile
 from shardstage.cost.step import CALIBRATIONS
 from shardstage.layout import Mesh
 
@@ -130,6 +131,41 @@ def test_latency_counts_once_a_collective() -> None:
 def _num_buckets() -> int:
     elements = sum(unit.own_elements for unit in priced(round_machine(4)).units)
     return -(-elements * 4 // 1024)
+
+
+def test_a_framework_may_sum_whole_gradients_pack_them_and_broadcast_parameters() -> None:
+    cluster = round_machine(4, kind="cpu", latency_s=1e-3)
+    plain = step(cluster, zero=1)
+    summed = step(cluster, zero=1, execution=Execution(sums_whole=True))
+    assert summed.exposed_dp_s == pytest.approx(step(cluster, zero=0).exposed_dp_s)
+    assert summed.exposed_dp_s > plain.exposed_dp_s
+    elements = sum(unit.own_elements for unit in priced(cluster).units)
+    packed = step(cluster, zero=1, execution=Execution(packing_bytes=8.0))
+    assert packed.exposed_dp_s - plain.exposed_dp_s == pytest.approx(8 * elements / 1e9)
+    cast = step(cluster, zero=1, execution=Execution(broadcasts_parameters=True))
+    more_bytes_s = 4 * elements / 4 / 1e9  # a ring's gather leaves out the own part
+    assert cast.optimizer_s - plain.optimizer_s == pytest.approx(3 * 2e-3 + more_bytes_s, rel=0.01)
+
+
+def test_a_framework_may_gather_each_parameter_apart() -> None:
+    """Two matrices a layer of four, one each in the embedding and the head: 10 calls, four times with recomputation, of four ranks."""
+    cluster = round_machine(4)
+    kernels = load("a100-80").device.kernels
+    assert kernels is not None
+    slow_host = replace(cluster, device=replace(cluster.device, kernels=replace(kernels, dispatch_s=1.0)))
+    times = {}
+    for num in (0, 2):
+        found = step(slow_host, zero=3, recompute="full", execution=Execution(gathers_apart=num))
+        times[num] = found.stages[0].forward_s, found.stages[0].backward_s
+    assert times[2][0] - times[0][0] == pytest.approx(10 * 4 * 1.0, rel=0.01)
+    assert times[2][1] - times[0][1] == pytest.approx(3 * 10 * 4 * 1.0, rel=0.01)
+
+
+def test_nothing_is_gathered_ahead_of_too_many_parameters() -> None:
+    cluster = round_machine(4)
+    free, full = (step(cluster, zero=3, execution=Execution(live_elements=n)) for n in (1e9, 1.0))
+    taking_turns = step(replace(cluster, device=replace(cluster.device, kind="cpu")), zero=3)
+    assert free.exposed_dp_s < full.exposed_dp_s == pytest.approx(taking_turns.exposed_dp_s)
 
 
 def test_a_plan_s_other_numbers_do_not_change_the_price() -> None:

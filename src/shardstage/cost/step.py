@@ -19,7 +19,7 @@ from itertools import accumulate
 from types import MappingProxyType
 from typing import Final, NamedTuple
 
-from shardstage.cost.compute import moved_s, optimizer_s
+from shardstage.cost.compute import dispatch_s, moved_s, optimizer_s
 from shardstage.cost.links import Links, exposed_s
 from shardstage.cost.memory import MemoryUse, rank_memory, stage_elements, stage_memory
 from shardstage.cost.offload import offloaded_update_s
@@ -276,14 +276,27 @@ def _waits(profile: Profile, setup: StepSetup, links: Links, stage: int) -> tupl
         return 0.0, 0.0
     units = _units(profile, setup, stage)
     forward_s, backward_s = _plain_times(units, setup, stage)
-    gathers = [links.shards_s("all_gather", unit.own_elements * setup.compute_bytes) for unit in units]
-    sums = [_scatter_s(links, unit.own_elements * setup.wire_bytes) for unit in units]
-    again = gathers if setup.sharding_level == 3 else []
-    slowdown = links.overlap_slowdown
+    how = setup.execution
+    calls = [(unit, min(unit.num_parameters, how.gathers_apart) or 1) for unit in units]
+    gathers = [links.shards_s("all_gather", u.own_elements * setup.compute_bytes, num) for u, num in calls]
+    sums = [_scatter_s(links, unit.own_elements * setup.wire_bytes, num) for unit, num in calls]
+    again = _times_gathered_again(setup, stage)
+    is_ahead = all(unit.own_elements < num * how.live_elements for unit, num in calls)
+    slowdown = links.overlap_slowdown if is_ahead else 1.0
+    copies_s = 0.0
+    if how.gathers_apart:
+        copies_s = sum(num for _, num in calls) * setup.num_shards * dispatch_s(links.cluster.device)
     return (
-        exposed_s(sum(gathers), forward_s, slowdown, gathers[0]),
-        exposed_s(sum(again) + sum(sums), backward_s, slowdown, sums[0]),
+        copies_s + exposed_s(sum(gathers), forward_s, slowdown, gathers[0]),
+        (again + 1) * copies_s + exposed_s(again * sum(gathers) + sum(sums), backward_s, slowdown, sums[0]),
     )
+
+
+def _times_gathered_again(setup: StepSetup, stage: int) -> int:
+    """For the backward under ZeRO-3, and where parameters travel apart for recomputing before it."""
+    if setup.sharding_level < 3:
+        return 0
+    return 2 if setup.execution.gathers_apart and setup.recompute_of(stage) != "none" else 1
 
 
 def _exposed_reduction_s(
@@ -296,7 +309,8 @@ def _exposed_reduction_s(
     elements = stage_elements(profile, setup, stage)
     num_buckets = _num_buckets(setup, elements)
     num_bytes = elements * setup.wire_bytes
-    if setup.sharding_level:
+    waited += moved_s(elements * setup.execution.packing_bytes, links.cluster.device)
+    if setup.sharding_level and not setup.execution.sums_whole:
         all_s = _scatter_s(links, num_bytes, num_buckets)
     else:
         all_s = links.dp_s("all_reduce", num_bytes, num_buckets)
@@ -350,7 +364,10 @@ def _new_parameters_s(profile: Profile, setup: StepSetup, links: Links, stage: i
     if setup.sharding_level != 1:
         return 0.0
     elements = stage_elements(profile, setup, stage)
-    return links.shards_s("all_gather", elements * setup.compute_bytes, _num_buckets(setup, elements))
+    num_bytes = elements * setup.compute_bytes
+    if setup.execution.broadcasts_parameters:
+        return links.shards_s("broadcast", num_bytes, setup.num_shards)
+    return links.shards_s("all_gather", num_bytes, _num_buckets(setup, elements))
 
 
 def _num_buckets(setup: StepSetup, elements: int) -> int:
