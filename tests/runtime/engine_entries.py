@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,12 +41,19 @@ def run_cases(environment: RankEnvironment, cases: Sequence[Case], out: str) -> 
     for case in cases:
         engine = engine_of(case, rank=environment.rank)
         steps = [engine.step(step, batches_of(engine, step)) for step in range(NUM_STEPS)]
+        digest = hashlib.sha256()
+        for leaf in engine.parameters.leaves:
+            pieces = [(p.parameter.fqn, p.flat_start, p.offset) for p in leaf.pieces]
+            digest.update(repr(pieces).encode() + leaf.master.detach().numpy().tobytes())
+        dtypes = {str(g.dtype) for leaf in engine.parameters.leaves if (g := leaf.gradient()) is not None}
         held = sum(leaf.master.numel() for leaf in engine.parameters.leaves)
         found.append(
             {
                 "losses": [result.loss for result in steps],
                 "norms": [result.gradient_norm for result in steps],
                 "targets": [result.num_targets for result in steps],
+                "digests": engine.groups.gather(digest.hexdigest()),
+                "gradient_dtypes": sorted(dtypes),
                 "held": engine.groups.gather(held),
             }
         )

@@ -23,8 +23,8 @@ from shardstage.program.stage_parameters import (
     HeldParameter,
     Unit,
     assign_buckets,
+    gradient_dtype,
     held_parameters,
-    master_dtype,
     row_range,
     tie_axis,
     unit_numel,
@@ -194,7 +194,7 @@ class _Lowering:
 
     def _reductions(self, pp: int, dp: int, tp: int) -> tuple[tuple[Collective, ...], tuple[Collective, ...]]:
         """What REDUCE_GRAD and STEP run: over dp first, then over tp and ties what is partial there; the norm, then new parameters."""
-        plan, mesh, dtype = self.plan, self.plan.mesh, master_dtype(self.plan)
+        plan, mesh, dtype = self.plan, self.plan.mesh, gradient_dtype(self.plan)
         norm = (Collective("world", "all_reduce", "float64", 2),) if mesh.world_size > 1 else ()
         if self._is_fully_sharded:
             held = [p for stage in self.schedule.stages_of(pp) for p in self._parameters_of(stage, tp)]
@@ -257,7 +257,7 @@ class _Lowering:
                 bucket=self.buckets.name(tuple(p.fqn for p in held)),
                 numel=unit_numel(held, plan.mesh),
                 compute_dtype=plan.precision,
-                master_dtype=master_dtype(plan),
+                gradient_dtype=gradient_dtype(plan),
                 is_trained=any(p.is_trained for p in held),
             )
             for block, held in units_of(self._parameters_of(stage, tp), plan)

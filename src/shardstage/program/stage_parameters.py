@@ -18,6 +18,7 @@ __all__ = [
     "HeldParameter",
     "Unit",
     "assign_buckets",
+    "gradient_dtype",
     "held_parameters",
     "master_dtype",
     "needs_bucket",
@@ -68,14 +69,14 @@ class Unit(NamedTuple):
     bucket: str
     numel: int
     compute_dtype: str
-    master_dtype: str
+    gradient_dtype: str
     is_trained: bool
 
     def gather(self) -> Collective:
         return Collective("dp", "all_gather", self.compute_dtype, self.numel, self.bucket)
 
     def reduce(self) -> Collective:
-        return Collective("dp", "reduce_scatter", self.master_dtype, self.numel, self.bucket)
+        return Collective("dp", "reduce_scatter", self.gradient_dtype, self.numel, self.bucket)
 
 
 class _Way(NamedTuple):
@@ -192,8 +193,13 @@ def row_range(shape: tuple[int, ...], mesh: Mesh, dp: int) -> tuple[int, int]:
 
 
 def master_dtype(plan: Plan) -> str:
-    """Of gradients, master weights and optimizer state."""
+    """Of master weights and optimizer state."""
     return "float64" if plan.precision == "float64" else "float32"
+
+
+def gradient_dtype(plan: Plan) -> str:
+    """Of gradients where they are summed."""
+    return plan.gradient_dtype or master_dtype(plan)
 
 
 def tie_axis(ranks: Sequence[int]) -> str:

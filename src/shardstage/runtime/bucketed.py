@@ -20,6 +20,7 @@ from shardstage.layout import Shard
 from shardstage.runtime.groups import RankGroups
 from shardstage.runtime.leaves import Leaf, ParameterInfo, Piece
 from shardstage.runtime.stage import Stage
+from shardstage.runtime.storage import Storage
 
 __all__ = ["BucketedParameters"]
 
@@ -60,12 +61,12 @@ class BucketedParameters:
         groups: RankGroups,
         *,
         zero: int,
-        device: torch.device,
-        master_dtype: torch.dtype,
+        storage: Storage,
         allocate: Allocate,
     ) -> None:
         """``stages`` are all of the rank, ``buckets`` names of parameters; a parameter in none of them concerns no other rank."""
         self._groups = groups
+        self._storage = storage
         self._is_sharded = zero >= 1 and groups.mesh.dp > 1
         self._ended: set[int] = set()
         self._places: dict[str, list[Place]] = {}
@@ -76,7 +77,9 @@ class BucketedParameters:
                 self._places.setdefault(name, []).append(place)
         in_buckets = {name for bucket in buckets for name in bucket}
         self._alone = {
-            name: _replace(places, torch.empty(places[0][1].shape, dtype=places[0][1].dtype, device=device))
+            name: _replace(
+                places, torch.empty(places[0][1].shape, dtype=places[0][1].dtype, device=storage.device)
+            )
             for name, places in self._places.items()
             if name not in in_buckets
         }
@@ -86,20 +89,23 @@ class BucketedParameters:
             for name in stage.infos
         }
         self._num_summands = {name: stage.num_summands(name) for stage in stages for name in stage.infos}
-        self._buckets = [
-            self._make_bucket(
-                [infos[n] for n in names], device=device, master_dtype=master_dtype, allocate=allocate
-            )
-            for names in buckets
-        ]
+        self._masters_alone = {
+            name: storage.new_master(p.shape)
+            for name, p in self._alone.items()
+            if p.requires_grad and storage.needs_master(p.dtype)
+        }
+        self._buckets = [self._make_bucket([infos[n] for n in names], allocate) for names in buckets]
         self._next_to_start = 0
         self._homes: dict[int, tuple[_Bucket, int]] = {}
         for bucket in self._buckets:
             for index, parameter in enumerate(bucket.parameters):
                 self._homes[id(parameter)] = (bucket, index)
                 parameter.register_post_accumulate_grad_hook(self._hook(bucket, index))  # type: ignore[no-untyped-call]  # torch's is untyped
+        self._leaves_alone = [
+            self._leaf_alone(infos[name], p) for name, p in self._alone.items() if p.requires_grad
+        ]
         self.leaves: tuple[Leaf, ...] = (
-            *(self._leaf_alone(infos[name], p) for name, p in self._alone.items() if p.requires_grad),
+            *self._leaves_alone,
             *(self._leaf(bucket) for bucket in self._buckets),
         )
 
@@ -166,6 +172,8 @@ class BucketedParameters:
 
     def publish(self) -> None:
         """Copies the masters back to what the blocks read; under ZeRO-1 each rank sends its part to all."""
+        for name, master in self._masters_alone.items():
+            self._alone[name].detach().copy_(master)
         for bucket in self._buckets:
             own = self._own_range(bucket)
             part = bucket.flat_parameters[own.start : own.stop]
@@ -178,6 +186,8 @@ class BucketedParameters:
         """Gives a parameter its value: ``local`` is this rank's tensor-parallel shard."""
         if name in self._alone:
             self._alone[name].copy_(local)
+            if name in self._masters_alone:
+                self._masters_alone[name].copy_(local)
             return
         for bucket in self._buckets:
             for info, offset in zip(bucket.infos, bucket.offsets, strict=True):
@@ -193,7 +203,7 @@ class BucketedParameters:
 
     def pieces_of(self, dp: int) -> tuple[Piece, ...]:
         """What data-parallel rank ``dp`` keeps of the trained parameters of these stages."""
-        alone = (leaf.pieces for leaf in self.leaves if leaf.owns_gradient)
+        alone = (leaf.pieces for leaf in self._leaves_alone)
         shared = (
             _pieces(b.infos, b.offsets, self._part(b.flat_parameters.numel(), dp)) for b in self._buckets
         )
@@ -204,40 +214,40 @@ class BucketedParameters:
         buckets = self._buckets
         return {
             "parameters": [*self._alone.values(), *(bucket.flat_parameters for bucket in buckets)],
-            "master": [bucket.master for bucket in buckets if bucket.has_own_master],
+            "master": [
+                *self._masters_alone.values(),
+                *(bucket.master for bucket in buckets if bucket.has_own_master),
+            ],
             "gradients": [t for bucket in buckets for t in (bucket.flat_gradients, bucket.shard_gradients)],
         }
 
     def _leaf_alone(self, info: ParameterInfo, parameter: nn.Parameter) -> Leaf:
+        master = self._masters_alone.get(info.name)
         return Leaf(
-            master=parameter,
+            master=parameter if master is None else master,
             gradient=lambda: parameter.grad,
             pieces=(Piece(parameter=info, flat_start=0, flat_stop=parameter.numel(), offset=0),),
             is_decayed=info.is_decayed,
             is_counted=isinstance(info.placement, Shard) or self._groups.tp == 0,
-            owns_gradient=True,
+            owns_gradient=master is None,
+            is_apart=master is not None,
+            is_sent=self._storage.is_offloaded,
         )
 
-    def _make_bucket(
-        self,
-        infos: Sequence[ParameterInfo],
-        *,
-        device: torch.device,
-        master_dtype: torch.dtype,
-        allocate: Allocate,
-    ) -> _Bucket:
+    def _make_bucket(self, infos: Sequence[ParameterInfo], allocate: Allocate) -> _Bucket:
+        storage = self._storage
         ranks = self._groups.mesh.dp if self._is_sharded else 1
         offsets, used = _pack(infos)
         numel = -(-used // ranks) * ranks
         dtype = self._places[infos[0].name][0][1].dtype
         flat_parameters = allocate(numel, dtype).zero_()
-        flat_gradients = allocate(numel, master_dtype).zero_()
+        flat_gradients = allocate(numel, storage.gradient_dtype).zero_()
         parameters = tuple(
             _become_view(self._places[info.name], flat_parameters, offset)
             for info, offset in zip(infos, offsets, strict=True)
         )
         part = self._part(numel, self._groups.dp)
-        is_same = dtype == master_dtype
+        has_own_master = storage.needs_master(dtype)
         own = flat_parameters[part.start : part.stop]
         return _Bucket(
             stage=self._stage_of[infos[0].name],
@@ -246,9 +256,9 @@ class BucketedParameters:
             offsets=offsets,
             flat_parameters=flat_parameters,
             flat_gradients=flat_gradients,
-            has_own_master=not is_same,
-            master=own if is_same else torch.zeros(len(part), dtype=master_dtype, device=device),
-            shard_gradients=torch.zeros(len(part), dtype=master_dtype, device=device)
+            has_own_master=has_own_master,
+            master=storage.new_master([len(part)]) if has_own_master else own,
+            shard_gradients=torch.zeros(len(part), dtype=storage.gradient_dtype, device=storage.device)
             if self._is_sharded
             else flat_gradients,
             views=tuple(
@@ -325,6 +335,8 @@ class BucketedParameters:
             pieces=tuple(_pieces(bucket.infos, bucket.offsets, own)),
             is_decayed=first.is_decayed,
             is_counted=holds_first_copy,
+            is_apart=self._storage.has_apart_gradients,
+            is_sent=self._storage.is_offloaded,
         )
 
     def _own_range(self, bucket: _Bucket) -> range:

@@ -15,12 +15,7 @@ from shardstage.graph.source import ModelSource
 from shardstage.operators import OperatorContext, RandomState, library
 from shardstage.plan.plan import Plan
 from shardstage.program import Program, StageGraphs, lower, verify
-from shardstage.program.stage_parameters import (
-    HeldParameter,
-    assign_buckets,
-    held_parameters,
-    master_dtype,
-)
+from shardstage.program.stage_parameters import HeldParameter, assign_buckets, held_parameters
 from shardstage.runtime.block_code import BlockWriter
 from shardstage.runtime.bucketed import BucketedParameters
 from shardstage.runtime.engine import Engine, Parameters
@@ -30,6 +25,7 @@ from shardstage.runtime.leaves import ParameterInfo
 from shardstage.runtime.optimizer import Optimizer, OptimizerConfig
 from shardstage.runtime.process_group import allocate_shared
 from shardstage.runtime.stage import Stage, build_stage
+from shardstage.runtime.storage import Storage
 from shardstage.runtime.weights import initial_buffers, initial_weights
 
 __all__ = ["assemble_engine", "build_engine", "tied_ranks"]
@@ -70,7 +66,7 @@ def build_engine(
         source,
         groups,
         seed=seed,
-        dtype=_master(plan),
+        dtype=Storage.of(plan, device).master_dtype,
         device=device,
         folder=weights_folder,
     )
@@ -105,6 +101,7 @@ def assemble_engine(
     held = _held_parameters(program, graphs, next(iter(cuts.values())), own)
     context = _context(groups, plan, own, seed=seed, device_kind=device_kind or device.type)
     is_fully_sharded = plan.zero >= 2 and mesh.dp > 1
+    storage = Storage.of(plan, device)
     writer = BlockWriter(_library(graph, source, context), device, is_compiled=plan.is_compiled)
     stages = {
         stage: build_stage(
@@ -113,15 +110,21 @@ def assemble_engine(
             context=context,
             writer=writer,
             recompute=plan.recompute_of(stage),
-            parameter_dtype=_master(plan) if is_fully_sharded else None,
+            parameter_dtype=storage.gradient_dtype if is_fully_sharded else None,
         )
         for stage in own
     }
     if is_fully_sharded:
-        parameters = _fully_sharded(plan, stages, groups, device)
+        parameters: Parameters = FullyShardedParameters(
+            list(stages.values()), groups, zero=plan.zero, storage=storage
+        )
     else:
         buckets = _buckets(program, plan, rank, held)
-        parameters = _bucketed(plan, stages, buckets, groups, device, allocate, context)
+        bucketed = BucketedParameters(
+            list(stages.values()), buckets, groups, zero=plan.zero, storage=storage, allocate=allocate
+        )
+        context.weights.accumulate = bucketed.accumulate
+        parameters = bucketed
     return Engine(
         program=program,
         graphs=graphs,
@@ -155,49 +158,6 @@ def _context(
         may_overwrite=all(plan.recompute_of(stage) != "selective" for stage in own),
         device_kind=device_kind,
     )
-
-
-def _fully_sharded(
-    plan: Plan, stages: Mapping[int, Stage], groups: RankGroups, device: torch.device
-) -> Parameters:
-    """ZeRO-2/3 over more than one rank: FSDP2 gathers and reduces."""
-    return FullyShardedParameters(
-        list(stages.values()),
-        groups,
-        zero=plan.zero,
-        compute_dtype=getattr(torch, plan.precision),
-        master_dtype=_master(plan),
-        device=device,
-    )
-
-
-def _bucketed(
-    plan: Plan,
-    stages: Mapping[int, Stage],
-    buckets: list[list[str]],
-    groups: RankGroups,
-    device: torch.device,
-    allocate: Callable[[int, torch.dtype], Tensor],
-    context: OperatorContext,
-) -> Parameters:
-    """Flat buffers, into which operators add gradients themselves."""
-    bucketed = BucketedParameters(
-        list(stages.values()),
-        buckets,
-        groups,
-        zero=plan.zero,
-        device=device,
-        master_dtype=_master(plan),
-        allocate=allocate,
-    )
-    context.weights.accumulate = bucketed.accumulate
-    return bucketed
-
-
-def _master(plan: Plan) -> torch.dtype:
-    """Of weights as the optimizer sees them."""
-    dtype: torch.dtype = getattr(torch, master_dtype(plan))
-    return dtype
 
 
 def _buckets(

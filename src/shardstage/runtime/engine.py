@@ -355,14 +355,16 @@ def _sum_of_squares(leaves: Sequence[Leaf], device: torch.device) -> Tensor:
 
 
 def _square_sum(tensor: Tensor) -> Tensor:
-    """Sum of squares in float64 of rows that are summed in the tensor's own dtype.
+    """Sum of squares in float64 of rows that are summed in the tensor's own dtype, float32 at least.
 
     One float32 sum over a flat buffer of millions loses 4e-5 of the norm (measured on 1.6 M elements); rows of 4,096 lose about 1e-7.
     """
     flat = tensor.reshape(-1)
     whole = flat.numel() // _ROW * _ROW
-    rows: Tensor = torch.linalg.vector_norm(flat[:whole].view(-1, _ROW), dim=1).double().square().sum()
-    rest: Tensor = torch.linalg.vector_norm(flat[whole:]).double().square()
+    dtype = torch.float32 if flat.dtype == torch.bfloat16 else None
+    rows_norms: Tensor = torch.linalg.vector_norm(flat[:whole].view(-1, _ROW), dim=1, dtype=dtype)
+    rows = rows_norms.double().square().sum()
+    rest: Tensor = torch.linalg.vector_norm(flat[whole:], dtype=dtype).double().square()
     return rows + rest
 
 

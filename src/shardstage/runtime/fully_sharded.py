@@ -20,6 +20,7 @@ from shardstage.program.stage_parameters import row_range
 from shardstage.runtime.groups import RankGroups
 from shardstage.runtime.leaves import Leaf, ParameterInfo, Piece
 from shardstage.runtime.stage import Stage
+from shardstage.runtime.storage import Storage
 
 __all__ = ["FullyShardedParameters"]
 
@@ -28,6 +29,8 @@ class FullyShardedParameters:
     """Owns the parameters of a rank's stages as row shards over dp; the same verbs as ``BucketedParameters``.
 
     FSDP2 unshards a block before it runs and reduce-scatters its gradients after each backward; ZeRO-3 also reshards after forward.
+    It gives gradients the dtype of the rows that it shards: rows are stored in that of gradients, and have masters apart where that is
+    narrower than the optimizer's, or where the optimizer is offloaded.
     The optimizer steps the local rows as plain tensors: DTensor's dispatch would cost more than the update of a small one.
     """
 
@@ -37,19 +40,17 @@ class FullyShardedParameters:
         groups: RankGroups,
         *,
         zero: int,
-        compute_dtype: torch.dtype,
-        master_dtype: torch.dtype,
-        device: torch.device,
+        storage: Storage,
     ) -> None:
         assert groups.dp_group is not None
         self._groups = groups
+        self._storage = storage
         with unset_fake_temporarily():  # a mesh reads its ranks out of a tensor
-            mesh = DeviceMesh.from_group(groups.dp_group, device.type, mesh_dim_names=("dp",))
+            mesh = DeviceMesh.from_group(groups.dp_group, storage.device.type, mesh_dim_names=("dp",))
+        compute, stored = storage.compute_dtype, storage.gradient_dtype
         policy = (
-            MixedPrecisionPolicy(
-                param_dtype=compute_dtype, reduce_dtype=master_dtype, cast_forward_inputs=False
-            )
-            if compute_dtype != master_dtype
+            MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=stored, cast_forward_inputs=False)
+            if compute != stored
             else MixedPrecisionPolicy()
         )
         # FSDP2 warns of outputs that are views, lest somebody change them in place: blocks do not.
@@ -58,12 +59,17 @@ class FullyShardedParameters:
         for stage in stages:
             self._kept_whole[stage.index] = _shard_stage(stage, mesh, policy, keeps_blocks=zero < 3)
             for module in (stage, *stage.blocks):
-                _materialise(module, device)
+                _materialise(module, storage.device)
         self._infos = {name: info for stage in stages for name, info in stage.infos.items()}
         self._parameters = {
             name: cast("DTensor", held[1])
             for stage in stages
             for name, held in stage.parameters_by_name().items()
+        }
+        self._masters = {
+            name: storage.new_master(parameter.to_local().shape)
+            for name, parameter in self._parameters.items()
+            if parameter.requires_grad and storage.needs_master(stored)
         }
         self.leaves: tuple[Leaf, ...] = tuple(
             self._leaf(self._infos[name], parameter)
@@ -108,14 +114,19 @@ class FullyShardedParameters:
                     gradient.copy_(part.view_as(gradient))
 
     def publish(self) -> None:
-        """Nothing: blocks gather the new rows at their next unshard."""
+        """Copies masters that lie apart back to the rows, which blocks gather at their next unshard."""
+        for name, master in self._masters.items():
+            self._parameters[name].to_local().detach().copy_(master)
 
     def assign(self, name: str, local: Tensor) -> None:
         """Gives a parameter its value: ``local`` is this rank's tensor-parallel shard, of which it keeps its rows."""
         parameter = self._parameters[name]
         start, stop = row_range(self._infos[name].local_shape, self._groups.mesh, self._groups.dp)
         with torch.no_grad():
-            parameter.to_local().copy_(local[start:stop] if local.dim() else local)
+            rows = local[start:stop] if local.dim() else local
+            parameter.to_local().copy_(rows)
+            if name in self._masters:
+                self._masters[name].copy_(rows)
 
     def pieces_of(self, dp: int) -> tuple[Piece, ...]:
         """What data-parallel rank ``dp`` keeps of the trained parameters of these stages."""
@@ -123,7 +134,10 @@ class FullyShardedParameters:
 
     def held(self) -> dict[str, list[Tensor]]:
         """What is kept between steps, by category of memory; gradients come with the first backward."""
-        return {"master": [parameter.to_local() for parameter in self._parameters.values()]}
+        rows = [parameter.to_local() for parameter in self._parameters.values()]
+        if not self._masters:
+            return {"master": rows}
+        return {"parameters": rows, "master": list(self._masters.values())}
 
     def _model_reductions(self) -> list[tuple[dist.ProcessGroup, list[Leaf]]]:
         found: list[tuple[dist.ProcessGroup, list[Leaf]]] = []
@@ -138,12 +152,15 @@ class FullyShardedParameters:
     def _leaf(self, info: ParameterInfo, parameter: DTensor) -> Leaf:
         groups = self._groups
         is_tp_sharded = isinstance(info.placement, Shard)
+        master = self._masters.get(info.name)
         return Leaf(
-            master=parameter.to_local().detach(),
+            master=parameter.to_local().detach() if master is None else master,
             gradient=lambda: _local_gradient(parameter),
             pieces=(_piece(info, groups, groups.dp),),
             is_decayed=info.is_decayed,
             is_counted=(is_tp_sharded or groups.tp == 0) and (not info.ties or groups.pp == info.ties[0]),
+            is_apart=self._storage.has_apart_gradients,
+            is_sent=self._storage.is_offloaded,
         )
 
 

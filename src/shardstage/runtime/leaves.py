@@ -57,6 +57,8 @@ class Leaf:
     ``master`` has the precision of the optimizer (float32 or wider). ``gradient`` gives the reduced gradient of the same shape, or
     ``None`` if there was none. ``is_counted`` says that this rank's share of it goes into the global gradient norm: of the
     ranks that hold the same elements, exactly one counts them. ``owns_gradient``: ``master.grad`` is where autograd accumulates.
+    ``is_apart``: the gradient is narrower than ``master`` or lies elsewhere, and is brought to it for the step; ``is_sent``: it lies
+    elsewhere, as ``master`` lies in the host's memory.
     """
 
     master: Tensor
@@ -65,3 +67,5 @@ class Leaf:
     is_decayed: bool
     is_counted: bool
     owns_gradient: bool = False
+    is_apart: bool = False
+    is_sent: bool = False

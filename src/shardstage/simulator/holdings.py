@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Final, Protocol
 
 from shardstage.cost.memory import GATHERED_UNITS, MOMENTS
 from shardstage.graph.cuts import shared_parameters
@@ -16,6 +16,7 @@ from shardstage.plan import Plan
 from shardstage.plan.schedule import schedule_of
 from shardstage.program.stage_parameters import (
     HeldParameter,
+    gradient_dtype,
     held_parameters,
     master_dtype,
     needs_bucket,
@@ -24,6 +25,9 @@ from shardstage.program.stage_parameters import (
 from shardstage.schedule import Schedule
 from shardstage.simulator.stage_costs import StageCost, StageCosts
 from shardstage.units import dtype_bytes
+
+RUN_BYTES: Final = 64 * 2**20
+"""The optimizer widens narrow gradients so many bytes at a time (``runtime.optimizer``)."""
 
 __all__ = ["Holdings", "PlannedHoldings", "RankHolding", "StageHolding", "planned_holdings"]
 
@@ -82,6 +86,8 @@ class PlannedHoldings:
         self._level = plan.zero if plan.mesh.dp > 1 else 0
         self._compute_bytes = dtype_bytes(plan.precision)
         self._master_bytes = dtype_bytes(master_dtype(plan))
+        self._gradient_bytes = dtype_bytes(gradient_dtype(plan))
+        self._is_offloaded = plan.offload == "optimizer"
         segments = costs.stages.segments(tp=0, microbatch=self._first_size)
         shared = shared_parameters(segments)
         self._users = {p.fqn: shared.get(p.fqn, (s.index,)) for s in segments for p in s.graph.parameters}
@@ -113,22 +119,25 @@ class PlannedHoldings:
 
     def _rank(self, pp: int, tp: int) -> RankHolding:
         plan, level = self._plan, self._level
-        c, w = self._compute_bytes, self._master_bytes
+        c, g, w = self._compute_bytes, self._gradient_bytes, self._master_bytes
         held = {p.fqn: p for stage in self._schedule.stages_of(pp) for p in self._parameters(stage, tp)}
         elements = sum(p.numel for p in held.values())
         trained = sum(p.numel for p in held.values() if p.is_trained)
         part = -(-trained // (plan.mesh.dp if level else 1))
         made = self._made_gradients(pp, tp) if level < 2 else {}
+        is_apart = self._is_offloaded or (g if level >= 2 else c) != w
+        stays = not self._is_offloaded
+        staged = min(part * w, RUN_BYTES) if stays and g != w else 0
         return RankHolding(
-            parameters=elements * c if level < 2 else 0,
-            master=part * w if level >= 2 or c != w else 0,
-            gradients=(part * w if level else 0) + (trained * w - sum(made.values()) if level < 2 else 0),
-            optimizer=MOMENTS * part * w,
+            parameters=elements * c if level < 2 else (part * g if is_apart else 0),
+            master=part * w if stays and (level >= 2 or is_apart) else 0,
+            gradients=(part * g if level else 0) + (trained * g - sum(made.values()) if level < 2 else 0),
+            optimizer=MOMENTS * part * w if stays else 0,
             unsharded={s: self._unsharded(s, tp) * c for s in self._schedule.stages_of(pp)}
             if level >= 2
             else {},
             made_gradients=made,
-            step_bytes=min(plan.bucket_bytes, elements * c) // plan.mesh.dp if level == 1 else 0,
+            step_bytes=max(staged, min(plan.bucket_bytes, elements * c) // plan.mesh.dp if level == 1 else 0),
             owned_elements=part,
         )
 
@@ -139,7 +148,7 @@ class PlannedHoldings:
         for stage in self._schedule.stages_of(pp):
             held = [p for p in self._parameters(stage, tp) if p.fqn not in seen]
             alone = [p for p in held if p.is_trained and not needs_bucket(p, self._plan)]
-            made[stage] = sum(p.numel for p in alone) * self._master_bytes
+            made[stage] = sum(p.numel for p in alone) * self._gradient_bytes
             seen.update(p.fqn for p in held)
         return made
 
@@ -157,7 +166,7 @@ class PlannedHoldings:
             )
             largest = max((sum(p.numel for p in held) for _, held in units), default=0)
             gathered = sum(sizes[:GATHERED_UNITS]) * self._compute_bytes if self._level == 3 else 0
-            gradient = largest * (self._compute_bytes + self._master_bytes)
+            gradient = largest * (self._compute_bytes + self._gradient_bytes)
         return StageHolding(
             saved=cost.saved,
             deferred_bytes=cost.deferred_bytes,

@@ -8,13 +8,14 @@ from dataclasses import dataclass, field
 from shardstage.cluster import Cluster
 from shardstage.cost.compute import optimizer_s
 from shardstage.cost.links import overlap_slowdown
+from shardstage.cost.offload import offloaded_update_s
 from shardstage.errors import PlanError
 from shardstage.graph import ModelGraph
 from shardstage.layout import Mesh
 from shardstage.plan import Plan
 from shardstage.program import Collective, StageGraphs
 from shardstage.program.instruction import InstructionKind
-from shardstage.program.stage_parameters import master_dtype
+from shardstage.program.stage_parameters import gradient_dtype, master_dtype
 from shardstage.simulator.holdings import Holdings, planned_holdings
 from shardstage.simulator.prices import Wire
 from shardstage.simulator.stage_costs import StageCosts
@@ -75,6 +76,16 @@ class PlannedPrices:
             element_bytes = dtype_bytes(master_dtype(plan))
             num_tensors = max(1, owned * element_bytes // plan.bucket_bytes)
             self._update_s[pp] = optimizer_s(owned, element_bytes, num_tensors, self.cluster.device)
+            if plan.offload == "optimizer":
+                down_bytes = dtype_bytes(gradient_dtype(plan))
+                is_cut = plan.zero >= 2 and plan.mesh.dp > 1
+                self._update_s[pp] = offloaded_update_s(
+                    owned,
+                    self.cluster.device,
+                    down_bytes=down_bytes,
+                    up_bytes=down_bytes if is_cut else dtype_bytes(plan.precision),
+                    element_bytes=element_bytes,
+                )
         return self._update_s[pp]
 
     @property

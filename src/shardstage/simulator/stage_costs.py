@@ -20,6 +20,7 @@ from shardstage.graph.flops import backward_flops, forward_flops
 from shardstage.graph.saved import peak_extra_bytes, recompute_flops, saved_values, transient_bytes
 from shardstage.plan import Plan
 from shardstage.program import StageGraphs
+from shardstage.program.stage_parameters import gradient_dtype
 from shardstage.units import dtype_bytes
 
 __all__ = ["StageCost", "StageCosts"]
@@ -106,8 +107,8 @@ class StageCosts:
         elements = sum(graph.values[name].numel for name in names)
         if plan.zero >= 2:
             elements = -(-elements // plan.mesh.dp)
-        compute_bytes = dtype_bytes(plan.precision)
-        return moved_s(elements * (compute_bytes + 2 * max(4, compute_bytes)), self._device)
+        sum_bytes = dtype_bytes(gradient_dtype(plan))
+        return moved_s(elements * (dtype_bytes(plan.precision) + 2 * sum_bytes), self._device)
 
     def _recompute_s(self, segment: Segment) -> float:
         """Seconds of computing layers again: products by their FLOPs, all else whole."""
