@@ -144,12 +144,14 @@ class _Table:
         forward, backward = chain.forward_s[n], chain.backward_s[n]
         elements = chain.own[n] + sum(chain.profile.shared_elements.values())
         part = self._part_elements(elements, chain.experts[n]) / p
-        waits_f, waits_b = self._waits_s(chain.own[n] / p, forward, backward)
-        accumulation = self._accumulation_s(elements / p, part, costs.cluster.device)
-        self.forward = forward / p + waits_f
-        self.backward = backward / p + waits_b + accumulation
-        after = self._after_s(elements / p, backward + accumulation)
-        self.after = after + self._update_s(part, costs.cluster.device) + _column(self._talk.norm_s)
+        self._plain_f, self._plain_b = forward / p, backward / p
+        self._gathered, self._scattered = self._zero_talk_s(chain.own[n], self._gathers(even.whole))
+        self._accumulation = self._accumulation_s(elements / p, part, costs.cluster.device)
+        self.forward, self.backward = self.stage_s(0.0)
+        self._travel = 2 * (p - 1) * _linear_s(self._talk.transfer, min(chain.received[1:], default=0))
+        after = self._after_s(elements / p, backward + self._accumulation)
+        after = after + self._update_s(part, costs.cluster.device) + _column(self._talk.norm_s)
+        self.after = after + self._travel
         self.state_bytes = self._state_bytes(elements / p, part)
 
     @property
@@ -168,19 +170,35 @@ class _Table:
         """What a rank owns under ZeRO of elements of which so many are of experts."""
         return (elements - experts) / self._shards + experts / self._expert_shards
 
-    def _waits_s(self, gathered: Any, forward: float, backward: float) -> tuple[Any, Any]:
-        """What a mean stage waits for ZeRO-2/3's gathers and reductions for each microbatch, forward and backward."""
-        talk, level, p = self._talk, self._level, self.p
-        gather = self._shards_s(talk.gather, talk.near_gather, gathered * self.settings.compute_bytes, 1.0)
-        scatter = self._scatter_s(gathered * self.settings.gradient_bytes, 1.0)
-        again = np.where(level == 3, gather, 0.0)
-        waits_f = self._exposed_s(gather, forward / p)
-        waits_b = self._exposed_s(again + scatter, backward / p)
-        return np.where(level >= 2, waits_f, 0.0), np.where(level >= 2, waits_b, 0.0)
+    def stage_s(self, again: Any, first: tuple[Any, Any] = (0.0, 0.0)) -> tuple[Any, Any]:
+        """Forward and backward of a mean rank that recomputes for ``again`` seconds and waits for ``first`` gathers and reductions."""
+        f, b = self._plain_f, self._plain_b + again
+        waits = self._exposed_s(self._gathered, f, first[0]), self._exposed_s(self._scattered, b, first[1])
+        return f + waits[0], b + waits[1] + self._accumulation
 
-    def _exposed_s(self, talk: Any, compute: Any) -> Any:
-        """``links.exposed_s`` where all of the talk can run beside compute: convex, so a mean stage's is at most the stages' mean."""
-        return np.maximum(talk - compute, self._slowdown * talk)
+    def first_s(self, own: Any, calls: Any) -> tuple[Any, Any]:
+        """ZeRO-2/3's gathers and reductions of the first units of a rank's stages, beside which nothing runs."""
+        forward_s, scatter_s = self._gather_and_scatter_s(own, calls)
+        return np.where(self._level >= 2, forward_s, 0.0), np.where(self._level >= 2, scatter_s, 0.0)
+
+    def _zero_talk_s(self, own: float, calls: float) -> tuple[Any, Any]:
+        """What ZeRO-2/3 gathers and reduces on a mean stage for each microbatch, forward and backward."""
+        gather, scatter = self._gather_and_scatter_s(own / self.p, calls / self.p)
+        again = np.where(self._level == 3, gather, 0.0)
+        return np.where(self._level >= 2, gather, 0.0), np.where(self._level >= 2, again + scatter, 0.0)
+
+    def _gather_and_scatter_s(self, own: Any, calls: Any) -> tuple[Any, Any]:
+        settings, talk = self.settings, self._talk
+        gather = self._shards_s(talk.gather, talk.near_gather, own * settings.compute_bytes, calls)
+        return gather, self._scatter_s(own * settings.gradient_bytes, calls)
+
+    def _gathers(self, numbers: Array) -> float:
+        """How many of so many units of each kind have parameters of their own."""
+        return float(numbers @ (self.kinds.of("own") > 0))
+
+    def _exposed_s(self, talk: Any, compute: Any, first: Any = 0.0) -> Any:
+        """``links.exposed_s``: convex, so a mean stage's is at most the stages' mean."""
+        return np.maximum(talk - compute, first + self._slowdown * (talk - first))
 
     def _accumulation_s(self, own: Any, part: Any, device: DeviceClass) -> Any:
         """Adding a microbatch's gradients to their sums, where there is more than one."""
@@ -234,7 +252,7 @@ class _Table:
         m, p = self.m, self.p
         held = {"gpipe": m, "zb-h1": np.minimum(m, p)}.get(name, 1.0)
         again = self._trade.again_s(p * (self.settings.limit_bytes - self.state_bytes) / held) / p
-        mean = self.forward + self.backward + again
+        mean = sum(self.stage_s(again))
         fullest_s, fullest_bytes = self._of_most_layers(held)
         slowest = np.maximum(mean, np.maximum(fullest_s, self.chain.slowest_unit_s))
         if name in ("1f1b", "gpipe"):
@@ -267,10 +285,10 @@ class _Table:
         m, p, ranks = self.m, self.p, self._ranks_of(name, v)
 
         def seconds(mode: Recompute) -> Any:
-            again = self.chain.recompute_s[mode][-1] / p
-            mean = self.forward + self.backward + again
-            slowest = np.maximum(mean, np.maximum(ranks.slowest_s(mode), self.chain.slowest_unit_s))
-            bubble = self._bubble_s(name, self.forward / v, (self.backward + again) / v)
+            forward, backward = self.stage_s(self.chain.recompute_s[mode][-1] / p, ranks.mean_first_s)
+            heaviest = ranks.slowest_s(mode) + ranks.least_first_s
+            slowest = np.maximum(forward + backward, np.maximum(heaviest, self.chain.slowest_unit_s))
+            bubble = self._bubble_s(name, forward / v, backward / v)
             return self.settings.least_factor * (m * slowest + bubble + self.after)
 
         return self._first_that_fits(seconds, ranks.num_bytes)
@@ -331,6 +349,15 @@ class _EvenRanks:
         own, experts = (self._ranks.of_fullest(self._kinds.of(of), *self._at) for of in ("own", "experts"))
         largest = self._ranks.most_of_fullest(self._kinds.of("own"), *self._at)
         self._state = table.rank_state_bytes(own, experts, largest)
+        elements, calls = self._kinds.of("own"), (self._kinds.of("own") > 0).astype(np.float64)
+        self.mean_first_s = table.first_s(
+            self._ranks.mean_first(elements, *self._at), self._ranks.mean_first(calls, *self._at)
+        )
+        self.least_first_s = sum(
+            table.first_s(
+                self._ranks.least_first(elements, *self._at), self._ranks.least_first(calls, *self._at)
+            )
+        )
         self._slowest: dict[Recompute, Any] = {}
         self._bytes: dict[Recompute, Any] = {}
 
@@ -376,6 +403,11 @@ _FIGURES: Final[Mapping[str, Callable[[UnitCost, Recompute], float]]] = MappingP
         "experts": lambda unit, _: unit.expert_elements,
     }
 )
+
+
+def _linear_s(cost: Array, num_bytes: float) -> Any:
+    """Seconds of a collective from those before the first byte and for each byte, of each mesh."""
+    return _column(cost[:, 0] + num_bytes * cost[:, 1])
 
 
 def _column(values: Any) -> Any:

@@ -96,7 +96,7 @@ class ChainCosts:
     setup: StepSetup
     limit_bytes: int
     accumulation_s: float
-    waits_s: Callable[[int, int], float] | None = None
+    waits_s: Callable[[int, int, Recompute], float] | None = None
 
     @property
     def num_units(self) -> int:
@@ -111,7 +111,7 @@ class ChainCosts:
                 chain.own[stop] - chain.own[start] + chain.shared_elements(start, stop)
             )
         if self.waits_s is not None:
-            seconds += self.waits_s(start, stop)
+            seconds += self.waits_s(start, stop, mode)
         return seconds
 
     def fits(self, stage: int, start: int, stop: int, mode: Recompute) -> bool:

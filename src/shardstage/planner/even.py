@@ -5,7 +5,7 @@ A cut is the same for all choices: of what the units take one rank for one sampl
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -54,26 +54,32 @@ class EvenCuts:
         is_v = SCHEDULES[schedule].places == "v"
         most = 2 if is_v else max(2, min(self._most_per_rank, n // 2))
         ways: dict[tuple[int, int], list[tuple[float, ...]]] = {}
+        first_ways: dict[tuple[int, int], list[tuple[float, ...]]] = {}
         stages = np.zeros((n + 1, most + 1, most, num_kinds))
+        mean_first = np.zeros((n + 1, most + 1, num_kinds))
         for v in range(2, most + 1):
             for p in range(2, n // v + 1):
-                counts = self._stage_counts(p * v)
-                of_ranks = np.stack(
-                    [counts[list(stages_of_rank(schedule, p * v, p, rank))] for rank in range(p)]
-                )
+                of_rank = [list(stages_of_rank(schedule, p * v, p, rank)) for rank in range(p)]
+                of_ranks = self._stage_counts(p * v)[of_rank]
+                firsts = self._first_counts(p * v)[of_rank]
                 ways[p, v] = list(dict.fromkeys(map(tuple, of_ranks.sum(axis=1).tolist())))
+                first_ways[p, v] = list(dict.fromkeys(map(tuple, firsts.sum(axis=1).tolist())))
+                mean_first[p, v] = firsts.sum(axis=(0, 1)) / p
                 stages[p, v] = of_ranks[p - 1 if is_v else 0, [*range(v), *([0] * (most - v))]]
-        widest = max(map(len, ways.values()), default=1)
-        table = np.zeros((n + 1, most + 1, widest, num_kinds))
-        for place, found in ways.items():
-            table[place] = found + found[:1] * (widest - len(found))
-        return RankTable(table, stages)
+        shape = (n + 1, most + 1)
+        return RankTable(_padded(ways, shape), stages, _padded(first_ways, shape), mean_first)
 
     def _stage_counts(self, num_stages: int) -> Array:
         """[stage, kind]"""
         starts = self.starts(num_stages)
         before = self._counts_before
         found: Array = before[[*starts[1:], len(self._kinds)]] - before[list(starts)]
+        return found
+
+    def _first_counts(self, num_stages: int) -> Array:
+        """[stage, kind]: of which kind the first unit of each stage is."""
+        starts = np.array(self.starts(num_stages))
+        found: Array = self._counts_before[starts + 1] - self._counts_before[starts]
         return found
 
     @cached_property
@@ -89,11 +95,24 @@ class RankTable:
     """Of how many units of each kind ranks are made, [ranks, stages a rank, …, kind]; 0 for more stages than there are units.
 
     ``each`` are the ways in which ranks are made, each once; what is missing repeats the first. ``stages`` are those of the rank that
-    surely holds most microbatches at once: the first where stages go round, the last in a V.
+    surely holds most microbatches at once: the first where stages go round, the last in a V. ``firsts`` are the first units of the stages
+    of each rank, in all ways, and ``mean_firsts`` those of a mean rank.
     """
 
     each: Array
     stages: Array
+    firsts: Array
+    mean_firsts: Array
+
+    def least_first(self, of_kinds: Array, p: Array, v: Array) -> Array:
+        """The least that the first units of a rank's stages add up to."""
+        found: Array = (self.firsts @ of_kinds).min(axis=2)[p, v]
+        return found
+
+    def mean_first(self, of_kinds: Array, p: Array, v: Array) -> Array:
+        """What the first units of the stages of a mean rank add up to."""
+        found: Array = (self.mean_firsts @ of_kinds)[p, v]
+        return found
 
     def slowest(self, of_kinds: Array, p: Array, v: Array) -> Array:
         """The most that the units of a rank add up to."""
@@ -117,3 +136,13 @@ class RankTable:
         """The most that one unit of it has."""
         found: Array = np.where(self.stages > 0, of_kinds, 0.0).max(axis=(2, 3))[p, v]
         return found
+
+
+def _padded(ways: Mapping[tuple[int, int], Sequence[tuple[float, ...]]], shape: tuple[int, int]) -> Array:
+    """[ranks, stages a rank, way, kind]; where there are fewer ways, the first is repeated."""
+    widest = max(map(len, ways.values()), default=1)
+    num_kinds = max((len(found[0]) for found in ways.values()), default=1)
+    table = np.zeros((*shape, widest, num_kinds))
+    for place, found in ways.items():
+        table[place] = [*found, *[found[0]] * (widest - len(found))]
+    return table

@@ -26,7 +26,8 @@ Array = npt.NDArray[np.float64]
 class Talk:
     """For each mesh seconds before the first byte and for each byte of collectives, [mesh, 2], and how many ranks they are over.
 
-    ``near`` are those that ZeRO cuts over within a node, ``copies`` the groups that hold the same parts.
+    ``near`` are those that ZeRO cuts over within a node, ``copies`` the groups that hold the same parts;
+    ``transfer`` is from one stage to the next.
     """
 
     replicas: Array
@@ -37,6 +38,7 @@ class Talk:
     near_gather: Array
     near_scatter: Array
     copies: Array
+    transfer: Array
     norm_s: Array
 
 
@@ -158,15 +160,16 @@ def _talk(costs: LinkCosts, meshes: Sequence[Mesh], node_size: int) -> Talk:
                 *_linear(costs, "all_gather", near, stride),
                 *_linear(costs, "reduce_scatter", near, stride),
                 *_linear(costs, "all_reduce", replicas // near, stride * near),
+                *_linear(costs, "p2p", min(2, mesh.pp), mesh.stride("pp")),
                 costs.cost("all_reduce", mesh.world_size, 1).latency_s,
             )
         )
     table = np.array(rows)
     pairs = {name: table[:, 2 + 2 * i : 4 + 2 * i] for i, name in enumerate(_PAIRS)}
-    return Talk(replicas=table[:, 0], near_ranks=table[:, 1], norm_s=table[:, 14], **pairs)
+    return Talk(replicas=table[:, 0], near_ranks=table[:, 1], norm_s=table[:, 16], **pairs)
 
 
-_PAIRS = ("gather", "scatter", "reduce", "near_gather", "near_scatter", "copies")
+_PAIRS = ("gather", "scatter", "reduce", "near_gather", "near_scatter", "copies", "transfer")
 
 
 def _linear(costs: LinkCosts, kind: CollectiveKind, count: int, stride: int) -> tuple[float, float]:

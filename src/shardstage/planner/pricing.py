@@ -236,7 +236,7 @@ class Pricing:
             raise TooSlow(choice)
         return _with_stages(setup, cut.starts, cut.recompute)
 
-    def _waits(self, chain: Chain, setup: StepSetup, links: Links) -> Callable[[int, int], float]:
+    def _waits(self, chain: Chain, setup: StepSetup, links: Links) -> Callable[[int, int, Recompute], float]:
         """Seconds that ZeRO-2/3 adds to a run of units for each microbatch, in ``cost.step``'s way."""
         gather = [
             links.shards_s("all_gather", u.own_elements * setup.compute_bytes) for u in chain.profile.units
@@ -250,11 +250,12 @@ class Pricing:
         again = 1.0 if setup.sharding_level == 3 else 0.0
         slowdown = links.overlap_slowdown
 
-        def waits(start: int, stop: int) -> float:
+        def waits(start: int, stop: int, mode: Recompute) -> float:
             gathered = gathers[stop] - gathers[start]
             scattered = again * gathered + scatters[stop] - scatters[start]
             forward_s = chain.forward_s[stop] - chain.forward_s[start]
             backward_s = chain.backward_s[stop] - chain.backward_s[start]
+            backward_s += chain.recompute_s[mode][stop] - chain.recompute_s[mode][start]
             return exposed_s(gathered, forward_s, slowdown, gather[start]) + exposed_s(
                 scattered, backward_s, slowdown, scatter[start]
             )
