@@ -85,6 +85,7 @@ def tensor(*shape: int, grad: bool = True) -> Tensor:
 CALLS = {
     "linear with bias": ("aten.linear.default", {"x": (2, 5, 3), "w": (7, 3), "b": (7,)}, ()),
     "linear of a vector": ("aten.linear.default", {"x": (4, 3), "w": (7, 3)}, ()),
+    "linear of no heads": ("aten.linear.default", {"x": (4, 0), "w": (7, 0)}, ()),
     "mm": ("aten.mm.default", {"a": (4, 3), "b": (3, 7)}, ()),
     "addmm": ("aten.addmm.default", {"c": (7,), "a": (4, 3), "b": (3, 7)}, ()),
     "bmm": ("aten.bmm.default", {"a": (2, 4, 3), "b": (2, 3, 7)}, ()),

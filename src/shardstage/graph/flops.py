@@ -96,7 +96,7 @@ def _product(flops: int, *operands: Value) -> _Flops:
 
 def _linear(call: _Call) -> _Flops:
     x, weight = call.value(0), call.value(1)  # [..., k], [n, k]
-    return _product(2 * x.numel * (weight.numel // weight.shape[-1]), x, weight)
+    return _product(2 * x.numel * math.prod(weight.shape[:-1]), x, weight)
 
 
 def _matrix_product(first: int) -> Callable[[_Call], _Flops]:
