@@ -48,7 +48,7 @@ class Candidate:
 def candidates(
     graph: ModelGraph, cluster: Cluster, *, global_batch: int, sequence: int | None, only: int | None
 ) -> list[Candidate]:
-    """The pick first, the runners-up, then the grid, each plan once; ``only`` keeps so many of them."""
+    """The pick first, the runners-up, then the grid, each plan once; ``only`` keeps so many of them, evenly."""
     searcher = Searcher(
         graph,
         cluster,
@@ -60,6 +60,7 @@ def candidates(
     found = searcher.best(usable_bytes(cluster))
     chosen = [found.best, *(other.plan for other in found.runners_up)]
     plans = list(dict.fromkeys([*chosen, *_grid(graph, global_batch, sequence)]))
+    plans = plans[:: max(1, len(plans) // only)] if only else plans
     for plan in plans:
         require_runnable(plan)
     return [
@@ -69,7 +70,7 @@ def candidates(
             predicted_s=predict(graph, plan, cluster).step_time_s,
             is_pick=plan == found.best,
         )
-        for plan in plans[:only]
+        for plan in plans
     ]
 
 

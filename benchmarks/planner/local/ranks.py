@@ -39,7 +39,7 @@ IS_CONTENDER_RATIO = 1.15
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What the ranks of one launch measure. ``out`` gets a line of JSON for each step as it was timed."""
+    """What the ranks of one launch measure: no finals after ``limit_s``. ``out`` gets a line of JSON for each step as it was timed."""
 
     graph: ModelGraph
     model: str
@@ -48,6 +48,7 @@ class Job:
     sequence: int | None
     num_rounds: int
     num_finals: int
+    limit_s: float
     out: str
 
 
@@ -67,6 +68,8 @@ def measure(environment: RankEnvironment, job: Job) -> None:
         _round(runs, everything)
     steps: list[list[float]] = [[] for _ in runs]
     for number in range(job.num_rounds + job.num_finals):
+        if number >= job.num_rounds and _is_late(began_s, job.limit_s):
+            break
         asked = everything if number < job.num_rounds else _contenders(steps, job.pick)
         order = random.Random(number).sample(list(asked), len(asked))
         for index, seconds in zip(order, _round(runs, order), strict=True):
@@ -116,6 +119,13 @@ def _contenders(steps: Sequence[Sequence[float]], pick: int) -> list[int]:
     medians = [median(found) for found in steps]
     limit_s = IS_CONTENDER_RATIO * min(medians)
     return [index for index, seconds in enumerate(medians) if seconds <= limit_s or index == pick]
+
+
+def _is_late(began_s: float, limit_s: float) -> bool:
+    """Whether rank 0's time is up; the same on all ranks."""
+    elapsed_s = torch.tensor([time.perf_counter() - began_s])
+    dist.broadcast(elapsed_s, src=0)
+    return elapsed_s.item() > limit_s
 
 
 def _batches(engine: Engine, source: ModelSource, sequence: int | None) -> list[Microbatch]:

@@ -32,7 +32,7 @@ from shardstage.runtime.launch import launch
 
 PROBE_S = 45.0
 SESSION_S = 180.0
-"""Of a model on a network, about: engines are built in 40 s, and 30 plans take turns for the rest."""
+"""Of a model on a network: engines are built in 20 to 40 s, and 30 plans take turns for the rest."""
 
 
 def main() -> None:
@@ -41,10 +41,10 @@ def main() -> None:
     models = [MODELS[name] for name in options.models.split(",")]
     networks = [float(rate) for rate in options.networks.split(",")]
     _print_budget(len(models), len(networks))
+    out = options.out or Path(tempfile.mkdtemp(prefix="shardstage-local-"))
+    out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        out = options.out or folder
-        out.mkdir(parents=True, exist_ok=True)
         graphs = _graphs(models, folder)
         outcomes = []
         for rate in networks:
@@ -53,7 +53,7 @@ def main() -> None:
                 for model in models:
                     spec, graph = graphs[model.name]
                     outcomes.append(_outcome(model, spec, graph, cluster, rate, out, options))
-    print(summary_table(outcomes))
+    print(f"{summary_table(outcomes)}\n\nevery step that was timed: {out}")
 
 
 def _options() -> argparse.Namespace:
@@ -63,7 +63,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3, help="timed steps of every plan")
     parser.add_argument("--finals", type=int, default=8, help="further steps of those near the best")
     parser.add_argument("--only-plans", type=int, help="measure so many plans, the pick among them")
-    parser.add_argument("--out", type=Path, help="folder for clusters and every step that was timed")
+    parser.add_argument(
+        "--out", type=Path, help="folder for clusters and every step that was timed (a new one)"
+    )
     return parser.parse_args()
 
 
@@ -111,7 +113,8 @@ def _outcome(
         sequence=model.sequence,
         only=options.only_plans,
     )
-    print(f"{model.name}, {rate:g} Gbit/s: {len(plans)} plans in {time.perf_counter() - began_s:.0f} s")
+    searched_s, load = time.perf_counter() - began_s, os.getloadavg()[0]
+    print(f"{model.name}, {rate:g} Gbit/s: {len(plans)} plans in {searched_s:.0f} s, load average {load:.1f}")
     rows = out / f"{model.name}-{rate:g}.jsonl"
     rows.write_text("".join(f"{line}\n" for line in _described(plans)))
     job = Job(
@@ -122,6 +125,7 @@ def _outcome(
         sequence=model.sequence,
         num_rounds=options.rounds,
         num_finals=options.finals,
+        limit_s=SESSION_S,
         out=str(rows),
     )
     launch(
