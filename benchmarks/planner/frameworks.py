@@ -1,6 +1,6 @@
 """What the software of published runs did: which kernels ran, and the step around them.
 
-Each field is a fact that can be read in a framework's code or documents, never a number fitted to its times.
+Each field is a fact that can be read in a framework's code or documents, or was measured elsewhere, never a number fitted to its times.
 """
 
 from __future__ import annotations
@@ -55,8 +55,11 @@ LOSS_BYTES = 14.0
 DEEPSPEED_MEGATRON = MEGATRON_2021
 """Its pipeline sends parts, too: is_pipe_partitioned and is_grad_partitioned (github.com/deepspeedai/DeepSpeed runtime/pipe/engine.py)."""
 
-DEEPSPEED_BF16 = replace(DEEPSPEED_MEGATRON, accumulation_bytes=10.0, wire_bytes=4.0)
-"""Gradients in bfloat16 are added to sums in float32, which are reduced as they are (the same repository, runtime/bf16_optimizer.py)."""
+DEEPSPEED_BF16 = replace(
+    DEEPSPEED_MEGATRON, accumulation_bytes=10.0, wire_bytes=4.0, sums_whole=True, packing_bytes=16.0
+)
+"""Gradients in bfloat16 are added to sums in float32 (the same repository, runtime/bf16_optimizer.py), which are flattened, all-reduced
+whole and copied back (_bf16_reduce_grads in runtime/pipe/engine.py, buffered_allreduce_fallback in runtime/engine.py)."""
 
 MEGATRON_VOCAB_MULTIPLE = 128
 """--make-vocab-size-divisible-by, times the tensor-parallel ranks (github.com/NVIDIA/Megatron-LM megatron/tokenizer/tokenizer.py)."""
