@@ -85,6 +85,9 @@ def test_bad_input_is_refused_in_one_line_with_a_hint(
         ("train --steps many", "Invalid value for '--steps'"),
         ("trian", "No such command 'trian'"),
         ("train --model", "requires an argument"),
+        ("plan --ranks 0", "Invalid value for '--ranks'"),
+        ("plan --batch -3", "Invalid value for '--batch'"),
+        ("plan --seq 0", "Invalid value for '--seq'"),
     ],
 )
 def test_what_is_mistyped_is_named(command: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:

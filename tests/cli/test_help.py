@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from shardstage import __version__
 from shardstage.cli.app import run
 
-VERBS = ("plan", "train", "prove", "probe", "calibrate")
+VERBS = ("plan", "rehearse", "train", "prove", "probe", "calibrate")
 SOURCE = Path(__file__).parents[2] / "src"
 
 
@@ -38,10 +39,29 @@ def test_a_verb_has_at_most_12_options_and_says_what_each_is_for(
     verb: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shown = help_of(verb, capsys, monkeypatch)
-    options = re.findall(r"^│ --([\w,-]+) +(?:-h +)?<[\w\[\]]+> +(\S.*?) +│$", shown, re.MULTILINE)
+    options = re.findall(r"^│ --([\w,-]+) +(?:-[ho] +)?<[\w\[\]]+> +(\S.*?) +│$", shown, re.MULTILINE)
     names = [name for name, _ in options if name != "help"]
     assert 1 <= len(names) <= 12
     assert len(names) == len(re.findall(r"^│ --", shown, re.MULTILINE)) - 1, "one of them says nothing"
+
+
+def test_paragraphs_of_help_flow_and_examples_stand_in(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A docstring's lines are longer than 80 columns: kept as they are, every other line of help was half empty."""
+    shown = help_of("rehearse", capsys, monkeypatch)
+    paragraph = [
+        line.strip()
+        for line in shown.partition("The plan is lowered")[2].partition("Exit code")[0].splitlines()
+    ]
+    assert all(len(line) > 60 for line in paragraph[1:-2])
+    for verb in ("plan", "train"):
+        assert f"\n   shardstage {verb} --" in help_of(verb, capsys, monkeypatch)
+
+
+def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["--version"]) == 0
+    assert capsys.readouterr().out == f"shardstage {__version__}\n"
 
 
 def test_help_names_every_verb(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

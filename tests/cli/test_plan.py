@@ -94,6 +94,26 @@ def test_a_plan_that_does_not_fit_the_device_is_said() -> None:
     )
 
 
+def test_a_plan_that_needs_more_than_a_rank_may_hold_is_said() -> None:
+    notes = table("--plan", "tp=4", "--max-memory", "1KiB")["notes"]
+    assert any("more than the 1.00 KiB of --max-memory" in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--objective", "memory"), "--objective memory: a search over several classes"),
+        (("--ranks", "4"), "--ranks 4: a search over several classes of devices plans for all 8"),
+        (("--fix", "mb=2"), "--fix mb=2: a search over several classes"),
+    ],
+)
+def test_what_a_search_over_a_mixed_cluster_would_not_heed_is_refused(
+    flags: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises(PlanError, match=message):
+        said("--cluster", "h100:4 + b200:4", *flags)
+
+
 def test_a_plan_for_other_ranks_is_refused() -> None:
     with pytest.raises(PlanError, match="needs 2 ranks, and there are 4"):
         said("--cluster", "cpu:4", "--plan", "dp=2")

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
+from shardstage import __version__
 from shardstage.cli.calibrate import calibrate
 from shardstage.cli.plan import plan
 from shardstage.cli.probe import probe
@@ -38,8 +40,32 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _flowing(text: str) -> str:
+    """A docstring as help: paragraphs without the source's line ends, which no terminal shares."""
+    paragraphs = [paragraph.splitlines() for paragraph in inspect.cleandoc(text).split("\n\n")]
+    return "\n\n".join(" ".join([lines[0], *map(str.strip, lines[1:])]) for lines in paragraphs)
+
+
+def _show_version(is_asked: bool) -> None:
+    if is_asked:
+        typer.echo(f"shardstage {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _before_the_verb(
+    version: Annotated[
+        bool,
+        typer.Option("--version", is_eager=True, callback=_show_version, help="Say which version this is"),
+    ] = False,
+) -> None:
+    """Options that stand before any verb."""
+
+
 for verb in (plan, rehearse, train, prove, probe, calibrate, report):
-    app.command()(verb)
+    app.command(help=_flowing(verb.__doc__ or ""))(verb)
 
 
 def run(arguments: Sequence[str] | None = None) -> int:

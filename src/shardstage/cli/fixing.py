@@ -73,7 +73,8 @@ def _require_readable(fixed: Fixed) -> None:
         parse_request(fixed.decisions)
     except PlanError as error:
         hint = (error.hint or "").replace("--plan", "--fix")
-        raise PlanError(f"--fix {fixed.decisions}: {error.message}", hint=hint) from error
+        message = error.message.removeprefix(f"plan {fixed.decisions!r}: ")
+        raise PlanError(f"--fix {fixed.decisions}: {message}", hint=hint) from error
 
 
 def _require_kept(decisions: str, kept: str, who: str) -> None:

@@ -22,13 +22,26 @@ __all__ = [
     "Plan",
     "RunFile",
     "Sequence",
+    "count",
     "typed",
 ]
 
+
+def count(help: str) -> Any:
+    """An option that is a number of things, at least 1."""
+    return typer.Option(callback=_at_least_one, help=help)
+
+
+def _at_least_one(number: int | None) -> int | None:
+    if number is not None and number < 1:
+        raise typer.BadParameter(f"{number} is less than 1")
+    return number
+
+
 _MODEL: Final = typer.Option(help="Built-in name, Hugging Face config or folder, or module:factory")
 _PLAN: Final = typer.Option(help='"auto", a shorthand such as "dp=2,tp=2", or a plan file')
-_BATCH: Final = typer.Option(help="Samples of a step, over all ranks")
-_SEQUENCE: Final = typer.Option(help="Tokens of a sample")
+_BATCH: Final = count("Samples of a step, over all ranks")
+_SEQUENCE: Final = count("Tokens of a sample")
 
 Model = Annotated[str, _MODEL]
 GivenModel = Annotated[str | None, _MODEL]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 from rich.console import Console
@@ -25,6 +26,7 @@ from shardstage.cli.comparison import (
     print_comparison,
 )
 from shardstage.cli.fixing import parse_fixed
+from shardstage.cli.outputs import require_endings, write_text
 from shardstage.errors import PlanError
 from shardstage.plan import Plan, check, explain, save_plan, shorthand
 from shardstage.plan.check import require_runnable
@@ -37,11 +39,13 @@ if TYPE_CHECKING:
 
 __all__ = ["plan"]
 
+ENDINGS: Final = MappingProxyType({".toml": "the plan", ".html": "a page with the front"})
+
 
 def plan(
     model: options.Model = "llama-tiny",
     cluster: options.ClusterName = "local",
-    ranks: Annotated[int | None, typer.Option(help="Ranks to plan for (default: all of the cluster)")] = None,
+    ranks: Annotated[int | None, options.count("Ranks to plan for (default: the cluster's)")] = None,
     plan: options.Plan = "auto",
     batch: options.Batch = 16,
     seq: options.Sequence = 256,
@@ -54,9 +58,7 @@ def plan(
     ] = None,
     objective: Annotated[
         str,
-        typer.Option(
-            help="time, cost (of a step, over fewer devices) or memory (within a quarter of the fastest)"
-        ),
+        typer.Option(help="time, cost (of a step, over fewer devices) or memory (a quarter slower at most)"),
     ] = "time",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, for machines")] = False,
     out: Annotated[
@@ -69,6 +71,9 @@ def plan(
 ) -> None:
     """Choose a plan for a model on a cluster, and predict its step time and memory; no weight is allocated.
 
+    With --plan auto all plans are searched, within what --fix keeps, and the proof counts those that were priced and those that a bound
+    rules out. A plan that is given is priced alone.
+
     [bold]Examples[/]
 
       shardstage plan --model llama-tiny --cluster local --ranks 4
@@ -77,12 +82,11 @@ def plan(
 
       shardstage plan --model gpt2-tiny --cluster a100-80:8 --plan "tp=2,pp=2" --explain
     """
+    require_endings(out or (), ENDINGS)
     fixed, aim = parse_fixed(fix, plan=plan), objective_named(objective)
     memory_bytes = None if memory is None else parse_bytes(memory)
     console = Console(highlight=False, stderr=as_json)  # then standard output is the object alone
-    with console.status("looking at the cluster"):
-        machine = _machine(cluster, ranks)
-    fixed.require_kept_on(machine)
+    machine = _machine(console, cluster, ranks)
     question = Question(
         plan=plan,
         num_ranks=ranks or machine.num_devices,
@@ -92,18 +96,34 @@ def plan(
         memory_bytes=memory_bytes,
         fixed=fixed,
     )
+    _require_answerable(question, machine, aim)
     answer = _answer(console, model, machine, question, aim)
-    answer.print(console, as_json=as_json)
-    if show:
-        console.print(answer.explanation(), soft_wrap=True, markup=False)
-    for path in out or ():
-        answer.write(console, path)
+    answer.show(console, as_json=as_json, is_explained=show, out=out or ())
 
 
-def _machine(cluster: str, ranks: int | None) -> Cluster:
+def _machine(console: Console, cluster: str, ranks: int | None) -> Cluster:
     from shardstage.cli.machine import cluster_named, num_default_ranks
 
-    return cluster_named(cluster, ranks=(ranks or num_default_ranks()) if cluster == "local" else 1)
+    num_local = (ranks or num_default_ranks()) if cluster == "local" else 1
+    with console.status("looking at the cluster"):
+        return cluster_named(cluster, ranks=num_local)
+
+
+def _require_answerable(question: Question, machine: Cluster, objective: Objective) -> None:
+    """Refuses what a search over several classes of devices would not heed."""
+    if not (machine.is_mixed and question.is_open):
+        return
+    question.fixed.require_kept_on(machine)
+    if objective != "time":
+        raise PlanError(
+            f"--objective {objective}: a search over several classes of devices is for the shortest step",
+            hint="--objective time",
+        )
+    if question.num_ranks != machine.num_devices:
+        raise PlanError(
+            f"--ranks {question.num_ranks}: a search over several classes of devices plans for all {machine.num_devices}",
+            hint=f"--ranks {machine.num_devices}, or a --cluster of fewer devices",
+        )
 
 
 def _answer(
@@ -121,7 +141,7 @@ def _answer(
             cluster=machine,
             max_sequence=known.max_sequence,
         )
-    run_notes = _run_notes(chosen.plan, question.num_ranks, chosen.prediction, machine)
+    run_notes = _run_notes(chosen, question, machine)
     return _Answer(
         model=model,
         graph=known.graph,
@@ -145,25 +165,30 @@ class _Answer:
     comparison: Comparison
     notes: tuple[str, ...]
 
-    def print(self, console: Console, *, as_json: bool) -> None:
+    def show(self, console: Console, *, as_json: bool, is_explained: bool, out: Sequence[Path]) -> None:
         if as_json:
             table = as_table(self.chosen, self.comparison, self.notes)
             sys.stdout.write(json.dumps(table, indent=1) + "\n")
-            return
+        else:
+            self._print(console)
+        if is_explained:
+            text = explain(self.chosen.plan, self.graph, prediction=self.chosen.prediction)
+            console.print(text, soft_wrap=True, markup=False)
+        for path in out:
+            self._write(console, path)
+
+    def _print(self, console: Console) -> None:
         console.print(headline(self.model, self.graph, self.machine, self.num_ranks))
         console.print(_chosen_table(self.chosen.plan, self.chosen.prediction))
         print_comparison(console, self.chosen, self.comparison, self.machine)
         for note in self.notes:
             console.print(f"[yellow]note[/]  {note}", soft_wrap=True)
 
-    def explanation(self) -> str:
-        return explain(self.chosen.plan, self.graph, prediction=self.chosen.prediction)
-
-    def write(self, console: Console, path: Path) -> None:
+    def _write(self, console: Console, path: Path) -> None:
         """The page, where the path ends so; else the plan."""
         if path.suffix == ".html":
             page = comparison_page(self.model, self.machine, self.chosen, self.comparison)
-            path.write_text(page, encoding="utf-8")
+            write_text(path, page)
             said = f"page written to {path}"
         else:
             save_plan(self.chosen.plan, path)
@@ -171,15 +196,24 @@ class _Answer:
         console.print(said, soft_wrap=True)
 
 
-def _run_notes(plan: Plan, num_ranks: int, prediction: Prediction, machine: Cluster) -> Iterator[str]:
-    idle = num_ranks - plan.mesh.world_size
+def _run_notes(chosen: Chosen, question: Question, machine: Cluster) -> Iterator[str]:
+    idle = question.num_ranks - chosen.plan.mesh.world_size
     if idle:
-        yield f"{idle} of {num_ranks} ranks stay idle: with them the step would be no faster"
+        yield f"{idle} of {question.num_ranks} ranks stay idle: with them the step would be no faster"
     try:
-        require_runnable(plan)
+        require_runnable(chosen.plan)
     except PlanError as error:
         yield f"{error.message}: --fix runnable chooses among what runs"
-    yield from _memory_note(prediction, machine)
+    yield from _memory_notes(chosen.prediction.peak_bytes, question, machine)
+
+
+def _memory_notes(needed: int, question: Question, machine: Cluster) -> Iterator[str]:
+    """Of plans that were given: a search keeps within both."""
+    there, allowed = machine.device.memory_bytes, question.memory_bytes
+    if needed > there and not machine.is_mixed:
+        yield f"the plan needs {format_bytes(needed)} a rank, and a {machine.device.name} has {format_bytes(there)}: it will not fit"
+    if allowed is not None and needed > allowed:
+        yield f"the plan needs {format_bytes(needed)} a rank, more than the {format_bytes(allowed)} of --max-memory"
 
 
 def _chosen_table(plan: Plan, prediction: Prediction) -> Table:
@@ -212,9 +246,3 @@ def _chosen_rows(plan: Plan, prediction: Prediction) -> Iterator[tuple[str, str]
     )
     where = f" (pp={fullest})" if plan.mesh.pp > 1 else ""
     yield "memory", f"{format_bytes(prediction.peak_bytes)} a rank{where}: {parts}"
-
-
-def _memory_note(prediction: Prediction, machine: Cluster) -> Iterator[str]:
-    needed, there = prediction.peak_bytes, machine.device.memory_bytes
-    if needed > there and not machine.is_mixed:
-        yield f"the plan needs {format_bytes(needed)} a rank, and a {machine.device.name} has {format_bytes(there)}: it will not fit"

@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
+from shardstage.cli import options
 from shardstage.cli.machine import num_default_ranks, probe_machine
+from shardstage.cli.outputs import require_folder
 from shardstage.cluster import save
 
 __all__ = ["probe"]
@@ -15,7 +17,8 @@ __all__ = ["probe"]
 
 def probe(
     ranks: Annotated[
-        int | None, typer.Option(help="Ranks that will share the machine (default: one for each GPU or core)")
+        int | None,
+        options.count("Ranks that will share the machine (default: one for each GPU or core)"),
     ] = None,
     out: Annotated[Path, typer.Option(help="File to write")] = Path("cluster.toml"),
     budget: Annotated[float, typer.Option(help="Seconds to spend at most")] = 45.0,
@@ -26,6 +29,7 @@ def probe(
 
     [bold]Example[/]   shardstage probe --ranks 4 --out laptop.toml
     """
+    require_folder(out)  # not after a minute of measuring
     cluster = probe_machine(ranks or num_default_ranks(), budget_s=budget)
     save(cluster, out)
     typer.echo(cluster.to_toml())

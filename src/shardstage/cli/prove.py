@@ -40,6 +40,7 @@ def prove(
 
     Trains a few steps twice with the same weights, samples and dropout masks: on the plan, and with the unmodified model on one process in
     float64. Compares losses, gradients and parameters; the tolerance is derived from the precision and printed with its derivation.
+
     Exit code 0: equal. 1: not equal; the first wrong module, the rank and the probable cause are named. 2: bad input.
 
     [bold]Examples[/]

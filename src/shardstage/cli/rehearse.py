@@ -13,6 +13,7 @@ from rich.console import Console
 
 from shardstage.cli import options
 from shardstage.cli.choosing import Question, capture_model, choose_plan, headline, load_source, precision_of
+from shardstage.cli.outputs import require_endings, write_text
 from shardstage.errors import ConfigError
 from shardstage.plan import Plan, check, load_plan, parse_request, shorthand
 from shardstage.units import format_bytes, format_ratio, format_s
@@ -44,11 +45,10 @@ def rehearse(
     cluster: options.ClusterName = "local",
     plan: options.Plan = "auto",
     batch: Annotated[
-        int | None, typer.Option(help="Samples of a step (default: 4 microbatches a pipeline stage)")
+        int | None, options.count("Samples of a step (default: 4 microbatches a pipeline stage)")
     ] = None,
     seq: Annotated[
-        int | None,
-        typer.Option(help="Tokens of a sample (default: as many as the model reads, at most 8192)"),
+        int | None, options.count("Tokens of a sample (default: as many as the model reads, at most 8192)")
     ] = None,
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or float64 (default: bfloat16 on a GPU)")
@@ -80,6 +80,7 @@ def rehearse(
     The plan is lowered to the ordered acts of every rank. Proved on paper: every send meets its receive, all ranks of a group run the same
     collectives in the same order, every gradient and sample counts once, nothing waits for ever. A step is simulated. Then the engine's own
     code executes one rank of each kind on tensors without memory, and what it does is held against the program.
+
     Exit code 0: it runs and fits. 1: it does not fit, or the engine differs from the program. 2: bad input, or a program that is not right.
 
     [bold]Examples[/]
@@ -90,7 +91,7 @@ def rehearse(
 
       shardstage rehearse --program edited.txt
     """
-    _require_endings(out or [])
+    require_endings(out or (), ENDINGS)
     if program is not None:
         return _prove(program)
     from shardstage.simulator import parse_change
@@ -189,18 +190,6 @@ def _which(text: str) -> Which:
         if text == which:
             return which
     raise ConfigError(f"--ranks {text}: it is distinct, all or none", hint="--ranks distinct")
-
-
-def _require_endings(out: list[Path]) -> None:
-    """Refuses, before anything has taken time, a file of which nobody knows what is to be in it, or that cannot be there."""
-    for path in out:
-        if path.suffix not in ENDINGS:
-            known = ", ".join(f"{ending} ({what})" for ending, what in ENDINGS.items())
-            raise ConfigError(f"--out {path}: a file ends in {known}", hint=f"--out {path.stem}.html")
-        if not path.parent.is_dir():
-            raise ConfigError(
-                f"--out {path}: there is no folder {path.parent}", hint=f"mkdir -p {path.parent}"
-            )
 
 
 def _planned(plan: Plan) -> Iterator[str]:
@@ -357,12 +346,7 @@ class _Findings:
             text = timeline_to_trace(self.found.timeline)
         else:
             text = format_program(self.found.program)
-        try:
-            path.write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(
-                f"{path} cannot be written: {error.strerror or error}", hint=f"--out {path.name}"
-            ) from error
+        write_text(path, text)
         self._print(f"written to {path}: {ENDINGS[path.suffix]}")
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from shardstage.cli.outputs import write_text
 from shardstage.errors import ConfigError
 
 if TYPE_CHECKING:  # what is slow to import is imported when it is needed: help comes at once
@@ -46,7 +47,7 @@ def report(
 
       shardstage report runs/mine --trace trace.json
     """
-    from shardstage.report import report_text, write_report
+    from shardstage.report import report_page, report_text
     from shardstage.timeline.trace import timeline_to_trace
     from shardstage.training.folder import RunFolder
 
@@ -57,18 +58,12 @@ def report(
         typer.echo(report_text(about, timelines), nl=False)
     else:
         page = out or run / "report.html"
-        try:
-            write_report(page, about, timelines)
-        except OSError as error:
-            raise _unwritable(page, error) from error
+        write_text(page, report_page(about, timelines))
         typer.echo(f"written to {page}")
         if show:
             webbrowser.open(page.resolve().as_uri())
     if trace is not None:
-        try:
-            trace.write_text(timeline_to_trace(*timelines), encoding="utf-8")
-        except OSError as error:
-            raise _unwritable(trace, error) from error
+        write_text(trace, timeline_to_trace(*timelines), option="--trace")
         typer.echo(f"written to {trace}: open it in ui.perfetto.dev")
 
 
@@ -152,7 +147,3 @@ def _newest(path: Path) -> str:
         if re.match(r"\d{8}-\d{6}", run.parent.name) or place == path
     ]
     return str(max(runs, key=lambda run: run.stat().st_mtime, default=Path("runs/20260101-120000")))
-
-
-def _unwritable(path: Path, error: OSError) -> ConfigError:
-    return ConfigError(f"{path} cannot be written: {error.strerror or error}", hint="--out report.html")
