@@ -31,7 +31,7 @@ from shardstage.layout import Mesh
 from shardstage.planner.chain import Chain
 from shardstage.planner.even import EvenCuts
 from shardstage.planner.lattice import Lattice, MeshTable
-from shardstage.planner.space import Choice, Group, Schedule, Zero
+from shardstage.planner.space import MAX_STAGES_PER_RANK, Choice, Group, Schedule, Zero
 from shardstage.planner.trade import Trade
 from shardstage.schedule import SCHEDULES
 
@@ -156,9 +156,11 @@ class _Table:
 
     @property
     def mean_s(self) -> Any:
-        """Whatever the schedule: all microbatches on the mean stage, and what comes after."""
-        slowest = np.maximum(self.forward + self.backward, self.chain.slowest_unit_s)
-        return self.settings.least_factor * (self.m * slowest + self.after)
+        """Whatever the schedule: all microbatches on the mean stage, the least bubble of all schedules, and what comes after."""
+        mean = self.forward + self.backward
+        slowest = np.maximum(mean, self.chain.slowest_unit_s)
+        bubble = (self.p - 1) * np.minimum(mean / MAX_STAGES_PER_RANK, self._plain_f / 2)
+        return self.settings.least_factor * (self.m * slowest + bubble + self.after)
 
     def of(self, name: str, per_rank: Array) -> tuple[Any, Any]:
         """Seconds and bytes of a schedule with each of these numbers of stages a rank."""

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from itertools import accumulate
 
 import numpy as np
 
 from shardstage.cost.accounting import OUR_ACCOUNTING
 from shardstage.cost.memory import GATHERED_UNITS, MOMENTS
-from shardstage.cost.pipeline import SPLITTING
 from shardstage.cost.profile import RECOMPUTES, Profile, Recompute, UnitCost
 from shardstage.cost.setup import StepSetup
 
@@ -85,33 +83,38 @@ class Chain:
         return sum(self.profile.shared_elements[name] for name in names)
 
 
-@dataclass(frozen=True)
 class ChainCosts:
     """The runs of a chain under one setup with one stage a rank: what ``best_cut`` asks.
 
     ``waits_s`` are the seconds that ZeRO-2/3 adds to a run for each microbatch, ``accumulation_s`` those of adding one element's gradient.
     """
 
-    chain: Chain
-    setup: StepSetup
-    limit_bytes: int
-    accumulation_s: float
-    waits_s: Callable[[int, int, Recompute], float] | None = None
-
-    @property
-    def num_units(self) -> int:
-        return self.chain.num_units
+    def __init__(
+        self,
+        chain: Chain,
+        setup: StepSetup,
+        limit_bytes: int,
+        accumulation_s: float,
+        waits_s: Callable[[int, int, Recompute], float] | None = None,
+    ) -> None:
+        self.chain = chain
+        self.limit_bytes = limit_bytes
+        self.num_units = chain.num_units
+        self._accumulation_s = accumulation_s
+        self._waits_s = waits_s
+        self._in_flight = [setup.in_flight(stage) for stage in range(setup.mesh.pp)]
+        self._state_bytes = _state_bytes_of(chain, setup)
 
     def seconds(self, stage: int, start: int, stop: int, mode: Recompute) -> float:
         chain = self.chain
         both, again = chain.both_s, chain.recompute_s[mode]
         seconds = both[stop] - both[start] + again[stop] - again[start]
-        if self.accumulation_s:
-            seconds += self.accumulation_s * (
+        if self._accumulation_s:
+            seconds += self._accumulation_s * (
                 chain.own[stop] - chain.own[start] + chain.shared_elements(start, stop)
             )
-        if self.waits_s is not None:
-            seconds += self.waits_s(start, stop, mode)
+        if self._waits_s is not None:
+            seconds += self._waits_s(start, stop, mode)
         return seconds
 
     def fits(self, stage: int, start: int, stop: int, mode: Recompute) -> bool:
@@ -120,45 +123,44 @@ class ChainCosts:
     def peak_bytes(self, stage: int, start: int, stop: int, mode: Recompute) -> float:
         """``cost.memory.stage_memory`` of the run, at most a posted receive more."""
         chain = self.chain
-        shared = chain.shared_elements(start, stop)
-        elements = chain.own[stop] - chain.own[start] + shared
         received = chain.received[start] if stage else 0
         kept = chain.saved[mode][stop] - chain.saved[mode][start] + received
-        posted = OUR_ACCOUNTING.num_posted_receives * (
-            received + (chain.received[stop] if stop < chain.num_units else 0)
-        )
+        posted = received + (chain.received[stop] if stop < chain.num_units else 0)
         return (
-            self._state_bytes(start, stop, elements, shared)
-            + self._in_flight(stage) * kept
+            self._state_bytes(start, stop)
+            + self._in_flight[stage] * kept
             + chain.most_passing(mode, start, stop)
-            + posted
+            + OUR_ACCOUNTING.num_posted_receives * posted
         )
 
-    def _state_bytes(self, start: int, stop: int, elements: float, shared: int) -> float:
-        """Parameters, gradients and optimizer state of a run."""
-        chain, setup = self.chain, self.setup
-        part = setup.part_elements(int(elements), int(chain.experts[stop] - chain.experts[start]))
-        level, c, g, w = (
-            setup.sharding_level,
-            setup.compute_bytes,
-            setup.gradient_bytes,
-            setup.master_bytes,
-        )
-        is_apart = setup.has_own_masters
-        state = 0 if setup.is_offloaded else (MOMENTS + (level >= 2 or is_apart)) * part * w
-        if level < 2:
-            bucket = min(setup.bucket_bytes, elements * c) // setup.num_shards if level == 1 else 0
-            return elements * c + elements * g + (part * g if level else 0) + state + bucket
+
+def _state_bytes_of(chain: Chain, setup: StepSetup) -> Callable[[int, int], float]:
+    """Parameters, gradients and optimizer state of a run: ``cost.memory``'s table."""
+    level, c, g, w = setup.sharding_level, setup.compute_bytes, setup.gradient_bytes, setup.master_bytes
+    own, experts, bucket_bytes = chain.own, chain.experts, setup.bucket_bytes
+    of_master = w if level >= 2 or setup.has_own_masters else 0
+    of_owned = 0 if setup.is_offloaded else of_master + MOMENTS * w
+    of_owned += g if level else 0
+    of_owned += g if level >= 2 and setup.has_own_masters else 0
+
+    shards = setup.num_shards if level else 1
+    expert_shards = max(1, shards // setup.ep)
+
+    def owned(elements: float, of_experts: float) -> float:
+        return -(-(elements - of_experts) // shards) + -(-of_experts // expert_shards)
+
+    def replicated(start: int, stop: int) -> float:
+        elements = own[stop] - own[start] + chain.shared_elements(start, stop)
+        part = owned(elements, experts[stop] - experts[start])
+        bucket = min(bucket_bytes, elements * c) // shards if level else 0
+        return elements * (c + g) + part * of_owned + bucket
+
+    def sharded(start: int, stop: int) -> float:
+        shared = chain.shared_elements(start, stop)
+        elements = own[stop] - own[start] + shared
+        part = owned(elements, experts[stop] - experts[start])
         sizes = chain.largest_units(start, stop)
-        largest = max(sizes[0], shared)
         whole = elements if level == 2 else min(elements, sum(sizes) + shared)
-        return whole * c + (part * g if is_apart else 0) + part * g + largest * (c + g) + state
+        return whole * c + part * of_owned + max(sizes[0], shared) * (c + g)
 
-    def _in_flight(self, stage: int) -> int:
-        setup = self.setup
-        if setup.schedule == "gpipe":
-            return setup.num_microbatches
-        behind = (
-            0 if setup.schedule in SPLITTING else stage
-        )  # what waits for its W is held as long as on the first rank
-        return min(setup.mesh.pp - behind, setup.num_microbatches)
+    return sharded if level >= 2 else replicated

@@ -133,7 +133,7 @@ class Lattice:
             pp=np.array([mesh.pp for mesh in meshes], dtype=np.float64),
             dp=dp,
             share=np.ceil(space.global_batch / dp),
-            talk=_talk(self._costs, meshes, space.node_size),
+            talk=_talk(self._costs, meshes, space),
             has=has,
             num_by_rule=num_by_rule,
         )
@@ -141,15 +141,15 @@ class Lattice:
 
 def _all_zeros(space: Space) -> tuple[Zero, ...]:
     levels = [Zero(level) for level in space.zeros]
-    near = sorted({max(1, space.node_size // tp) for tp in space.tps})
+    near = sorted({space.near_ranks(tp) for tp in space.tps})
     return (*levels, *(Zero(level, n) for n in near if n > 1 for level in space.zeros if level))
 
 
-def _talk(costs: LinkCosts, meshes: Sequence[Mesh], node_size: int) -> Talk:
+def _talk(costs: LinkCosts, meshes: Sequence[Mesh], space: Space) -> Talk:
     rows = []
     for mesh in meshes:
         stride, replicas = mesh.stride("cp" if mesh.cp > 1 else "dp"), mesh.num_replicas
-        near = max(1, node_size // mesh.tp)
+        near = space.near_ranks(mesh.tp)
         near = near if replicas % near == 0 else 1
         rows.append(
             (

@@ -28,7 +28,7 @@ from shardstage.cost import (
 from shardstage.cost.compute import moved_s
 from shardstage.cost.links import LinkCosts, exposed_s
 from shardstage.cost.offload import has_host_room
-from shardstage.cost.pipeline import StageTime, pipeline_s
+from shardstage.cost.pipeline import SPLITTING, StageTime, bubble_s, pipeline_s
 from shardstage.cost.profile import RECOMPUTES, Recompute
 from shardstage.graph import ModelGraph
 from shardstage.graph.cuts import good_positions
@@ -226,7 +226,7 @@ class Pricing:
             setup.mesh.pp,
             setup.num_microbatches,
             self.modes,
-            below_s=below_s / self.least_factor,
+            below_s=below_s / self.least_factor - self._beside_s(chain, setup, links),
             counts_sum=setup.schedule in ("1f1b", "gpipe"),
         )
         if cut is None:
@@ -235,6 +235,15 @@ class Pricing:
         if self._least_s(setup, times) >= below_s:
             raise TooSlow(choice)
         return _with_stages(setup, cut.starts, cut.recompute)
+
+    def _beside_s(self, chain: Chain, setup: StepSetup, links: Links) -> float:
+        """What a step takes at least beside what ``best_cut`` counts: transfers, the norm's sum, and a bubble that no cut changes."""
+        p, n = setup.mesh.pp, chain.num_units
+        beside_s = links.norm_s() + 2 * (p - 1) * links.transfer_s(min(chain.received[1:], default=0))
+        if setup.schedule in SPLITTING:
+            mean = StageTime(chain.forward_s[n] / p, chain.backward_s[n] / p)
+            beside_s += bubble_s(setup.schedule, [mean] * p, p, setup.num_microbatches)
+        return beside_s
 
     def _waits(self, chain: Chain, setup: StepSetup, links: Links) -> Callable[[int, int, Recompute], float]:
         """Seconds that ZeRO-2/3 adds to a run of units for each microbatch, in ``cost.step``'s way."""

@@ -118,6 +118,7 @@ class Space:
     orders: tuple[tuple[Axis, ...], ...]
     dps: tuple[int, ...] = ()
     node_size: int = 1
+    zero_ranks: int | None = None
     uses_all_ranks: bool = False
     savers: Savers = NO_SAVERS
 
@@ -153,15 +154,21 @@ class Space:
         return is_exact & is_full & ((dp * group.cp) % group.ep == 0)
 
     def zeros_of(self, mesh: Mesh) -> tuple[Zero, ...]:
-        """ZeRO over all replicas, or over those of a node where more nodes hold copies."""
-        replicas = mesh.num_replicas
+        """ZeRO over all replicas, or over those of a node where more nodes hold copies; over ``zero_ranks`` alone where that is given."""
+        replicas, near = mesh.num_replicas, self.near_ranks(mesh.tp)
+        if self.zero_ranks is not None:
+            is_cut = 1 < near <= replicas and replicas % near == 0
+            return tuple(Zero(level, near) for level in self.zeros if level and is_cut)
         if replicas == 1:
             return (Zero(0),) if 0 in self.zeros else (Zero(self.zeros[0]),)
-        near = max(1, self.node_size // mesh.tp)
         levels = [Zero(level) for level in self.zeros]
         if 1 < near < replicas and replicas % near == 0:
             levels += [Zero(level, near) for level in self.zeros if level]
         return tuple(levels)
+
+    def near_ranks(self, tp: int) -> int:
+        """Over how many replicas ZeRO cuts where others hold copies: those of a node, where nothing was said."""
+        return self.zero_ranks or max(1, self.node_size // tp)
 
     @property
     def dominated(self) -> frozenset[Schedule]:
@@ -178,9 +185,9 @@ class Space:
 
     def orders_of(self, mesh: Mesh) -> tuple[tuple[Axis, ...], ...]:
         """Which axis lies outside matters where both have ranks; with cp the replicas must be neighbours."""
-        if mesh.pp == 1 or mesh.dp == 1 or mesh.cp > 1:
+        if mesh.pp == 1 or mesh.dp == 1:
             return self.orders[:1]
-        return self.orders
+        return tuple(order for order in self.orders if mesh.cp == 1 or order == AXES)
 
     def _dps(self, most: int) -> tuple[int, ...]:
         if self.dps:
@@ -230,9 +237,10 @@ def declared_space(
         microbatches=taken("microbatch", _microbatches(graph, global_batch, sequence)),
         zeros=taken("zero", (0, 1, 2, 3)),
         schedules=tuple(_schedules(request, fixed)),
-        orders=(AXES,) if is_runnable else (AXES, DP_OUTSIDE),
+        orders=_orders(request, fixed, is_runnable=is_runnable),
         dps=taken("dp", ()),
         node_size=1 if is_runnable else node,
+        zero_ranks=request.zero_ranks if "zero_ranks" in fixed else None,
         uses_all_ranks=is_runnable,
         savers=savers,
     )
@@ -248,6 +256,12 @@ def ladder(precision: Precision, fix: Request, fixed: frozenset[str]) -> tuple[S
     if "offload" in fixed:
         offloads = (fix.offload,)
     return tuple(Savers(dtype, offload) for offload in offloads for dtype in dtypes)
+
+
+def _orders(request: Request, fixed: frozenset[str], *, is_runnable: bool) -> tuple[tuple[Axis, ...], ...]:
+    if "dp_outside" in fixed:
+        return (DP_OUTSIDE,) if request.dp_outside else (AXES,)
+    return (AXES,) if is_runnable else (AXES, DP_OUTSIDE)
 
 
 def _tps(num_ranks: int, node: int) -> Iterator[int]:

@@ -131,7 +131,10 @@ def _with_axis(searcher: Searcher, choice: Choice, axis: str, size: int) -> Choi
     fitting = next((b for b in sized if bool(space.takes(other._replace(microbatch=b), dp, share))), None)
     if fitting is None:
         return None
-    zero = choice.zero if choice.zero in space.zeros_of(changed) else space.zeros_of(changed)[0]
+    zeros = space.zeros_of(changed)
+    if not zeros:
+        return None
+    zero = choice.zero if choice.zero in zeros else zeros[0]
     schedule = choice.schedule if sizes["pp"] > 1 else Schedule("1f1b", 1)
     if sizes["pp"] * schedule.per_rank > searcher.num_units:
         return None
