@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from tests.cost.machines import round_machine
 from tests.cost.toy import toy_graph
+from tests.planner.brute import all_priced, least_s
 
 from shardstage.cli.app import run
 from shardstage.cli.choosing import Question, choose_plan
@@ -12,6 +15,7 @@ from shardstage.cli.fixing import KEPT, Fixed, parse_fixed
 from shardstage.cluster import load
 from shardstage.errors import PlanError
 from shardstage.plan import named_decisions, parse_request, shorthand
+from shardstage.planner import Searcher
 
 GRAPH = toy_graph(num_layers=6, width=64, hidden=256)
 MACHINE = round_machine(8, latency_s=1e-5)
@@ -31,6 +35,7 @@ def test_decisions_are_told_from_the_wish_for_what_runs() -> None:
 KEPT_VALUES = (
     *("dp=2", "tp=2", "pp=2", "tp=2,sp=1", "tp=2,sp=0", "zero=3", "mb=2", "recompute=full", "cp=2"),
     *("pp=2,schedule=interleaved-1f1b,v=3", "pp=4,schedule=gpipe", "compile"),
+    *("grads=bf16", "offload=optimizer", "outer=1,pp=2", "outer=0,pp=2", "zr=2,dp=4", "zr=2,zero=3"),
 )
 
 
@@ -66,7 +71,7 @@ def test_a_mixed_cluster_keeps_to_less(decision: str) -> None:
     parse_fixed("tp=2,pp=1,zero=1,dtype=bf16,runnable", plan="auto").require_kept_on(MIXED)
 
 
-@pytest.mark.parametrize("decision", ["cp=2", "ep=4"])
+@pytest.mark.parametrize("decision", ["cp=2", "ep=4", "zr=2", "outer"])
 def test_what_is_only_priced_cannot_be_fixed_beside_what_runs(decision: str) -> None:
     with pytest.raises(PlanError, match=f"{decision} is planned and priced, but not run") as caught:
         parse_fixed(f"runnable,pp=2,{decision}", plan="auto")
@@ -95,3 +100,25 @@ def test_a_fix_is_refused_before_the_cluster_or_the_model_is_looked_at(
     assert run(["plan", "--model", "none-such", "--cluster", "none-such", "--fix", fix]) == 2
     shown = capsys.readouterr().err
     assert message in shown and hint in shown and "none-such" not in shown
+
+
+@pytest.mark.parametrize("decisions", ["zr=2", "zr=4", "outer", "outer,zr=2"])
+def test_a_search_within_what_is_fixed_finds_what_trying_all_of_it_finds(decisions: str) -> None:
+    searcher = Searcher(
+        GRAPH,
+        replace(MACHINE, num_devices=4),
+        num_ranks=4,
+        global_batch=8,
+        sequence=64,
+        is_runnable=False,
+        fix=parse_request(f"{decisions},mb=2"),
+        fixed=named_decisions(f"{decisions},mb=2"),
+    )
+    result = searcher.best(2**40)
+    priced = all_priced(searcher, 2**40)
+    assert result.prediction.step_time_s == pytest.approx(least_s(priced), rel=1e-9)
+    assert result.certificate.enumerated == len(priced)
+    if "zr" in decisions:
+        assert {choice.zero.num_ranks for choice in priced} == {int(decisions[-1])}
+    if "outer" in decisions:
+        assert {choice.mesh.order for choice in priced} == {("dp", "pp", "cp", "tp")}

@@ -15,7 +15,9 @@ __all__ = ["Fixed", "parse_fixed"]
 
 RUNNABLE: Final = "runnable"
 
-KEPT: Final = "dp, tp, pp, sp, zero, mb, recompute, cp, ep, schedule, v, dtype, compile"
+KEPT: Final = (
+    "dp, tp, pp, sp, zero, zr, mb, recompute, cp, ep, outer, schedule, v, dtype, grads, offload, compile"
+)
 """What a search keeps to (``planner.space``)."""
 
 KEPT_ON_MIXED: Final = "tp, pp, zero, dtype"
