@@ -75,6 +75,7 @@ class Links:
         self.overlap_slowdown = overlap_slowdown(cluster.device)
         self.num_shards = num_shards or mesh.num_replicas
         self.ep = ep
+        self._replica_stride = mesh.stride("cp" if mesh.cp > 1 else "dp")
 
     def dp_s(self, kind: CollectiveKind, num_bytes: float, num_calls: int = 1) -> float:
         """Seconds of ``num_calls`` collectives over the ranks of equal parameters that share ``num_bytes``."""
@@ -124,10 +125,6 @@ class Links:
     def norm_s(self) -> float:
         """The one number that all ranks sum before clipping."""
         return self._group("all_reduce", self.mesh.world_size, 1).latency_s
-
-    @property
-    def _replica_stride(self) -> int:
-        return self.mesh.stride("cp" if self.mesh.cp > 1 else "dp")
 
     def _group(self, kind: CollectiveKind, count: int, stride: int) -> LinearCost:
         return self._costs.cost(kind, count, stride)

@@ -1,0 +1,214 @@
+"""``stage_costs``: what each stage of a pipeline takes for one microbatch, and once a step; stages of equal units are priced once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from shardstage.cost.compute import dispatch_s, moved_s, optimizer_s
+from shardstage.cost.links import Links, exposed_s
+from shardstage.cost.memory import stage_elements
+from shardstage.cost.offload import offloaded_update_s
+from shardstage.cost.parts import Parts, compute_parts
+from shardstage.cost.pipeline import StageTime
+from shardstage.cost.profile import Profile, UnitCost
+from shardstage.cost.setup import StepSetup
+
+__all__ = ["StageCost", "stage_costs"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageCost:
+    """Of one stage: ``time`` and its ``parts`` for a microbatch, of which ``waits_s`` are for ZeRO-2/3, ``compute_s`` and ``talk_s`` plain
+    compute and talk along tp.
+
+    Once a step: ``update_s`` is the optimizer and the gather of the new parameters under ZeRO-1 (``gather_s`` of it), ``reduction_s`` what
+    of the gradients' sums the last backward does not hide.
+    """
+
+    num_elements: int
+    time: StageTime
+    parts: Parts
+    waits_s: float
+    compute_s: float
+    talk_s: float
+    update_s: float
+    gather_s: float
+    reduction_s: float
+
+
+def stage_costs(profile: Profile, setup: StepSetup, links: Links) -> tuple[StageCost, ...]:
+    """Of all stages, in order."""
+    known: dict[tuple[object, ...], StageCost] = {}
+    found = []
+    for stage in range(setup.num_stages):
+        units = [profile.units[index] for index in setup.units_of(stage, profile)]
+        has_ties = any(unit.shared for unit in units)
+        key = (*map(id, units), setup.recompute_of(stage), stage == 0, stage if has_ties else -1)
+        if key not in known:
+            known[key] = _stage_cost(profile, setup, links, stage, units)
+        found.append(known[key])
+    return tuple(found)
+
+
+def _stage_cost(
+    profile: Profile, setup: StepSetup, links: Links, stage: int, units: Sequence[UnitCost]
+) -> StageCost:
+    elements = stage_elements(profile, setup, stage)
+    part = setup.part_elements(elements, sum(unit.expert_elements for unit in units))
+    plain = _plain_times(units, setup, stage)
+    waits = _waits(units, plain, setup, links, stage)
+    added_s = _accumulation_s(elements, part, setup, links)
+    time = _time(units, plain, waits, added_s, setup, links, stage)
+    gather_s = _new_parameters_s(elements, setup, links)
+    parts = compute_parts(units, setup.recompute_of(stage))
+    return StageCost(
+        num_elements=elements,
+        time=time,
+        parts=parts._replace(memory=parts.memory + added_s, dp=sum(waits)),
+        waits_s=sum(waits),
+        compute_s=sum(unit.forward_s + unit.backward_s for unit in units),
+        talk_s=sum(unit.tp_forward_s + unit.tp_backward_s for unit in units),
+        update_s=_optimizer_s(units, elements, part, setup, links) + gather_s,
+        gather_s=gather_s,
+        reduction_s=_reduction_s(elements, _tied_elements(profile, setup, stage, units), time, setup, links),
+    )
+
+
+def _time(
+    units: Sequence[UnitCost],
+    plain: tuple[float, float],
+    waits: tuple[float, float],
+    added_s: float,
+    setup: StepSetup,
+    links: Links,
+    stage: int,
+) -> StageTime:
+    forward_s, backward_s = plain[0], plain[1] + added_s
+    receive_s = _transfer_s(setup, links, units[0].input_bytes) if stage else 0.0
+    if not setup.execution.overlaps_sends and setup.mesh.pp > 1:
+        held_s = max(receive_s, _transfer_s(setup, links, units[0].input_bytes) if stage == 0 else 0.0)
+        return StageTime(forward_s + waits[0] + held_s, backward_s + waits[1] + held_s)
+    return StageTime(forward_s + waits[0], backward_s + waits[1], receive_s)
+
+
+def _transfer_s(setup: StepSetup, links: Links, num_bytes: int) -> float:
+    """Seconds from one stage to the next; scattered, a tensor-parallel rank sends its part and gathers the others' inside the node."""
+    tp = setup.mesh.tp
+    if setup.execution.scatters_sends and tp > 1:
+        return links.transfer_s(num_bytes // tp) + links.tp_gather_s(num_bytes)
+    return links.transfer_s(num_bytes)
+
+
+def _accumulation_s(elements: int, part: int, setup: StepSetup, links: Links) -> float:
+    """Seconds of adding a microbatch's gradients to their sums: nothing to do for a single microbatch."""
+    if setup.num_microbatches == 1:
+        return 0.0
+    summed = part if setup.sharding_level >= 2 else elements
+    return moved_s(summed * setup.accumulation_bytes, links.cluster.device)
+
+
+def _plain_times(units: Sequence[UnitCost], setup: StepSetup, stage: int) -> tuple[float, float]:
+    """Seconds forward and backward of compute, talk that nothing hides, and recomputation."""
+    recompute = setup.recompute_of(stage)
+    forward_s = sum(unit.forward_s + unit.talk_s(forward=True) for unit in units)
+    backward_s = sum(
+        unit.backward_s + unit.talk_s(forward=False) + unit.kept[recompute].recompute_s for unit in units
+    )
+    return forward_s, backward_s
+
+
+def _waits(
+    units: Sequence[UnitCost], plain: tuple[float, float], setup: StepSetup, links: Links, stage: int
+) -> tuple[float, float]:
+    """Seconds forward and backward that a microbatch waits for ZeRO-2/3: the first gather, the last reduction, what does not hide."""
+    if setup.sharding_level < 2:
+        return 0.0, 0.0
+    forward_s, backward_s = plain
+    how = setup.execution
+    calls = [(unit, min(unit.num_parameters, how.gathers_apart) or 1) for unit in units]
+    gathers = [links.shards_s("all_gather", u.own_elements * setup.compute_bytes, num) for u, num in calls]
+    sums = [_scatter_s(links, unit.own_elements * setup.wire_bytes, num) for unit, num in calls]
+    again = _times_gathered_again(setup, stage)
+    is_ahead = all(unit.own_elements < num * how.live_elements for unit, num in calls)
+    slowdown = links.overlap_slowdown if is_ahead else 1.0
+    copies_s = 0.0
+    if how.gathers_apart:
+        copies_s = sum(num for _, num in calls) * setup.num_shards * dispatch_s(links.cluster.device)
+    return (
+        copies_s + exposed_s(sum(gathers), forward_s, slowdown, gathers[0]),
+        (again + 1) * copies_s + exposed_s(again * sum(gathers) + sum(sums), backward_s, slowdown, sums[0]),
+    )
+
+
+def _times_gathered_again(setup: StepSetup, stage: int) -> int:
+    """For the backward under ZeRO-3, and where parameters travel apart for recomputing before it."""
+    if setup.sharding_level < 3:
+        return 0
+    return 2 if setup.execution.gathers_apart and setup.recompute_of(stage) != "none" else 1
+
+
+def _reduction_s(elements: int, tied: int, time: StageTime, setup: StepSetup, links: Links) -> float:
+    """Seconds after the last backward until a stage's gradients are summed over dp and ties."""
+    waited = links.tie_s(tied * setup.wire_bytes)
+    if setup.mesh.num_replicas == 1 or setup.sharding_level >= 2:
+        return waited
+    num_buckets = _num_buckets(setup, elements)
+    num_bytes = elements * setup.wire_bytes
+    waited += moved_s(elements * setup.execution.packing_bytes, links.cluster.device)
+    if setup.sharding_level and not setup.execution.sums_whole:
+        all_s = _scatter_s(links, num_bytes, num_buckets)
+    else:
+        all_s = links.dp_s("all_reduce", num_bytes, num_buckets)
+    if not setup.execution.overlaps_gradients:
+        return waited + all_s
+    return waited + exposed_s(all_s, time.backward_s, links.overlap_slowdown, all_s / num_buckets)
+
+
+def _scatter_s(links: Links, num_bytes: float, num_calls: int = 1) -> float:
+    """Seconds until gradients are summed and cut among the ranks that ZeRO cuts over, and summed with those of its copies."""
+    return links.shards_s("reduce_scatter", num_bytes, num_calls) + links.copies_s(num_bytes, num_calls)
+
+
+def _tied_elements(profile: Profile, setup: StepSetup, stage: int, units: Sequence[UnitCost]) -> int:
+    """Elements of the parameters that this stage shares with another."""
+    own = {name for unit in units for name in unit.shared}
+    if not own:
+        return 0
+    inside = setup.units_of(stage, profile)
+    others = {name for i, unit in enumerate(profile.units) if i not in inside for name in unit.shared}
+    return sum(profile.shared_elements[name] for name in own & others)
+
+
+def _optimizer_s(
+    units: Sequence[UnitCost], elements: int, part: int, setup: StepSetup, links: Links
+) -> float:
+    """The optimizer over what a rank owns."""
+    if setup.execution.update_bytes is not None:
+        return moved_s(part * setup.execution.update_bytes, links.cluster.device)
+    if setup.is_offloaded:
+        return offloaded_update_s(
+            part,
+            links.cluster.device,
+            down_bytes=setup.gradient_bytes,
+            up_bytes=setup.stored_bytes,
+            element_bytes=setup.master_bytes,
+        )
+    num_tensors = _num_buckets(setup, elements)
+    if setup.sharding_level >= 2:
+        num_tensors = sum(unit.num_parameters for unit in units)
+    return optimizer_s(part, setup.master_bytes, num_tensors, links.cluster.device)
+
+
+def _new_parameters_s(elements: int, setup: StepSetup, links: Links) -> float:
+    """The gather of the new parameters under ZeRO-1."""
+    if setup.sharding_level != 1:
+        return 0.0
+    num_bytes = elements * setup.compute_bytes
+    if setup.execution.broadcasts_parameters:
+        return links.shards_s("broadcast", num_bytes, setup.num_shards)
+    return links.shards_s("all_gather", num_bytes, _num_buckets(setup, elements))
+
+
+def _num_buckets(setup: StepSetup, elements: int) -> int:
+    return max(1, -(-elements * setup.compute_bytes // setup.bucket_bytes))
