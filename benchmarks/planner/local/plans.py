@@ -48,7 +48,7 @@ class Candidate:
 def candidates(
     graph: ModelGraph, cluster: Cluster, *, global_batch: int, sequence: int | None, only: int | None
 ) -> list[Candidate]:
-    """The pick first, the runners-up, then the grid, each plan once; ``only`` keeps so many of them, evenly."""
+    """The pick first, the runners-up, then the grid, each plan once; ``only`` keeps at most so many, evenly."""
     searcher = Searcher(
         graph,
         cluster,
@@ -60,7 +60,7 @@ def candidates(
     found = searcher.best(usable_bytes(cluster))
     chosen = [found.best, *(other.plan for other in found.runners_up)]
     plans = list(dict.fromkeys([*chosen, *_grid(graph, global_batch, sequence)]))
-    plans = plans[:: max(1, len(plans) // only)] if only else plans
+    plans = plans[:: -(-len(plans) // only)] if only else plans
     for plan in plans:
         require_runnable(plan)
     return [

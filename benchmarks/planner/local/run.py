@@ -62,7 +62,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--networks", default="1,5,20", help="Gbit/s of each host's link")
     parser.add_argument("--rounds", type=int, default=3, help="timed steps of every plan")
     parser.add_argument("--finals", type=int, default=8, help="further steps of those near the best")
-    parser.add_argument("--only-plans", type=int, help="measure so many plans, the pick among them")
+    parser.add_argument("--only-plans", type=int, help="measure at most so many plans, the pick among them")
     parser.add_argument(
         "--out", type=Path, help="folder for clusters and every step that was timed (a new one)"
     )
