@@ -68,7 +68,7 @@ HANGING_RANKS = 320
 """So many A100 of Jean Zay "always hang" unless CUDA_LAUNCH_BLOCKING=1, which 160 do not need and BLOOM's script sets
 (github.com/bigscience-workshop/bigscience train/tr11-176B-ml, chronicles-prequel.md and tr11-176B-ml.slurm)."""
 
-DEEPSPEED_DISPATCH_S = 61e-6
+DEEPSPEED_DISPATCH_S = 60e-6
 """Fitted on the even half of vTrain's models, which Megatron-DeepSpeed ran on other machines (benchmarks/planner/vtrain)."""
 
 FSDP = Execution(accumulation_bytes=0.0, wire_bytes=4.0)
