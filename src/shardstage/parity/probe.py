@@ -54,6 +54,14 @@ def exact_replica(job: TrainJob, first: Mapping[str, Tensor]) -> Replica:
     return Replica(job, first, dict.fromkeys(UNIT_ROUNDOFF, "float64"))
 
 
+def _sum_roundoff(job: TrainJob) -> float | None:
+    """By which sums of gradients err; None where they are as wide as master weights."""
+    narrow = job.plan.gradient_dtype
+    if narrow is None or getattr(torch, narrow) == master_dtype(job):
+        return None
+    return UNIT_ROUNDOFF[narrow]
+
+
 def block_outputs(graph: ModelGraph) -> tuple[str, ...]:
     """Values that carry a gradient from one block of the graph to later ones, in order."""
     found = []
@@ -75,6 +83,7 @@ class Replica:
         self._first = first
         self._stand_ins = stand_ins
         self._is_exact = len(set(stand_ins.values())) == 1 and len(stand_ins) > 1
+        self._sum_roundoff = _sum_roundoff(job)
         self._random = run_random(job)
         self._traced = block_outputs(job.graph)
         self._codes: dict[int, BlockCode] = {}
@@ -126,7 +135,11 @@ class Replica:
         activations: dict[str, dict[int, float]],
         rounding: Rounding,
     ) -> StepGradients:
-        """The mean loss over all targets and its gradients, computed under ``rounding``; signatures go into ``activations``."""
+        """The mean loss over all targets and its gradients, computed under ``rounding``; signatures go into ``activations``.
+
+        Gradients that the run sums in a narrower dtype than its master weights' are rounded with every microbatch: one sum over all of the
+        global batch errs no less than the ranks' shorter ones and the sum of these, whose roundings are of parts of it.
+        """
         num_targets = max(1, sum(batch.num_targets for batch in microbatches))
         self._random.step = step
         stored = self._stored(parameters)
@@ -142,6 +155,8 @@ class Replica:
             for total, gradient in zip(sums.values(), found, strict=True):
                 if gradient is not None:
                     total += gradient
+                    if self._sum_roundoff is not None:
+                        rounding.disturb_sum(total, self._sum_roundoff)
             self._trace(activations, blocks, batch.positions)
         return StepGradients(loss=loss, gradients={self._names[name]: g for name, g in sums.items()})
 

@@ -67,7 +67,14 @@ def run_reference(job: TrainJob) -> Reference:
     activations = exact_replica(job, first).activations(batches)
     replica = probing_replica(job, first)
     probes = (replica.probe(batches, num_steps=num_steps, seed=seed) for seed in range(num_probes(num_steps)))
-    tolerances = derive_tolerances(trajectory, activations, first, probes, precision=job.plan.precision)
+    tolerances = derive_tolerances(
+        trajectory,
+        activations,
+        first,
+        probes,
+        precision=job.plan.precision,
+        gradient_dtype=job.plan.gradient_dtype,
+    )
     return Reference(
         trajectory=trajectory,
         activations=activations,

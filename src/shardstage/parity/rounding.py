@@ -82,6 +82,11 @@ class Rounding(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch lea
             self._disturb(func, name, args, fresh)
         return result
 
+    def disturb_sum(self, total: Tensor, unit: float) -> None:
+        """What rounding a sum to a narrower dtype after each term does to it: y becomes y + u·|y|·ξ, in place."""
+        self._pools.setdefault(total.dtype, next(iter(self._pools.values())).to(total.dtype))
+        total.mul_((self._noise(total) * unit).add_(1))
+
     def _disturb(self, func: Any, name: str, args: tuple[Any, ...], results: Sequence[Tensor]) -> None:
         self.num_ops += 1
         num_terms = _num_terms(name, args, results)

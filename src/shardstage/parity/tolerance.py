@@ -47,6 +47,7 @@ class Derivation:
     num_probes: int
     num_steps: int
     relative: Mapping[str, float]
+    gradient_dtype: str | None = None
     confidence: float = CONFIDENCE
 
     def text(self) -> str:
@@ -62,10 +63,16 @@ class Derivation:
             f"{self.num_steps} steps",
             "  (Monte Carlo arithmetic): depth and condition of this model make of u",
             f"  {loss:.1e} in the loss ({loss / u:.1f} u), {gradient:.1e} in a gradient ({gradient / u:.0f} u);",
+            *self._sums(),
             f"tolerance = λ × root mean square of the probes, λ = {self.confidence:g}: 2 for the sums that",
             "  a plan splits over ranks and microbatches, times 4 standard deviations.",
         ]
         return "\n".join(lines)
+
+    def _sums(self) -> list[str]:
+        if self.gradient_dtype != "bfloat16":
+            return []
+        return [f"sums of gradients are rounded to {self.gradient_dtype} with every microbatch;"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +111,7 @@ def derive_tolerances(
     probes: Iterable[Probe],
     *,
     precision: str,
+    gradient_dtype: str | None = None,
 ) -> Tolerances:
     """Tolerances from probes, of which one is held at a time.
 
@@ -127,6 +135,7 @@ def derive_tolerances(
         unit_roundoff=UNIT_ROUNDOFF[precision],
         num_ops=sums.num_ops,
         longest_sum=sums.longest_sum,
+        gradient_dtype=gradient_dtype,
         num_probes=count,
         num_steps=steps,
         relative={

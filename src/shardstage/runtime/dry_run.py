@@ -260,6 +260,7 @@ def _batches(program: Program, graphs: StageGraphs, rank: int) -> list[_Samples]
 def _settle(engine: Engine, live: LiveTensors) -> None:
     """Says of what is there between steps what it is for; the optimizer's state is made now, as if a step had been before."""
     states = [engine.optimizer.state(leaf) for leaf in engine.optimizer.leaves]
+    live.leave_out(engine.optimizer.on_host())
     live.end("inputs")
     for category, tensors in engine.parameters.held().items():
         live.classify(tensors, category)

@@ -61,6 +61,7 @@ class LiveTensors:
         self.largest: tuple[HeldTensors, ...] = ()
         self._storages: dict[int, _Storage] = {}
         self._fresh: set[int] = set()
+        self._elsewhere: set[int] = set()
         self._total_bytes = 0
         self._peak_bytes = 0
         self._is_rising = False
@@ -83,7 +84,7 @@ class LiveTensors:
             return
         storage = tensor.untyped_storage()
         key = storage_key(tensor)
-        if key in self._storages:
+        if key in self._storages or key in self._elsewhere:
             return
         num_bytes = storage.nbytes()
         reference = weakref.ref(storage, partial(self._died, key))
@@ -100,6 +101,16 @@ class LiveTensors:
             self.add(tensor, category)
             found[storage_key(tensor)] = None
         return sum(self._classify(key, category) for key in found)
+
+    def leave_out(self, tensors: Iterable[Tensor]) -> None:
+        """These stay, and take nothing of the device's memory."""
+        for tensor in tensors:
+            key = storage_key(tensor)
+            known = self._storages.pop(key, None)
+            self._elsewhere.add(key)
+            self._fresh.discard(key)
+            if known is not None:
+                self._change(known.category, -known.num_bytes)
 
     def resized(self, storage: torch.UntypedStorage, num_bytes: int) -> None:
         """A storage is about to get a new size; only parameters that are gathered and freed do."""
