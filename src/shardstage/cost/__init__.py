@@ -8,7 +8,7 @@ from shardstage.cost.balance import balanced
 from shardstage.cost.execution import OURS, Execution
 from shardstage.cost.fold import Folded, Unit, fold
 from shardstage.cost.links import Links
-from shardstage.cost.memory import MemoryUse, rank_memory, stage_memory
+from shardstage.cost.memory import MemoryModel, MemoryUse, rank_memory, stage_memory
 from shardstage.cost.profile import Profile, Profiler, UnitCost, profile
 from shardstage.cost.setup import StepSetup
 from shardstage.cost.step import (
@@ -25,6 +25,7 @@ __all__ = [
     "Execution",
     "Folded",
     "Links",
+    "MemoryModel",
     "MemoryUse",
     "Prediction",
     "Profile",

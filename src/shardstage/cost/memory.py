@@ -29,7 +29,7 @@ from shardstage.cost.profile import Profile, UnitCost
 from shardstage.cost.setup import StepSetup
 from shardstage.schedule import Action
 
-__all__ = ["MemoryUse", "rank_memory", "stage_elements", "stage_memory", "step_bytes"]
+__all__ = ["MemoryModel", "MemoryUse", "rank_memory", "stage_elements", "stage_memory", "step_bytes"]
 
 MOMENTS: Final = 2
 """AdamW's: the running means of the gradient and of its square."""
@@ -72,6 +72,47 @@ def stage_elements(profile: Profile, setup: StepSetup, stage: int) -> int:
     units = [profile.units[index] for index in setup.units_of(stage, profile)]
     shared = {name for unit in units for name in unit.shared}
     return sum(unit.own_elements for unit in units) + sum(profile.shared_elements[name] for name in shared)
+
+
+class MemoryModel:
+    """What stages and ranks of one setup hold; stages of equal units that hold as many microbatches are asked once."""
+
+    def __init__(self, profile: Profile, setup: StepSetup, accounting: Accounting = OUR_ACCOUNTING) -> None:
+        self.profile = profile
+        self.setup = setup
+        self.accounting = accounting
+        self._known: dict[tuple[object, ...], MemoryUse] = {}
+
+    def stage(self, stage: int) -> MemoryUse:
+        """``stage_memory``."""
+        setup, units = self.setup, self.profile.units
+        own = setup.units_of(stage, self.profile)
+        following = units[own.stop].input_bytes if own.stop < len(units) else None
+        held = setup.in_flight(stage)
+        key = (*(id(units[i]) for i in own), setup.recompute_of(stage), held, stage == 0, following)
+        if key not in self._known:
+            self._known[key] = stage_memory(self.profile, setup, stage, self.accounting)
+        return self._known[key]
+
+    def rank(self, rank: int) -> MemoryUse:
+        """``rank_memory``."""
+        setup, stages = self.setup, self.setup.stages_of(rank)
+        uses = [self.stage(stage) for stage in stages]
+        if len(stages) == 1:
+            return uses[0]
+        passing = max(uses, key=lambda use: use.recompute + use.transient)
+        together = {name: sum(getattr(use, name) for use in uses) for name in MemoryUse.__slots__}
+        together |= {"recompute": passing.recompute, "transient": passing.transient, "fixed": passing.fixed}
+        of_one = [
+            use.activations // max(1, setup.in_flight(stage)) for stage, use in zip(stages, uses, strict=True)
+        ]
+        if setup.custom is not None:
+            held = dict(zip(stages, of_one, strict=True))
+            together["activations"] = _peak_activation_bytes(setup.custom.actions[rank], held)
+        else:
+            moments = setup.in_flight_together(rank)
+            together["activations"] = max(sum(map(mul, counts, of_one)) for counts in moments)
+        return MemoryUse(**together)
 
 
 def stage_memory(
@@ -120,23 +161,7 @@ def rank_memory(
     profile: Profile, setup: StepSetup, rank: int, accounting: Accounting = OUR_ACCOUNTING
 ) -> MemoryUse:
     """The peak of a pipeline rank: of its one stage, or of several, whose activations do not peak together."""
-    stages = setup.stages_of(rank)
-    uses = [stage_memory(profile, setup, stage, accounting) for stage in stages]
-    if len(stages) == 1:
-        return uses[0]
-    passing = max(uses, key=lambda use: use.recompute + use.transient)
-    together = {name: sum(getattr(use, name) for use in uses) for name in MemoryUse.__slots__}
-    together |= {"recompute": passing.recompute, "transient": passing.transient, "fixed": passing.fixed}
-    of_one = [
-        use.activations // max(1, setup.in_flight(stage)) for stage, use in zip(stages, uses, strict=True)
-    ]
-    if setup.custom is not None:
-        held = dict(zip(stages, of_one, strict=True))
-        together["activations"] = _peak_activation_bytes(setup.custom.actions[rank], held)
-    else:
-        moments = setup.in_flight_together(rank)
-        together["activations"] = max(sum(map(mul, counts, of_one)) for counts in moments)
-    return MemoryUse(**together)
+    return MemoryModel(profile, setup, accounting).rank(rank)
 
 
 def step_bytes(use: MemoryUse, setup: StepSetup, accounting: Accounting) -> int:

@@ -20,7 +20,7 @@ from types import MappingProxyType
 from typing import Final, NamedTuple
 
 from shardstage.cost.links import Links
-from shardstage.cost.memory import MemoryUse, rank_memory, stage_memory
+from shardstage.cost.memory import MemoryModel, MemoryUse
 from shardstage.cost.parts import Parts
 from shardstage.cost.pipeline import StageTime, pipeline_s, run_pipeline
 from shardstage.cost.profile import Profile
@@ -95,9 +95,10 @@ class Prediction:
 
 
 def predict_step(
-    profile: Profile, setup: StepSetup, links: Links, ranks: Sequence[MemoryUse] | None = None
+    profile: Profile, setup: StepSetup, links: Links, memory: MemoryModel | None = None
 ) -> Prediction:
-    """Seconds and bytes of one step on the links' cluster; ``ranks`` are what they hold, where that is known already."""
+    """Seconds and bytes of one step on the links' cluster; ``memory`` of the same setup, where it was asked already."""
+    memory = memory or MemoryModel(profile, setup)
     cluster = links.cluster
     stages = stage_costs(profile, setup, links)
     times = [stage.time for stage in stages]
@@ -114,8 +115,8 @@ def predict_step(
         step_time_low_s=low_s,
         step_time_high_s=high_s,
         parts=parts._asdict(),
-        stages=_stages(profile, setup, stages),
-        ranks=tuple(ranks or (rank_memory(profile, setup, rank) for rank in range(num_ranks))),
+        stages=_stages(memory, stages),
+        ranks=tuple(map(memory.rank, range(num_ranks))),
         bubble_ratio=1 - sum(busy) / (num_ranks * end_s),
         exposed_dp_s=exposed + m * _of_busiest_rank(setup, [stage.waits_s for stage in stages]),
         exposed_tp_s=_of_busiest_rank(setup, [m * stage.talk_s for stage in stages]),
@@ -215,7 +216,7 @@ def _built_in(links: Links) -> Spread:
     return CALIBRATIONS.get(links.cluster.device.kind, CALIBRATIONS["cpu"])
 
 
-def _stages(profile: Profile, setup: StepSetup, stages: Sequence[StageCost]) -> tuple[StagePrediction, ...]:
+def _stages(memory: MemoryModel, stages: Sequence[StageCost]) -> tuple[StagePrediction, ...]:
     compute_s = sum(stage.compute_s for stage in stages)
     return tuple(
         StagePrediction(
@@ -223,7 +224,7 @@ def _stages(profile: Profile, setup: StepSetup, stages: Sequence[StageCost]) -> 
             backward_s=stage.time.backward_s,
             compute_ratio=stage.compute_s / compute_s,
             num_elements=stage.num_elements,
-            memory=stage_memory(profile, setup, number),
+            memory=memory.stage(number),
         )
         for number, stage in enumerate(stages)
     )

@@ -15,14 +15,13 @@ from shardstage.cluster import Cluster
 from shardstage.cost import (
     Folded,
     Links,
-    MemoryUse,
+    MemoryModel,
     Prediction,
     Profile,
     Profiler,
     StepSetup,
     fold,
     predict_step,
-    rank_memory,
     step_seconds,
 )
 from shardstage.cost.compute import moved_s
@@ -145,20 +144,20 @@ class Pricing:
         chain = self.chain(choice.group)
         setup = self.setup(choice)
         links = self.links(choice)
-        ranks = None
+        memory = None
         if choice.schedule.per_rank == 1:
             found = self._cut(choice, chain, setup, links, limit_bytes, below_s)
             if found is not None:
                 self._check_seconds(choice, chain, links, found, below_s)
         else:
-            found, ranks = self._even(choice, chain, setup, links, limit_bytes, below_s)
+            found, memory = self._even(choice, chain, setup, links, limit_bytes, below_s)
         if found is None:
             return None
         priced = Priced(
             choice=choice,
             setup=found,
             positions=tuple(self.folded.units[start].start for start in found.starts),
-            prediction=predict_step(chain.profile, found, links, ranks),
+            prediction=predict_step(chain.profile, found, links, memory),
             savers=self.savers,
         )
         has_room = has_host_room(priced.prediction.host_bytes, self.cluster.device)
@@ -279,7 +278,7 @@ class Pricing:
         links: Links,
         limit_bytes: int,
         below_s: float,
-    ) -> tuple[StepSetup | None, list[MemoryUse]]:
+    ) -> tuple[StepSetup | None, MemoryModel | None]:
         """Several stages a rank: cut for balance, all recomputing alike, as little as fits; and what the ranks hold."""
         starts = self.even.starts(setup.num_stages)
         for mode in self.modes:
@@ -287,10 +286,10 @@ class Pricing:
                 raise TooSlow(choice)
             made = _with_stages(setup, starts, (mode,) * setup.num_stages)
             self._check_seconds(choice, chain, links, made, below_s)
-            ranks = _ranks_within(chain.profile, made, limit_bytes)
-            if ranks is not None:
-                return made, ranks
-        return None, []
+            memory = _memory_within(chain.profile, made, limit_bytes)
+            if memory is not None:
+                return made, memory
+        return None, None
 
     def _least_s(self, setup: StepSetup, times: list[StageTime]) -> float:
         """What the pipeline alone takes at least, before ZeRO's waits, sums of gradients and transfers."""
@@ -314,15 +313,11 @@ class TooSlow(Exception):
         self.seconds = seconds
 
 
-def _ranks_within(profile: Profile, setup: StepSetup, limit_bytes: int) -> list[MemoryUse] | None:
+def _memory_within(profile: Profile, setup: StepSetup, limit_bytes: int) -> MemoryModel | None:
     """What each rank holds; None as soon as one of them exceeds the limit, those at the ends first."""
-    last = setup.mesh.pp - 1
-    found: dict[int, MemoryUse] = {}
-    for rank in (last, 0, *range(1, last)):
-        found[rank] = rank_memory(profile, setup, rank)
-        if found[rank].total_bytes > limit_bytes:
-            return None
-    return [found[rank] for rank in range(last + 1)]
+    memory, last = MemoryModel(profile, setup), setup.mesh.pp - 1
+    fits = all(memory.rank(rank).total_bytes <= limit_bytes for rank in (last, 0, *range(1, last)))
+    return memory if fits else None
 
 
 def _stage_times(chain: Chain, starts: tuple[int, ...], modes: tuple[Recompute, ...]) -> list[StageTime]:
