@@ -33,7 +33,8 @@ def balanced(weights: Sequence[float], num_stages: int) -> tuple[int, ...]:
     earliest = np.array([bisect_left(total, total[stop] - cap) for stop in range(num_units + 1)])
     width = int((np.arange(num_units + 1) - earliest).max())
     # [stop, …]: the starts within reach of a stop, ascending; of equal cuts, the first stages, which hold most activations, get fewer
-    reach = np.arange(num_units + 1)[:, None] - np.arange(width, 0, -1)[None, :]
+    stops = np.arange(num_units + 1)
+    reach = stops[:, None] - np.arange(width, 0, -1)[None, :]
     weight = sums[:, None] - sums[np.maximum(reach, 0)]
     squares = np.where((reach >= 0) & (weight <= cap), weight * weight, np.inf)
     best = np.array([0.0] + [math.inf] * num_units)
@@ -41,11 +42,11 @@ def balanced(weights: Sequence[float], num_stages: int) -> tuple[int, ...]:
     for _ in range(num_stages):
         of_starts = best[np.maximum(reach, 0)] + squares
         chosen = of_starts.argmin(axis=1)
-        best = np.take_along_axis(of_starts, chosen[:, None], axis=1)[:, 0]
-        cuts.append(np.take_along_axis(reach, chosen[:, None], axis=1)[:, 0].tolist())
+        best = of_starts[stops, chosen]
+        cuts.append(chosen)
     starts = [num_units]
     for came_from in reversed(cuts):
-        starts.append(came_from[starts[-1]])
+        starts.append(starts[-1] - width + int(came_from[starts[-1]]))
     return tuple(reversed(starts[1:]))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from operator import le
 from typing import Final
 
 from shardstage.schedule.action import Action
@@ -99,8 +100,9 @@ def _row(name: str, num_stages: int, p: int, m: int, rank: int) -> tuple[Action,
 
 
 def _largest(found: set[tuple[int, ...]]) -> tuple[tuple[int, ...], ...]:
+    """Those that no other one is at least as large as on all stages."""
     kept: list[tuple[int, ...]] = []
     for each in sorted(found, key=sum, reverse=True):
-        if not any(all(x <= y for x, y in zip(each, other, strict=True)) for other in kept):
+        if not any(all(map(le, each, other)) for other in kept):
             kept.append(each)
     return tuple(kept)
