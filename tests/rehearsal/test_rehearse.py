@@ -13,6 +13,7 @@ from tests.runtime.dry_run_cases import Rehearsed, case, rehearsed, source_of
 from shardstage.cluster import Cluster, load
 from shardstage.rehearsal import Rehearsal, Which, rehearse
 from shardstage.rehearsal.text import rehearsal_text
+from shardstage.simulator import peak_bytes, planned_prices
 
 MODULE = import_module("shardstage.rehearsal.rehearse")
 
@@ -40,6 +41,20 @@ def test_the_simulator_and_the_engine_agree_on_memory() -> None:
     for name in ("uneven shares, pp=3", "ties over pp, tp=3"):
         for rank in tried_out(case(name)).ranks:
             assert rank.predicted_bytes == pytest.approx(rank.peak_bytes, rel=0.08), name
+
+
+@pytest.mark.parametrize("name", ["narrow gradients, offloaded", "zero=3, rows of narrow gradients"])
+def test_what_lies_with_the_host_or_is_narrow_is_held_as_predicted(name: str) -> None:
+    """Between steps, and at the peak: masters and optimizer state of an offloaded rank take nothing of its device."""
+    given = case(name)
+    holdings = planned_prices(given.graph, given.plan, load("a100-80:16")).holdings
+    run, held = given.run(0), holdings.rank(0)
+    is_offloaded = given.plan.offload == "optimizer"
+    assert ("optimizer" not in run.between_steps) is (held.optimizer == 0) is is_offloaded
+    for category in ("parameters", "master", "optimizer"):
+        expected = getattr(held, category)
+        assert run.between_steps.get(category, 0) == pytest.approx(expected, rel=0.03), category
+    assert peak_bytes(given.program, 0, holdings) == pytest.approx(run.peak.peak_bytes, rel=0.1)
 
 
 def test_all_executes_every_rank_and_none_executes_none() -> None:

@@ -72,6 +72,13 @@ CASES: Mapping[str, tuple[str, str, int, int]] = {
     "zero=3, ties, several in flight": ("gpt2", "dp=3,tp=2,pp=2,mb=2,zero=3", 12, 18),
     "zero=3, bfloat16, recompute": ("llama", "dp=3,mb=1,zero=3,recompute=full,dtype=bf16", 3, 6),
     "ties over pp, tp=3": ("gpt2", "pp=2,tp=3,mb=2", 6, 6),
+    "narrow gradients, offloaded": (
+        *("llama", "dp=3,tp=2,mb=2,zero=1,dtype=bf16,grads=bf16,offload=optimizer"),
+        *(6, 11),
+    ),
+    "zero=3, rows of narrow gradients": ("gpt2", "dp=3,mb=1,zero=3,dtype=bf16,grads=bf16", 3, 6),
+    "zero=2, offloaded": ("llama", "dp=2,pp=2,mb=1,zero=2,offload=optimizer", 4, 6),
+    "offloaded without buckets": ("llama", "pp=3,mb=2,offload=optimizer", 3, 6),
     "encoder and decoder": ("t5", "pp=3,tp=2,mb=2", 6, 7),
     "encoder and decoder, zero=3": ("t5", "pp=2,dp=2,mb=1,zero=3", 4, 6),
     "gpipe": ("gpt2", "pp=2,mb=1,schedule=gpipe,dp=2", 4, 8),
