@@ -114,17 +114,8 @@ def assemble_engine(
         )
         for stage in own
     }
-    if is_fully_sharded:
-        parameters: Parameters = FullyShardedParameters(
-            list(stages.values()), groups, zero=plan.zero, storage=storage
-        )
-    else:
-        buckets = _buckets(program, plan, rank, held)
-        bucketed = BucketedParameters(
-            list(stages.values()), buckets, groups, zero=plan.zero, storage=storage, allocate=allocate
-        )
-        context.weights.accumulate = bucketed.accumulate
-        parameters = bucketed
+    buckets = None if is_fully_sharded else _buckets(program, plan, rank, held)
+    parameters = _parameters(plan, list(stages.values()), buckets, groups, storage, allocate, context)
     return Engine(
         program=program,
         graphs=graphs,
@@ -158,6 +149,23 @@ def _context(
         may_overwrite=all(plan.recompute_of(stage) != "selective" for stage in own),
         device_kind=device_kind,
     )
+
+
+def _parameters(
+    plan: Plan,
+    stages: Sequence[Stage],
+    buckets: list[list[str]] | None,
+    groups: RankGroups,
+    storage: Storage,
+    allocate: Callable[[int, torch.dtype], Tensor],
+    context: OperatorContext,
+) -> Parameters:
+    """In flat buffers, into which operators add gradients themselves; without buckets FSDP2's."""
+    if buckets is None:
+        return FullyShardedParameters(stages, groups, zero=plan.zero, storage=storage)
+    bucketed = BucketedParameters(stages, buckets, groups, zero=plan.zero, storage=storage, allocate=allocate)
+    context.weights.accumulate = bucketed.accumulate
+    return bucketed
 
 
 def _buckets(
