@@ -65,7 +65,7 @@ class Constant:
     elements: tuple[float | int | bool, ...]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Op:
     """One operator call.
 
@@ -87,7 +87,7 @@ class Op:
     source: str = ""
     saved: tuple[str, ...] = ()
 
-    @property
+    @cached_property
     def inputs(self) -> tuple[str, ...]:
         """Names of the values it reads, in order of appearance, each once."""
         return tuple(dict.fromkeys(r.name for r in refs_in((self.args, tuple(v for _, v in self.kwargs)))))
