@@ -28,7 +28,8 @@ from shardstage.training.prepare import prepare
 from shardstage.training.rank import join_job, train_joined, train_rank
 from shardstage.training.table import print_plan, print_stopped, print_summary
 
-PLANS = ("dp=2", "tp=2", "pp=2", "dp=2,zero=1", "dp=2,zero=3")
+OFFLOADED = ("pp=2,offload=optimizer", "dp=2,zero=1,offload=optimizer", "dp=2,zero=3,offload=optimizer")
+PLANS = ("dp=2", "tp=2", "pp=2", "dp=2,zero=1", "dp=2,zero=3", *OFFLOADED)
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +78,12 @@ def test_every_plan_trains_alike(jobs: dict[str, TrainJob], plan: str) -> None:
     losses = [[line["loss"] for line in lines] for lines in (reference, other)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)  # float32 sums in another order, 6 steps
     assert [line["num_targets"] for line in other] == [5 * 16] * STEPS
+
+
+@pytest.mark.parametrize("plan", OFFLOADED)
+def test_where_the_optimizer_lies_changes_no_bit_of_a_log(jobs: dict[str, TrainJob], plan: str) -> None:
+    here = plan.removesuffix(",offload=optimizer")
+    assert log_of(jobs[plan].folder) == log_of(jobs[here].folder)
 
 
 def test_the_summary_holds_the_figures_of_every_rank(jobs: dict[str, TrainJob]) -> None:
