@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from tests.cost.machines import round_machine
 from tests.cost.toy import toy_graph
 
-from shardstage.cost import Profile, fold, profile
+from shardstage.cluster import load
+from shardstage.cost import Profile, Profiler, fold, profile
 from shardstage.graph import ModelGraph
 from shardstage.graph.flops import backward_flops, forward_flops
 from shardstage.graph.saved import saved_bytes
@@ -83,3 +86,20 @@ def test_costs_grow_with_the_microbatch() -> None:
         assert b.forward_s > a.forward_s
         assert b.kept["none"].saved_bytes == 2 * a.kept["none"].saved_bytes
         assert b.own_elements == a.own_elements
+
+
+def test_a_host_that_waits_for_kernels_adds_each_launch() -> None:
+    """A host that runs ahead hides its launches, or hides the kernels: the longer of both counts. One that waits pays for both."""
+    cluster = load("a100-80:1")
+    kernels = cluster.device.kernels
+    assert kernels is not None
+
+    def seconds(dispatch_s: float, *, waits: bool) -> list[float]:
+        device = replace(cluster.device, kernels=replace(kernels, dispatch_s=dispatch_s))
+        host = replace(cluster, device=device)
+        made = Profiler(fold(GRAPH), host, tp=1, sequence=16, waits_for_kernels=waits)
+        return [unit.forward_s for unit in made.at(2).units]
+
+    on_device, on_host = seconds(0.0, waits=False), seconds(1.0, waits=False)
+    both = [one + other for one, other in zip(on_device, on_host, strict=True)]
+    assert seconds(1.0, waits=True) == pytest.approx(both)
