@@ -63,6 +63,14 @@ def test_what_was_asked_for_is_the_only_rung_of_its_kind() -> None:
     assert [s.offload for s in ladder("float32", Request(), frozenset({"offload"}))] == ["none"]
 
 
+def test_a_cpu_has_nowhere_to_offload_to() -> None:
+    assert ladder("float32", Request(), frozenset(), has_host=False) == (Savers(),)
+    alone = Searcher(GRAPH, round_machine(4, kind="cpu"), num_ranks=2, global_batch=4, sequence=16)
+    limit = alone.best(PLENTY).prediction.peak_bytes
+    with pytest.raises(PlanError, match="no plan for"):
+        alone.best(limit // 20)
+
+
 def test_where_something_fits_nothing_is_saved() -> None:
     found = searcher_of().best(PLENTY)
     assert (found.best.gradient_dtype, found.best.offload) == (None, "none")

@@ -8,6 +8,7 @@ from typing import Final
 
 from shardstage.cluster import Cluster
 from shardstage.cost import Prediction
+from shardstage.cost.offload import host_of
 from shardstage.errors import PlanError
 from shardstage.graph import ModelGraph
 from shardstage.plan import Plan, Request, shorthand
@@ -38,7 +39,7 @@ def cheapest_fit(graph: ModelGraph, cluster: Cluster, plan: Plan, *, limit_bytes
     Another ZeRO level, recomputation, microbatch or schedule is preferred to another mesh, and another mesh to offloading. None where
     nothing fits.
     """
-    for request, fixed in attempts(plan):
+    for request, fixed in attempts(plan, has_host=host_of(cluster.device) is not None):
         searcher = Searcher(
             graph,
             cluster,
@@ -69,12 +70,13 @@ def cheapest_fit(graph: ModelGraph, cluster: Cluster, plan: Plan, *, limit_bytes
     return None
 
 
-def attempts(plan: Plan) -> Iterator[tuple[Request, frozenset[str]]]:
+def attempts(plan: Plan, *, has_host: bool = True) -> Iterator[tuple[Request, frozenset[str]]]:
     """What is asked of a search, and what of that it may not change: the least change first."""
     asked = Request(
         tp=plan.mesh.tp, pp=plan.mesh.pp, dp=plan.mesh.dp, offload=plan.offload, is_compiled=plan.is_compiled
     )
-    for request in dict.fromkeys((asked, replace(asked, offload="optimizer"))):
+    offloading = (replace(asked, offload="optimizer"),) if has_host else ()
+    for request in dict.fromkeys((asked, *offloading)):
         yield request, frozenset({"tp", "pp", "dp", "offload"})
         yield request, frozenset({"offload"})
 

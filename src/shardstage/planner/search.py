@@ -15,6 +15,7 @@ import heapq
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from types import MappingProxyType
 from typing import Any, Final
 
@@ -23,6 +24,7 @@ import numpy as np
 from shardstage.cluster import Cluster
 from shardstage.cost import Prediction
 from shardstage.cost.kernels import is_attention, is_expert
+from shardstage.cost.offload import host_of
 from shardstage.errors import PlanError
 from shardstage.graph import ModelGraph
 from shardstage.layout import balanced_sizes
@@ -42,6 +44,11 @@ USABLE_MEMORY_RATIO: Final = MappingProxyType({"cuda": 0.92})
 
 KEPT_RUNNERS_UP: Final = 8
 """Of choices that were priced, so many of different meshes are kept to show what comes after the best."""
+
+
+MIN_RUNNERS_UP: Final = 3
+MAX_PRUNED_PRICED: Final = 12
+"""Where fewer others were priced, some that bounds had ruled out are, so that there is something to compare with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +145,8 @@ class Searcher:
             is_compiled=self.is_compiled,
             **({"modes": (request.recompute,)} if "recompute" in fixed else {}),
         )
-        self._ladder = ladder(precision, request, fixed)
+        has_host = host_of(cluster.device) is not None
+        self._ladder = ladder(precision, request, fixed, has_host=has_host)
         self.space: Space = declared_space(
             graph,
             cluster,
@@ -208,6 +216,7 @@ class Searcher:
             least_s, number, item = heapq.heappop(queue)
             if least_s >= found.best_s:
                 found.least_pruned_s = min(found.least_pruned_s, least_s)
+                found.pruned.append((least_s, number, item))
                 left = item.num_left if isinstance(item, _Walk) else self.lattice.num_choices(item)
                 found.counts.by_bound += left
                 continue
@@ -319,17 +328,28 @@ class Searcher:
 
     def _next_best(self, found: _Found, limit_bytes: int) -> list[Priced]:
         """The best of other meshes that were priced and fit; what a slower choice's ranks hold was not asked so far."""
-        seconds = {mesh: priced.seconds for mesh, priced in found.by_mesh.items() if priced is not found.best}
         for mesh, slower in sorted(found.slower.items(), key=lambda item: item[1].seconds):
-            faster = [s for s in seconds.values() if s < slower.seconds]
-            if len(faster) >= KEPT_RUNNERS_UP:
+            ahead = [priced for priced in found.runners_up() if priced.seconds < slower.seconds]
+            if len(ahead) >= KEPT_RUNNERS_UP:
                 break
-            if slower.seconds < seconds.get(mesh, math.inf) and mesh != found.best_mesh:
-                priced = self.pricing.price(slower.choice, limit_bytes)
-                if priced is not None:
-                    found.add(priced)
-                    seconds[mesh] = priced.seconds
+            if slower.seconds < found.seconds_of(mesh):
+                found.add_if(self.pricing.price(slower.choice, limit_bytes))
+        for choice in islice(self._pruned_choices(found, limit_bytes), MAX_PRUNED_PRICED):
+            if len(found.runners_up()) >= MIN_RUNNERS_UP:
+                break
+            found.add_if(self.pricing.price(choice, limit_bytes))
         return found.runners_up()
+
+    def _pruned_choices(self, found: _Found, limit_bytes: int) -> Iterator[Choice]:
+        """Of meshes that nothing was priced of, the choice of the least bound, nearly in the order of bounds."""
+        tried = {*found.by_mesh, *found.slower}
+        for _, _, item in sorted(found.pruned, key=lambda pruned: pruned[:2]):
+            walk = item if isinstance(item, _Walk) else self._walk(item, limit_bytes, _Found())
+            while walk is not None and walk.num_left:
+                choice = walk.next()
+                if _mesh_key(choice) not in tried:
+                    tried.add(_mesh_key(choice))
+                    yield choice
 
     def _runners_up(self, found: _Found, limit_bytes: int) -> Iterator[Candidate]:
         for priced in self._next_best(found, limit_bytes):
@@ -403,15 +423,21 @@ class _Found:
     least_pruned_s: float = math.inf
     by_mesh: dict[_MeshKey, Priced] = field(default_factory=dict)
     slower: dict[_MeshKey, TooSlow] = field(default_factory=dict)
+    pruned: list[tuple[float, int, _Walk | Group]] = field(default_factory=list)
     front: list[Priced] = field(default_factory=list)
 
     @property
     def best_s(self) -> float:
         return math.inf if self.best is None else self.best.seconds
 
-    @property
-    def best_mesh(self) -> _MeshKey | None:
-        return None if self.best is None else _mesh_key(self.best.choice)
+    def seconds_of(self, mesh: _MeshKey) -> float:
+        """The best price so far of a mesh."""
+        return self.by_mesh[mesh].seconds if mesh in self.by_mesh else math.inf
+
+    def add_if(self, priced: Priced | None) -> None:
+        """One that is no better than the best, if it fits."""
+        if priced is not None:
+            self.add(priced)
 
     def add_slower(self, slower: TooSlow) -> None:
         key = _mesh_key(slower.choice)

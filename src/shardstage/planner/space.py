@@ -246,11 +246,13 @@ def declared_space(
     )
 
 
-def ladder(precision: Precision, fix: Request, fixed: frozenset[str]) -> tuple[Savers, ...]:
+def ladder(
+    precision: Precision, fix: Request, fixed: frozenset[str], *, has_host: bool = True
+) -> tuple[Savers, ...]:
     """What is searched one after the other until something fits: without savers, with narrow gradients where computation is as narrow,
-    with the optimizer offloaded, with both. What ``fixed`` names stays as ``fix`` has it."""
+    with the optimizer offloaded where there is a host apart from the device, with both. What ``fixed`` names stays as ``fix`` has it."""
     dtypes: tuple[GradientDtype | None, ...] = (None, "bfloat16") if precision == "bfloat16" else (None,)
-    offloads: tuple[Offload, ...] = ("none", "optimizer")
+    offloads: tuple[Offload, ...] = ("none", "optimizer") if has_host else ("none",)
     if "gradient_dtype" in fixed:
         dtypes = (fix.gradient_dtype,)
     if "offload" in fixed:
