@@ -159,6 +159,7 @@ def test_json_is_one_object_with_everything_that_is_shown() -> None:
     assert proof["enumerated"] == proof["priced"] + proof["unfit"] + left_out
     assert proof["gap"] == 0 and proof["cost_s"] == found["step_time_s"]
     assert found["why_not"] and found["front"]
+    assert found["runners_up"]
     assert all(row["step_time_s"] >= found["step_time_s"] for row in found["runners_up"])
     assert found["front"][0]["step_time_s"] == found["step_time_s"]
 
