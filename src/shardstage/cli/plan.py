@@ -246,3 +246,5 @@ def _chosen_rows(plan: Plan, prediction: Prediction) -> Iterator[tuple[str, str]
     )
     where = f" (pp={fullest})" if plan.mesh.pp > 1 else ""
     yield "memory", f"{format_bytes(prediction.peak_bytes)} a rank{where}: {parts}"
+    if prediction.host_bytes:
+        yield "host", f"{format_bytes(prediction.host_bytes)} a rank of the host's memory: master, optimizer"

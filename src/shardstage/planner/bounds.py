@@ -25,6 +25,7 @@ from shardstage.cluster import DeviceClass
 from shardstage.cost.compute import moved_s, optimizer_s
 from shardstage.cost.links import LinkCosts, overlap_slowdown
 from shardstage.cost.memory import MOMENTS
+from shardstage.cost.offload import offloaded_update_s
 from shardstage.cost.pipeline import LATE_BUBBLES, SPLITTING
 from shardstage.cost.profile import RECOMPUTES, Recompute, UnitCost
 from shardstage.layout import Mesh
@@ -208,10 +209,11 @@ class _Table:
         return added * moved_s(self.settings.compute_bytes + 2.0 * self.settings.gradient_bytes, device)
 
     def _update_s(self, part: Any, device: DeviceClass) -> Any:
-        """The optimizer of a mean stage; on the host, whose rate is not asked here, nothing."""
+        """The optimizer of a mean stage; parameters come up from the host at least as narrow as they are stored."""
+        c, g, w = self.settings.compute_bytes, self.settings.gradient_bytes, self.settings.master_bytes
         if self.settings.is_offloaded:
-            return 0.0
-        return part * optimizer_s(1, self.settings.master_bytes, 0, device)
+            return part * offloaded_update_s(1, device, down_bytes=g, up_bytes=min(c, g), element_bytes=w)
+        return part * optimizer_s(1, w, 0, device)
 
     def _after_s(self, own: Any, backward: Any) -> Any:
         """After the pipeline: ZeRO-1's new parameters, and without a pipeline the reduction that the last backward does not hide."""
