@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from types import MappingProxyType
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 
@@ -31,7 +31,8 @@ from shardstage.layout import balanced_sizes
 from shardstage.plan import Plan, Precision, Request, shorthand
 from shardstage.plan.complete import ranges
 from shardstage.planner.bounds import Bounds, BoundSettings, bounds_of
-from shardstage.planner.certificate import Certificate, Counts
+from shardstage.planner.certificate import Certificate
+from shardstage.planner.found import KEPT_RUNNERS_UP, Found, Walk, mesh_key, pareto
 from shardstage.planner.lattice import Lattice
 from shardstage.planner.pricing import Priced, Pricing, TooSlow
 from shardstage.planner.space import Choice, Group, Savers, Space, declared_space, ladder
@@ -41,10 +42,6 @@ __all__ = ["Candidate", "SearchResult", "Searcher", "as_plan", "pareto", "search
 
 USABLE_MEMORY_RATIO: Final = MappingProxyType({"cuda": 0.92})
 """What a device's memory holds beside tensors of a step: CUDA's context, NCCL's buffers and what the allocator cannot use; our estimate."""
-
-KEPT_RUNNERS_UP: Final = 8
-"""Of choices that were priced, so many of different meshes are kept to show what comes after the best."""
-
 
 MIN_RUNNERS_UP: Final = 3
 MAX_PRUNED_PRICED: Final = 12
@@ -202,13 +199,13 @@ class Searcher:
             is_offloaded=savers.offload == "optimizer",
         )
 
-    def _search(self, limit_bytes: int) -> _Found:
+    def _search(self, limit_bytes: int) -> Found:
         """All of the space within a limit."""
         if self._bounded_bytes != limit_bytes:
             self._bounds, self._bounded_bytes = {}, limit_bytes
         self._settings = replace(self._settings, limit_bytes=limit_bytes)
-        found = _Found()
-        queue: list[tuple[float, int, _Walk | Group]] = [
+        found = Found()
+        queue: list[tuple[float, int, Walk | Group]] = [
             (least_s, number, group) for number, (least_s, group) in enumerate(self._groups())
         ]
         found.counts.by_rule = sum(self.lattice.num_by_rule(group) for _, group in self._groups())
@@ -217,12 +214,12 @@ class Searcher:
             if least_s >= found.best_s:
                 found.least_pruned_s = min(found.least_pruned_s, least_s)
                 found.pruned.append((least_s, number, item))
-                left = item.num_left if isinstance(item, _Walk) else self.lattice.num_choices(item)
+                left = item.num_left if isinstance(item, Walk) else self.lattice.num_choices(item)
                 found.counts.by_bound += left
                 continue
-            if isinstance(item, _Walk):
+            if isinstance(item, Walk):
                 self._price(item, limit_bytes, found)
-                walk: _Walk | None = item
+                walk: Walk | None = item
             elif (units_s := self._units_bound_s(item)) > least_s:
                 heapq.heappush(queue, (units_s, number, item))
                 continue
@@ -232,7 +229,7 @@ class Searcher:
                 heapq.heappush(queue, (walk.least_s, number, walk))
         return found
 
-    def _result(self, found: _Found, best: Priced, limit_bytes: int, without: int) -> SearchResult:
+    def _result(self, found: Found, best: Priced, limit_bytes: int, without: int) -> SearchResult:
         return SearchResult(
             best=self.as_plan(best),
             prediction=best.prediction,
@@ -300,7 +297,7 @@ class Searcher:
             )
         return self._bounds[group]
 
-    def _walk(self, group: Group, limit_bytes: int, found: _Found) -> _Walk | None:
+    def _walk(self, group: Group, limit_bytes: int, found: Found) -> Walk | None:
         """The choices of a group that may fit, in the order of their bounds."""
         bounds = self._bounds_of(group, found.best_s)
         if bounds is None:
@@ -309,9 +306,9 @@ class Searcher:
         too_large = (bounds.least_bytes.ravel() > limit_bytes) & np.isfinite(seconds)
         found.counts.by_memory += int(too_large.sum())
         open_ones = np.flatnonzero(np.isfinite(seconds) & ~too_large)
-        return _Walk(bounds, open_ones[np.argsort(seconds[open_ones], kind="stable")])
+        return Walk(bounds, open_ones[np.argsort(seconds[open_ones], kind="stable")])
 
-    def _price(self, walk: _Walk, limit_bytes: int, found: _Found) -> None:
+    def _price(self, walk: Walk, limit_bytes: int, found: Found) -> None:
         """Prices the next choice of a walk."""
         choice = walk.next()
         try:
@@ -326,7 +323,7 @@ class Searcher:
             found.counts.priced += 1
             found.add(priced)
 
-    def _next_best(self, found: _Found, limit_bytes: int) -> list[Priced]:
+    def _next_best(self, found: Found, limit_bytes: int) -> list[Priced]:
         """The best of other meshes that were priced and fit; what a slower choice's ranks hold was not asked so far."""
         for mesh, slower in sorted(found.slower.items(), key=lambda item: item[1].seconds):
             ahead = [priced for priced in found.runners_up() if priced.seconds < slower.seconds]
@@ -340,18 +337,18 @@ class Searcher:
             found.add_if(self.pricing.price(choice, limit_bytes))
         return found.runners_up()
 
-    def _pruned_choices(self, found: _Found, limit_bytes: int) -> Iterator[Choice]:
+    def _pruned_choices(self, found: Found, limit_bytes: int) -> Iterator[Choice]:
         """Of meshes that nothing was priced of, the choice of the least bound, nearly in the order of bounds."""
         tried = {*found.by_mesh, *found.slower}
         for _, _, item in sorted(found.pruned, key=lambda pruned: pruned[:2]):
-            walk = item if isinstance(item, _Walk) else self._walk(item, limit_bytes, _Found())
+            walk = item if isinstance(item, Walk) else self._walk(item, limit_bytes, Found())
             while walk is not None and walk.num_left:
                 choice = walk.next()
-                if _mesh_key(choice) not in tried:
-                    tried.add(_mesh_key(choice))
+                if mesh_key(choice) not in tried:
+                    tried.add(mesh_key(choice))
                     yield choice
 
-    def _runners_up(self, found: _Found, limit_bytes: int) -> Iterator[Candidate]:
+    def _runners_up(self, found: Found, limit_bytes: int) -> Iterator[Candidate]:
         for priced in self._next_best(found, limit_bytes):
             plan = self.as_plan(priced)
             yield Candidate(
@@ -383,89 +380,6 @@ class Searcher:
             hint=f"--ranks {num_ranks * max(2, -(-needed // limit_bytes))}, "
             f"or --max-memory {format_bytes(2 * needed).replace(' ', '')}",
         )
-
-
-class _Walk:
-    """The choices of a group that are still open, best bound first."""
-
-    def __init__(self, bounds: Bounds, order: Any) -> None:
-        self._bounds = bounds
-        self._order = order
-        self._at = 0
-
-    @property
-    def num_left(self) -> int:
-        return len(self._order) - self._at
-
-    @property
-    def least_s(self) -> float:
-        return float(self._bounds.seconds.flat[self._order[self._at]])
-
-    def next(self) -> Choice:
-        self._at += 1
-        return self._bounds.choice(int(self._order[self._at - 1]))
-
-
-_MeshKey = tuple[int, int, int, int]
-
-
-def _mesh_key(choice: Choice) -> _MeshKey:
-    """What makes two plans alike to a reader: tp, pp, cp and ep."""
-    return choice.mesh.tp, choice.mesh.pp, choice.mesh.cp, choice.group.ep
-
-
-@dataclass
-class _Found:
-    """The state of a search: the best so far, the best of other meshes, and how choices were dealt with."""
-
-    best: Priced | None = None
-    counts: Counts = field(default_factory=Counts)
-    least_pruned_s: float = math.inf
-    by_mesh: dict[_MeshKey, Priced] = field(default_factory=dict)
-    slower: dict[_MeshKey, TooSlow] = field(default_factory=dict)
-    pruned: list[tuple[float, int, _Walk | Group]] = field(default_factory=list)
-    front: list[Priced] = field(default_factory=list)
-
-    @property
-    def best_s(self) -> float:
-        return math.inf if self.best is None else self.best.seconds
-
-    def seconds_of(self, mesh: _MeshKey) -> float:
-        """The best price so far of a mesh."""
-        return self.by_mesh[mesh].seconds if mesh in self.by_mesh else math.inf
-
-    def add_if(self, priced: Priced | None) -> None:
-        """One that is no better than the best, if it fits."""
-        if priced is not None:
-            self.add(priced)
-
-    def add_slower(self, slower: TooSlow) -> None:
-        key = _mesh_key(slower.choice)
-        if slower.seconds < math.inf and (
-            key not in self.slower or slower.seconds < self.slower[key].seconds
-        ):
-            self.slower[key] = slower
-
-    def add(self, priced: Priced) -> None:
-        key = _mesh_key(priced.choice)
-        if key not in self.by_mesh or priced.seconds < self.by_mesh[key].seconds:
-            self.by_mesh[key] = priced
-        if priced.seconds < self.best_s:
-            self.best = priced
-        self.front = pareto([*self.front, priced])
-
-    def runners_up(self) -> list[Priced]:
-        others = [priced for priced in self.by_mesh.values() if priced is not self.best]
-        return heapq.nsmallest(KEPT_RUNNERS_UP, others, key=lambda priced: priced.seconds)
-
-
-def pareto(found: Iterable[Priced]) -> list[Priced]:
-    """Those that no other beats in both time and memory, fastest first."""
-    kept: list[Priced] = []
-    for priced in sorted(found, key=lambda p: (p.seconds, p.prediction.peak_bytes)):
-        if not kept or priced.prediction.peak_bytes < kept[-1].prediction.peak_bytes:
-            kept.append(priced)
-    return kept
 
 
 def as_plan(graph: ModelGraph, priced: Priced, precision: Precision, *, is_compiled: bool = False) -> Plan:

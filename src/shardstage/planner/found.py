@@ -1,0 +1,102 @@
+"""``Found``: what a search has priced so far; ``Walk``: the choices of a group that are still open."""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from shardstage.planner.bounds import Bounds
+from shardstage.planner.certificate import Counts
+from shardstage.planner.pricing import Priced, TooSlow
+from shardstage.planner.space import Choice, Group
+
+__all__ = ["KEPT_RUNNERS_UP", "Found", "Walk", "mesh_key", "pareto"]
+
+KEPT_RUNNERS_UP: Final = 8
+"""Of choices that were priced, so many of different meshes are kept to show what comes after the best."""
+
+
+class Walk:
+    """The choices of a group that are still open, best bound first."""
+
+    def __init__(self, bounds: Bounds, order: Any) -> None:
+        self._bounds = bounds
+        self._order = order
+        self._at = 0
+
+    @property
+    def num_left(self) -> int:
+        return len(self._order) - self._at
+
+    @property
+    def least_s(self) -> float:
+        return float(self._bounds.seconds.flat[self._order[self._at]])
+
+    def next(self) -> Choice:
+        self._at += 1
+        return self._bounds.choice(int(self._order[self._at - 1]))
+
+
+MeshKey = tuple[int, int, int, int]
+
+
+def mesh_key(choice: Choice) -> MeshKey:
+    """What makes two plans alike to a reader: tp, pp, cp and ep."""
+    return choice.mesh.tp, choice.mesh.pp, choice.mesh.cp, choice.group.ep
+
+
+@dataclass
+class Found:
+    """The state of a search: the best so far, the best of other meshes, and how choices were dealt with."""
+
+    best: Priced | None = None
+    counts: Counts = field(default_factory=Counts)
+    least_pruned_s: float = math.inf
+    by_mesh: dict[MeshKey, Priced] = field(default_factory=dict)
+    slower: dict[MeshKey, TooSlow] = field(default_factory=dict)
+    pruned: list[tuple[float, int, Walk | Group]] = field(default_factory=list)
+    front: list[Priced] = field(default_factory=list)
+
+    @property
+    def best_s(self) -> float:
+        return math.inf if self.best is None else self.best.seconds
+
+    def seconds_of(self, mesh: MeshKey) -> float:
+        """The best price so far of a mesh."""
+        return self.by_mesh[mesh].seconds if mesh in self.by_mesh else math.inf
+
+    def add_if(self, priced: Priced | None) -> None:
+        """One that is no better than the best, if it fits."""
+        if priced is not None:
+            self.add(priced)
+
+    def add_slower(self, slower: TooSlow) -> None:
+        key = mesh_key(slower.choice)
+        if slower.seconds < math.inf and (
+            key not in self.slower or slower.seconds < self.slower[key].seconds
+        ):
+            self.slower[key] = slower
+
+    def add(self, priced: Priced) -> None:
+        key = mesh_key(priced.choice)
+        if key not in self.by_mesh or priced.seconds < self.by_mesh[key].seconds:
+            self.by_mesh[key] = priced
+        if priced.seconds < self.best_s:
+            self.best = priced
+        self.front = pareto([*self.front, priced])
+
+    def runners_up(self) -> list[Priced]:
+        others = [priced for priced in self.by_mesh.values() if priced is not self.best]
+        return heapq.nsmallest(KEPT_RUNNERS_UP, others, key=lambda priced: priced.seconds)
+
+
+def pareto(found: Iterable[Priced]) -> list[Priced]:
+    """Those that no other beats in both time and memory, fastest first."""
+    kept: list[Priced] = []
+    for priced in sorted(found, key=lambda p: (p.seconds, p.prediction.peak_bytes)):
+        if not kept or priced.prediction.peak_bytes < kept[-1].prediction.peak_bytes:
+            kept.append(priced)
+    return kept
