@@ -19,7 +19,10 @@ from shardstage.errors import ClusterError
 def full_cluster() -> Cluster:
     cluster = two_level(16, curve(), curve(kind="p2p", group=2))
     replaced = device(
-        gemm=(gemm_curve((10.0, 20.0), (1000.0, 40.0)),), op_latency_s=1e-6, name='a "quoted" name'
+        gemm=(gemm_curve((10.0, 20.0), (1000.0, 40.0)),),
+        op_latency_s=1e-6,
+        alone_ratio=1.5,
+        name='a "quoted" name',
     )
     return Cluster(
         name=cluster.name,

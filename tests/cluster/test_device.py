@@ -88,3 +88,9 @@ def test_a_price_is_optional_and_cannot_be_zero_or_without_a_source() -> None:
     assert Cluster.from_toml(priced.to_toml()) == priced
     with pytest.raises(ClusterError, match=r"\[device\]: price_source is missing"):
         Cluster.from_toml(priced.to_toml().replace('price_source = "made up"\n', ""))
+
+
+def test_a_rank_alone_is_no_slower_than_among_others() -> None:
+    with pytest.raises(ClusterError, match=r"alone_ratio is 0\.5") as raised:
+        device(alone_ratio=0.5)
+    assert "alone_ratio = 1.0" in str(raised.value)

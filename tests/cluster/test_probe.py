@@ -46,6 +46,13 @@ def test_samples_become_rates() -> None:
     assert device.flops_per_s == {"float32": 1e12}
 
 
+def test_a_rank_that_shares_cores_is_quicker_alone() -> None:
+    shared = (Sample("busy", "float32", 1, 1e6, 6e-6), Sample("alone", "float32", 1, 1e6, 2.5e-6))
+    assert reduced(1, *shared).device.alone_ratio == 2.4
+    noise = (Sample("busy", "float32", 1, 1e6, 2e-6), Sample("alone", "float32", 1, 1e6, 2.1e-6))
+    assert reduced(1).device.alone_ratio == reduced(1, *noise).device.alone_ratio == 1
+
+
 def test_a_larger_product_is_never_quicker_than_a_smaller_one() -> None:
     assert reduced(1).device.gemm[0].points == ((1e3, 1e9), (1e6, 1e12), (1e9, 1e11))
 

@@ -170,3 +170,27 @@ def test_nothing_is_gathered_ahead_of_too_many_parameters() -> None:
 
 def test_a_plan_s_other_numbers_do_not_change_the_price() -> None:
     assert step(global_batch=24).step_time_s == step(global_batch=48).step_time_s
+
+
+def on_shared_cores(ratio: float, **changes: Any) -> Prediction:
+    cluster = round_machine(64)
+    return step(replace(cluster, device=replace(cluster.device, alone_ratio=ratio)), **changes)
+
+
+def test_ranks_that_share_cores_leave_them_to_each_other_in_a_bubble() -> None:
+    pipeline = {"mesh": Mesh(pp=4), "starts": (0, 1, 2, 3), "num_microbatches": 2, "global_batch": 4}
+    apart, shared = on_shared_cores(1.0, **pipeline), on_shared_cores(1.25, **pipeline)
+    assert shared.step_time_s < apart.step_time_s
+    assert sum(shared.parts.values()) == pytest.approx(shared.step_time_s / CALIBRATIONS["cuda"].expected)
+    busy_s = 2 * sum(stage.forward_s + stage.backward_s for stage in apart.stages) / 4
+    filled = on_shared_cores(100.0, **pipeline)
+    overheads_s = filled.optimizer_s + filled.exposed_pp_s
+    assert filled.step_time_s >= CALIBRATIONS["cuda"].expected * busy_s
+    assert filled.step_time_s == pytest.approx(
+        CALIBRATIONS["cuda"].expected * (busy_s + overheads_s), rel=1e-3
+    )
+
+
+def test_ranks_that_all_compute_gain_nothing_from_shared_cores() -> None:
+    plan = {"mesh": Mesh(dp=4)}
+    assert on_shared_cores(2.0, **plan).step_time_s == pytest.approx(on_shared_cores(1.0, **plan).step_time_s)

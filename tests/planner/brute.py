@@ -17,6 +17,7 @@ EVEN = toy_graph(num_layers=6, width=256, hidden=1024, vocab=512)
 UNEVEN = toy_graph(num_layers=4, width=128, hidden=(256, 2048, 512, 128), vocab=4096, is_tied=True)
 MACHINE = round_machine(8, latency_s=1e-6)
 SLOW_LINKS = round_machine(8, latency_s=1e-3, node=2)
+SHARED_CORES = replace(SLOW_LINKS, device=replace(SLOW_LINKS.device, alone_ratio=2.0))
 
 
 def searcher_of(
@@ -25,12 +26,13 @@ def searcher_of(
     ranks: int = 4,
     batch: int = 16,
     slow_links: bool = False,
+    shared_cores: bool = False,
     is_runnable: bool = False,
 ) -> Searcher:
     """Of one space: where nothing fits, nothing is offloaded."""
     return Searcher(
         graph,
-        SLOW_LINKS if slow_links else MACHINE,
+        SHARED_CORES if shared_cores else SLOW_LINKS if slow_links else MACHINE,
         num_ranks=ranks,
         global_batch=batch,
         sequence=64,

@@ -62,7 +62,15 @@ SMALL = [
 def test_nothing_in_the_space_is_faster_and_no_bound_is_above_its_price(
     name: str, ranks: int, batch: int, slow_links: bool
 ) -> None:
-    searcher = searcher_of(GRAPHS[name], ranks=ranks, batch=batch, slow_links=slow_links)
+    assert_best(searcher_of(GRAPHS[name], ranks=ranks, batch=batch, slow_links=slow_links))
+
+
+def test_nothing_is_faster_where_ranks_share_cores() -> None:
+    assert_best(searcher_of(UNEVEN, ranks=4, batch=6, shared_cores=True))
+
+
+def assert_best(searcher: Searcher) -> None:
+    """Against every choice of the space, priced, under limits that leave ever fewer."""
     plenty = searcher.best(PLENTY).prediction.peak_bytes
     for limit in (PLENTY, plenty - 1, int(0.55 * plenty), int(0.3 * plenty)):
         priced = all_priced(searcher, limit)

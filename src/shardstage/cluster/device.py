@@ -55,9 +55,11 @@ class DeviceClass:
 
     ``flops_per_s`` is the best rate of a large matrix product by dtype, dense; ``bytes_per_s`` counts reading plus
     writing of device memory; ``op_latency_s`` is what an op takes however small its tensors (0 where unknown). ``kind``
-    is torch's device type. For a CPU, the device is one rank's share of it. ``kernels`` prices single kernels by their
-    shape where a model of them is known; the ``gemm`` curves serve elsewhere. ``price_per_hour`` is USD for one device,
-    ``host`` what it has of its host's memory, where that is known and another one than its own.
+    is torch's device type. For a CPU, the device is one rank's share of it while all ranks compute, and ``alone_ratio``
+    says how many times quicker a rank computes while the others wait and leave it their cores (1 where each rank has a
+    device of its own). ``kernels`` prices single kernels by their shape where a model of them is known; the ``gemm``
+    curves serve elsewhere. ``price_per_hour`` is USD for one device, ``host`` what it has of its host's memory, where
+    that is known and another one than its own.
     """
 
     name: str
@@ -69,6 +71,7 @@ class DeviceClass:
     flops_source: str
     gemm: tuple[GemmCurve, ...] = ()
     op_latency_s: float = 0.0
+    alone_ratio: float = 1.0
     kernels: KernelModel | None = None
     price_per_hour: float | None = None
     price_source: str = ""
@@ -78,6 +81,11 @@ class DeviceClass:
         rates = {"memory_bytes": self.memory_bytes, "bytes_per_s": self.bytes_per_s, **self.flops_per_s}
         if self.price_per_hour is not None:
             rates["price_per_hour"] = self.price_per_hour
+        if self.alone_ratio < 1:
+            raise ClusterError(
+                f"device {self.name!r}: a rank alone is no slower than one among others, and alone_ratio is {self.alone_ratio}",
+                hint="alone_ratio = 1.0",
+            )
         for name, value in rates.items():
             if not value > 0:
                 raise ClusterError(
@@ -118,6 +126,7 @@ class DeviceClass:
             "memory_bytes": self.memory_bytes,
             "bytes_per_s": self.bytes_per_s,
             **({"op_latency_s": self.op_latency_s} if self.op_latency_s else {}),
+            **({"alone_ratio": self.alone_ratio} if self.alone_ratio > 1 else {}),
             "source": self.source,
             **self._price(),
             "flops_per_s": {"source": self.flops_source, **self.flops_per_s},
@@ -139,6 +148,7 @@ class DeviceClass:
             memory_bytes=table.integer("memory_bytes"),
             bytes_per_s=table.number("bytes_per_s"),
             op_latency_s=table.number("op_latency_s", default=0.0),
+            alone_ratio=table.number("alone_ratio", default=1.0),
             source=table.text("source"),
             flops_source=flops_source,
             flops_per_s=rates.remaining_numbers(),

@@ -29,6 +29,9 @@ __all__ = ["probe"]
 
 _KIB: Final = 1024
 _MIB: Final = 1024**2
+_SMALL_LAYERS: Final = 16
+_SMALL_KERNELS: Final = 5 * _SMALL_LAYERS
+"""Of a product and a tanh: two forward, and backward two products and one."""
 _START_S: Final = 15.0
 """Seconds set aside for starting the ranks: importing torch takes 2 to 4 s a rank (2 cores, 4 ranks)."""
 
@@ -124,7 +127,7 @@ def _window_s(sizes: _Sizes, ranks: int, budget_s: float) -> float:
     """Seconds for each measurement, so that all of them with their warm-up take the budget less the start."""
     num_gemms = len(sizes.dtypes) * len(sizes.gemm_edges)
     num_collectives = len(group_sizes(ranks)) * len(COLLECTIVES) * len(sizes.collective_bytes)
-    return min(max((budget_s - _START_S) / (num_gemms + num_collectives + 2) / 2, 0.02), 0.2)
+    return min(max((budget_s - _START_S) / (num_gemms + num_collectives + 4) / 2, 0.02), 0.2)
 
 
 def _measure_on_all(spec: _RankSpec) -> list[Sample]:
@@ -188,7 +191,7 @@ class _RankProbe:
         self.device = torch.device(spec.device)
 
     def samples(self) -> list[Sample]:
-        return [*self._gemms(), *self._memory(), *self._collectives()]
+        return [*self._gemms(), *self._memory(), *self._shared_cores(), *self._collectives()]
 
     def _gemms(self) -> list[Sample]:
         found = []
@@ -213,12 +216,40 @@ class _RankProbe:
         ]
 
     def _memory(self) -> list[Sample]:
-        one = torch.ones(1, device=self.device)
         source = torch.ones(self.sizes.copy_bytes, dtype=torch.uint8, device=self.device)
         target = torch.empty_like(source)
         return [
-            Sample("op", "", 1, 1, self._local_s([lambda: one + one])),
+            Sample("op", "", 1, 1, self._local_s([self._train_small]) / _SMALL_KERNELS),
             Sample("copy", "", 1, source.nbytes, self._local_s([lambda: target.copy_(source)])),
+        ]
+
+    def _train_small(self) -> None:
+        """Forward and backward of layers so small that only what an op costs with autograd's records is left."""
+        weight = torch.full((8, 8), 0.1, device=self.device, requires_grad=True)
+        y = torch.ones(4, 8, device=self.device)
+        for _ in range(_SMALL_LAYERS):
+            y = torch.tanh(linear(y, weight))
+        y.sum().backward()  # type: ignore[no-untyped-call]
+
+    def _shared_cores(self) -> list[Sample]:
+        """The same product by all ranks at a time and by one: ranks that share cores leave them to each other while they wait."""
+        if self.spec.device != "cpu" or self.spec.num_ranks == 1:
+            return []
+        edge = self.sizes.gemm_edges[3]
+        calls = self._products(edge, torch.float32)
+        busy_s = self._local_s(calls)
+        seconds = torch.zeros(1, dtype=torch.float64)
+        if self.rank == 0:
+            num_calls, started = 0, time.perf_counter()
+            while (elapsed_s := time.perf_counter() - started) < self.spec.window_s or not num_calls:
+                calls[num_calls % len(calls)]()
+                num_calls += 1
+            seconds[0] = elapsed_s / num_calls
+        dist.broadcast(seconds, 0)
+        flops = 2.0 * edge**3
+        return [
+            Sample("busy", "float32", 1, flops, busy_s),
+            Sample("alone", "float32", 1, flops, float(seconds)),
         ]
 
     def _collectives(self) -> list[Sample]:

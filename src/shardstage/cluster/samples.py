@@ -23,7 +23,8 @@ COLLECTIVES: Final[tuple[CollectiveKind, ...]] = (
 
 
 class Sample(NamedTuple):
-    """One measurement: ``what`` is "gemm" (size in FLOPs), "copy" (bytes), "op" or a kind of collective (bytes)."""
+    """One measurement: ``what`` is "gemm" (size in FLOPs), "copy" (bytes), "op", a kind of collective (bytes), or one product while
+    all ranks compute ("busy") and while only one does ("alone")."""
 
     what: str
     dtype: str
@@ -69,11 +70,18 @@ def _device_from(
         memory_bytes=memory_bytes,
         bytes_per_s=_rounded(2 * copy.size / copy.seconds),
         op_latency_s=_rounded(op.seconds),
+        alone_ratio=_alone_ratio(samples),
         source=source,
         flops_per_s={curve.dtype: max(rate for _, rate in curve.points) for curve in gemm},
         flops_source=source,
         gemm=gemm,
     )
+
+
+def _alone_ratio(samples: Sequence[Sample]) -> float:
+    """How many times quicker a rank is alone; 1 where it was not measured."""
+    seconds = {sample.what: sample.seconds for sample in samples if sample.what in ("busy", "alone")}
+    return max(1.0, _rounded(seconds["busy"] / seconds["alone"])) if len(seconds) == 2 else 1.0
 
 
 def _gemm_curve(samples: Sequence[Sample], dtype: str, source: str) -> GemmCurve:

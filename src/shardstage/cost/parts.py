@@ -28,7 +28,7 @@ class Parts(NamedTuple):
     def plus(self, other: Parts) -> Parts:
         return Parts(*(mine + more for mine, more in zip(self, other, strict=True)))
 
-    def times(self, count: int) -> Parts:
+    def times(self, count: float) -> Parts:
         return Parts(*(count * seconds for seconds in self))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from shardstage.cost.compute import dispatch_s, moved_s, optimizer_s
 from shardstage.cost.links import Links, exposed_s
@@ -19,15 +19,16 @@ __all__ = ["StageCost", "stage_costs"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StageCost:
-    """Of one stage: ``time`` and its ``parts`` for a microbatch, of which ``waits_s`` are for ZeRO-2/3, ``compute_s`` and ``talk_s`` plain
-    compute and talk along tp.
+    """Of one stage: ``time`` and its ``parts`` for a microbatch (``alone`` where no other rank computes on its cores).
 
+    ``waits_s`` of it are for ZeRO-2/3, ``compute_s`` and ``talk_s`` plain compute and talk along tp.
     Once a step: ``update_s`` is the optimizer and the gather of the new parameters under ZeRO-1 (``gather_s`` of it), ``reduction_s`` what
     of the gradients' sums the last backward does not hide.
     """
 
     num_elements: int
     time: StageTime
+    alone: StageTime
     parts: Parts
     waits_s: float
     compute_s: float
@@ -35,6 +36,10 @@ class StageCost:
     update_s: float
     gather_s: float
     reduction_s: float
+
+    def without_travel(self) -> StageCost:
+        """The same next to the stage before it."""
+        return replace(self, time=self.time._replace(receive_s=0.0), alone=self.alone._replace(receive_s=0.0))
 
 
 def stage_costs(profile: Profile, setup: StepSetup, links: Links) -> tuple[StageCost, ...]:
@@ -65,6 +70,7 @@ def _stage_cost(
     return StageCost(
         num_elements=elements,
         time=time,
+        alone=_alone(units, time, waits, links),
         parts=parts._replace(memory=parts.memory + added_s, dp=sum(waits)),
         waits_s=sum(waits),
         compute_s=sum(unit.forward_s + unit.backward_s for unit in units),
@@ -90,6 +96,21 @@ def _time(
         held_s = max(receive_s, _transfer_s(setup, links, units[0].input_bytes) if stage == 0 else 0.0)
         return StageTime(forward_s + waits[0] + held_s, backward_s + waits[1] + held_s)
     return StageTime(forward_s + waits[0], backward_s + waits[1], receive_s)
+
+
+def _alone(units: Sequence[UnitCost], time: StageTime, waits: tuple[float, float], links: Links) -> StageTime:
+    """The same where compute is as quick as on a rank alone; talk is not."""
+    ratio = links.cluster.device.alone_ratio
+    if ratio == 1:
+        return time
+    forward_s, backward_s = (
+        sum(unit.talk_s(forward=way) for unit in units) + wait
+        for way, wait in zip((True, False), waits, strict=True)
+    )
+    return time._replace(
+        forward_s=forward_s + (time.forward_s - forward_s) / ratio,
+        backward_s=backward_s + (time.backward_s - backward_s) / ratio,
+    )
 
 
 def _transfer_s(setup: StepSetup, links: Links, num_bytes: int) -> float:

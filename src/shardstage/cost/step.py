@@ -103,8 +103,8 @@ def predict_step(
     stages = stage_costs(profile, setup, links)
     times = [stage.time for stage in stages]
     m, num_ranks = setup.num_microbatches, setup.mesh.pp
-    end_s = _pipeline_s(setup, times)
-    travel_s = end_s - _pipeline_s(setup, [time._replace(receive_s=0.0) for time in times])
+    end_s = _pipeline_s(setup, links, stages)
+    travel_s = end_s - _pipeline_s(setup, links, [stage.without_travel() for stage in stages])
     exposed = _exposed_s(setup, stages)
     parts = _parts(setup, links, stages)
     low_s, step_s, high_s = _range_s(parts, links)
@@ -138,9 +138,8 @@ def least_step_s(profile: Profile, setup: StepSetup, links: Links) -> float:
     stages = stage_costs(profile, setup, links)
     if links.cluster.calibration is not None:
         return _range_s(_least_parts(setup, links, stages), links)[1]
-    busy_s = setup.num_microbatches * _of_busiest_rank(setup, [stage.time.both_s for stage in stages])
     update_s = _of_busiest_rank(setup, [stage.update_s for stage in stages])
-    return _built_in(links).expected * (busy_s + update_s + links.norm_s())
+    return _built_in(links).expected * (_busy_s(setup, links, stages) + update_s + links.norm_s())
 
 
 def stage_times(profile: Profile, setup: StepSetup, links: Links) -> tuple[StageTime, ...]:
@@ -148,10 +147,27 @@ def stage_times(profile: Profile, setup: StepSetup, links: Links) -> tuple[Stage
     return tuple(stage.time for stage in stage_costs(profile, setup, links))
 
 
-def _pipeline_s(setup: StepSetup, times: Sequence[StageTime]) -> float:
+def _pipeline_s(setup: StepSetup, links: Links, stages: Sequence[StageCost]) -> float:
+    """Until the last backward; ranks that share cores compute quicker while others wait, but never all of them."""
+    alone = [stage.alone for stage in stages]
     if setup.custom is not None:
-        return max(run_pipeline(times, setup.num_microbatches, setup.custom))
-    return pipeline_s(setup.schedule, times, setup.mesh.pp, setup.num_microbatches)
+        alone_s = max(run_pipeline(alone, setup.num_microbatches, setup.custom))
+    else:
+        alone_s = pipeline_s(setup.schedule, alone, setup.mesh.pp, setup.num_microbatches)
+    return max(alone_s, _shared_s(setup, links, stages))
+
+
+def _shared_s(setup: StepSetup, links: Links, stages: Sequence[StageCost]) -> float:
+    """What all ranks together have to compute on the cores that they share; 0 where each has its device."""
+    if links.cluster.device.alone_ratio == 1:
+        return 0.0
+    return setup.num_microbatches * sum(stage.time.both_s for stage in stages) / setup.mesh.pp
+
+
+def _busy_s(setup: StepSetup, links: Links, stages: Sequence[StageCost]) -> float:
+    """What no schedule can spare: the slowest rank computes all its microbatches."""
+    slowest_s = setup.num_microbatches * _of_busiest_rank(setup, [stage.alone.both_s for stage in stages])
+    return max(slowest_s, _shared_s(setup, links, stages))
 
 
 def _exposed_s(setup: StepSetup, stages: Sequence[StageCost]) -> float:
@@ -182,7 +198,7 @@ def _parts(setup: StepSetup, links: Links, stages: Sequence[StageCost]) -> Parts
     """Seconds by cause: what no schedule can spare, the reductions that nothing hides, and the pipeline's bubble and transfers."""
     least = _least_parts(setup, links, stages)
     update = _of_busiest_rank(setup, [stage.update_s for stage in stages])
-    end_s = _pipeline_s(setup, [stage.time for stage in stages])
+    end_s = _pipeline_s(setup, links, stages)
     return least._replace(
         dp=least.dp + _exposed_s(setup, stages),
         pp=max(0.0, end_s + update + links.norm_s() - sum(least)),
@@ -198,6 +214,8 @@ def _least_parts(setup: StepSetup, links: Links, stages: Sequence[StageCost]) ->
     updating = setup.stages_of(_busiest_rank(setup, [stage.update_s for stage in stages]))
     gathers_s = sum(stages[number].gather_s for number in updating)
     busy = busy.times(setup.num_microbatches)
+    if links.cluster.device.alone_ratio > 1:
+        busy = busy.times(_busy_s(setup, links, stages) / sum(busy))
     return busy._replace(
         memory=busy.memory + sum(stages[number].update_s for number in updating) - gathers_s,
         dp=busy.dp + gathers_s + links.norm_s(),

@@ -138,6 +138,7 @@ class _Table:
         self._is_near = np.array([zero.num_ranks is not None for zero in zeros])[None, None, :]
         self._has_copies = _column(meshes.talk.replicas > 1)
         self._slowdown = overlap_slowdown(costs.cluster.device)
+        self._alone_ratio = costs.cluster.device.alone_ratio
         near, whole = _column(meshes.talk.near_ranks), _column(meshes.talk.replicas)
         self._shards = np.where(self._level == 0, 1.0, np.where(self._is_near, near, whole))
         self._expert_shards = np.maximum(1, np.floor(self._shards / group.ep))
@@ -161,7 +162,13 @@ class _Table:
         mean = self.forward + self.backward
         slowest = np.maximum(mean, self.chain.slowest_unit_s)
         bubble = (self.p - 1) * np.minimum(mean / MAX_STAGES_PER_RANK, self._plain_f / 2)
-        return self.settings.least_factor * (self.m * slowest + bubble + self.after)
+        return self._seconds(self.m * slowest + bubble, mean)
+
+    def _seconds(self, pipeline_s: Any, mean: Any) -> Any:
+        """Of a step; on shared cores all ranks' work, or the pipeline as quick as if each rank were alone."""
+        if self._alone_ratio > 1:
+            pipeline_s = np.maximum(pipeline_s / self._alone_ratio, self.m * mean)
+        return self.settings.least_factor * (pipeline_s + self.after)
 
     def of(self, name: str, per_rank: Array) -> tuple[Any, Any]:
         """Seconds and bytes of a schedule with each of these numbers of stages a rank."""
@@ -264,7 +271,7 @@ class _Table:
         else:
             total = m * slowest + self._bubble_s(name, self.forward, self.backward)
         least_bytes = np.maximum(self.state_bytes + held * self._trade.least_saved / p, fullest_bytes)
-        return self.settings.least_factor * (total + self.after), least_bytes
+        return self._seconds(total, mean), least_bytes
 
     def _of_most_layers(self, held: Any) -> tuple[Any, Any]:
         """Of the stage that has most units of the kind that takes longest in all: at least their even share, rounded up."""
@@ -293,7 +300,7 @@ class _Table:
             heaviest = ranks.slowest_s(mode) + ranks.least_first_s
             slowest = np.maximum(forward + backward, np.maximum(heaviest, self.chain.slowest_unit_s))
             bubble = self._bubble_s(name, forward / v, backward / v)
-            return self.settings.least_factor * (m * slowest + bubble + self.after)
+            return self._seconds(m * slowest + bubble, forward + backward)
 
         return self._first_that_fits(seconds, ranks.num_bytes)
 

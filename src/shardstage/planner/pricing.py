@@ -225,7 +225,8 @@ class Pricing:
             setup.mesh.pp,
             setup.num_microbatches,
             self.modes,
-            below_s=below_s / self.least_factor - self._beside_s(chain, setup, links),
+            below_s=self.cluster.device.alone_ratio
+            * (below_s / self.least_factor - self._beside_s(chain, setup, links)),
             counts_sum=setup.schedule in ("1f1b", "gpipe"),
         )
         if cut is None:
@@ -241,7 +242,8 @@ class Pricing:
         beside_s = links.norm_s() + 2 * (p - 1) * links.transfer_s(min(chain.received[1:], default=0))
         if setup.schedule in SPLITTING:
             mean = StageTime(chain.forward_s[n] / p, chain.backward_s[n] / p)
-            beside_s += bubble_s(setup.schedule, [mean] * p, p, setup.num_microbatches)
+            bubble = bubble_s(setup.schedule, [mean] * p, p, setup.num_microbatches)
+            beside_s += bubble / self.cluster.device.alone_ratio
         return beside_s
 
     def _waits(self, chain: Chain, setup: StepSetup, links: Links) -> Callable[[int, int, Recompute], float]:
@@ -293,8 +295,11 @@ class Pricing:
 
     def _least_s(self, setup: StepSetup, times: list[StageTime]) -> float:
         """What the pipeline alone takes at least, before ZeRO's waits, sums of gradients and transfers."""
-        m = setup.num_microbatches
-        return self.least_factor * pipeline_s(setup.schedule, times, setup.mesh.pp, m)
+        m, p, ratio = setup.num_microbatches, setup.mesh.pp, self.cluster.device.alone_ratio
+        seconds = pipeline_s(setup.schedule, times, p, m)
+        if ratio > 1:
+            seconds = max(seconds / ratio, m * sum(time.both_s for time in times) / p)
+        return self.least_factor * seconds
 
     @cached_property
     def even(self) -> EvenCuts:
