@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -101,3 +102,30 @@ def test_a_loaded_state_knows_how_many_steps_it_has_seen() -> None:
     first = trained(2, 0, resumed, None)
     trained(2, 2, resumed, {name: value.clone() for name, value in first.state(first.leaves[0]).items()})
     assert torch.equal(through, resumed)
+
+
+@pytest.mark.parametrize("is_sent", [False, True])
+def test_gradients_that_lie_apart_are_brought_to_their_masters_run_by_run(is_sent: bool) -> None:
+    """Leaves of 5 elements in runs of two: narrow gradients are widened and scaled there, and stay as they are where they lie."""
+    generator = torch.Generator().manual_seed(1)
+    first = [torch.randn(5, generator=generator) for _ in range(3)]
+    narrow = [torch.randn(5, generator=generator).bfloat16() for _ in range(3)]
+    apart = [
+        replace(leaf, is_apart=True, is_sent=is_sent)
+        for leaf in leaves_of([t.clone() for t in first], [*narrow[:2], None])
+    ]
+    plain = leaves_of([t.clone() for t in first], [*(g.float() for g in narrow[:2]), None])
+    one, two = (
+        Optimizer(OptimizerConfig(lr=0.1), plain),
+        Optimizer(OptimizerConfig(lr=0.1), apart, run_bytes=40),
+    )
+    before = [gradient.clone() for gradient in narrow]
+    assert one.step(0, gradient_scale=0.5) == two.step(0, gradient_scale=0.5)
+    for leaf, other in zip(plain, apart, strict=True):
+        torch.testing.assert_close(leaf.master, other.master, rtol=0, atol=0)
+        assert other.master.grad is None
+        for name, tensor in one.state(leaf).items():
+            torch.testing.assert_close(tensor, two.state(other)[name], rtol=0, atol=0)
+    assert all(map(torch.equal, narrow, before))
+    on_host = sum(tensor.numel() for tensor in two.on_host())
+    assert on_host == (3 * 3 * 5 + 2 * 5 if is_sent else 0)

@@ -83,8 +83,9 @@ class Optimizer:
         for group in torch_optimizer.param_groups:
             group["lr"] = rate
         gradients = run.gradients(self._landing)
-        if gradient_scale != 1.0:
-            scale_all([g for g in gradients if g is not None], gradient_scale)
+        present = [gradient for gradient in gradients if gradient is not None]
+        if gradient_scale != 1.0 and present:
+            scale_all(present, gradient_scale)
         for leaf, gradient in zip(run.leaves, gradients, strict=True):
             leaf.master.grad = gradient
         torch_optimizer.step()
