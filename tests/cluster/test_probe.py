@@ -35,6 +35,9 @@ def reduced(num_ranks: int, *samples: Sample) -> Cluster:
     )
 
 
+SMALLEST = exchanges("p2p", 2, LinearCost(1e-4, 1e9))
+
+
 def fail_to_prepare() -> None:
     raise ValueError("nothing is ready")
 
@@ -48,9 +51,10 @@ def test_samples_become_rates() -> None:
 
 def test_a_rank_that_shares_cores_is_quicker_alone() -> None:
     shared = (Sample("busy", "float32", 1, 1e6, 6e-6), Sample("alone", "float32", 1, 1e6, 2.5e-6))
-    assert reduced(1, *shared).device.alone_ratio == 2.4
+    assert reduced(4, *SMALLEST, *shared).device.alone_ratio == 2.4
+    assert reduced(2, *SMALLEST, *shared).device.alone_ratio == 2
     noise = (Sample("busy", "float32", 1, 1e6, 2e-6), Sample("alone", "float32", 1, 1e6, 2.1e-6))
-    assert reduced(1).device.alone_ratio == reduced(1, *noise).device.alone_ratio == 1
+    assert reduced(1).device.alone_ratio == reduced(2, *SMALLEST, *noise).device.alone_ratio == 1
 
 
 def test_a_larger_product_is_never_quicker_than_a_smaller_one() -> None:

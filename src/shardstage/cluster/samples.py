@@ -46,7 +46,7 @@ def cluster_from_samples(
     return Cluster(
         name=f"{device_kind}-measured",
         num_devices=num_ranks,
-        device=_device_from(samples, device_name, device_kind, memory_bytes, source),
+        device=_device_from(samples, num_ranks, device_name, device_kind, memory_bytes, source),
         levels=(_level_from(samples, num_ranks, source),),
         collectives=_collective_curves(samples, source),
     )
@@ -58,7 +58,7 @@ def group_sizes(ranks: int) -> tuple[int, ...]:
 
 
 def _device_from(
-    samples: Sequence[Sample], name: str, kind: str, memory_bytes: int, source: str
+    samples: Sequence[Sample], num_ranks: int, name: str, kind: str, memory_bytes: int, source: str
 ) -> DeviceClass:
     copy = next(sample for sample in samples if sample.what == "copy")
     op = next(sample for sample in samples if sample.what == "op")
@@ -70,7 +70,7 @@ def _device_from(
         memory_bytes=memory_bytes,
         bytes_per_s=_rounded(2 * copy.size / copy.seconds),
         op_latency_s=_rounded(op.seconds),
-        alone_ratio=_alone_ratio(samples),
+        alone_ratio=_alone_ratio(samples, num_ranks),
         source=source,
         flops_per_s={curve.dtype: max(rate for _, rate in curve.points) for curve in gemm},
         flops_source=source,
@@ -78,10 +78,12 @@ def _device_from(
     )
 
 
-def _alone_ratio(samples: Sequence[Sample]) -> float:
-    """How many times quicker a rank is alone; 1 where it was not measured."""
+def _alone_ratio(samples: Sequence[Sample], num_ranks: int) -> float:
+    """How many times quicker a rank is alone, as many as there are ranks at most; 1 where it was not measured."""
     seconds = {sample.what: sample.seconds for sample in samples if sample.what in ("busy", "alone")}
-    return max(1.0, _rounded(seconds["busy"] / seconds["alone"])) if len(seconds) == 2 else 1.0
+    if len(seconds) < 2:
+        return 1.0
+    return min(max(1.0, _rounded(seconds["busy"] / seconds["alone"])), float(num_ranks))
 
 
 def _gemm_curve(samples: Sequence[Sample], dtype: str, source: str) -> GemmCurve:

@@ -88,6 +88,7 @@ class Pricing:
         self._is_compiled = is_compiled
         self._profilers: dict[tuple[int, bool], Profiler] = {}
         self._chains: dict[Group, Chain] = {}
+        self._known: dict[tuple[Choice, int, Savers], Priced | None] = {}
         self._reference = 1 if graph.is_scalable else graph.microbatch
         self.least_factor = (
             1.0 if cluster.calibration is None else min(cluster.calibration.factors.values(), default=1.0)
@@ -140,7 +141,18 @@ class Pricing:
         return self.profiler(group.tp, group.is_sequence_parallel).at(group.microbatch, links)
 
     def price(self, choice: Choice, limit_bytes: int, below_s: float = math.inf) -> Priced | None:
-        """The choice at its best cut; None where it does not fit. Raises ``TooSlow`` where it cannot come below ``below_s``."""
+        """The choice at its best cut; None where it does not fit. Raises ``TooSlow`` where it cannot come below ``below_s``.
+
+        What is asked without ``below_s`` is kept: explanations ask for the same choices.
+        """
+        if below_s != math.inf:
+            return self._price(choice, limit_bytes, below_s)
+        key = (choice, limit_bytes, self.savers)
+        if key not in self._known:
+            self._known[key] = self._price(choice, limit_bytes, below_s)
+        return self._known[key]
+
+    def _price(self, choice: Choice, limit_bytes: int, below_s: float) -> Priced | None:
         chain = self.chain(choice.group)
         setup = self.setup(choice)
         links = self.links(choice)

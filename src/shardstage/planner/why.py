@@ -120,9 +120,10 @@ def _with_axis(searcher: Searcher, choice: Choice, axis: str, size: int) -> Choi
     sizes = {"tp": mesh.tp, "pp": mesh.pp, "cp": mesh.cp, axis: size}
     dp = min(space.num_ranks // (sizes["tp"] * sizes["pp"] * sizes["cp"]), space.global_batch)
     offered = {"tp": space.tps, "pp": space.pps, "cp": space.cps}[axis]
-    if size not in offered or dp < 1:
+    if size not in offered or dp < 1 or (space.dps and dp not in space.dps):
         return None
     changed = Mesh(pp=sizes["pp"], dp=dp, tp=sizes["tp"], cp=sizes["cp"])
+    changed = replace(changed, order=space.orders_of(changed)[0])
     share = -(-space.global_batch // dp)
     other = group._replace(
         tp=sizes["tp"], cp=sizes["cp"], is_sequence_parallel=group.is_sequence_parallel and sizes["tp"] > 1
