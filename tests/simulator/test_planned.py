@@ -11,14 +11,31 @@ from shardstage.simulator import planned_prices, simulate, step_time
 
 @pytest.mark.parametrize(
     "text",
-    ["pp=4,mb=2", "pp=4,mb=2,schedule=gpipe", "pp=2,tp=2,mb=2", "pp=4,mb=2,recompute=full", "pp=4,mb=4,recompute=selective", "pp=4,mb=2,offload=optimizer"],
-)  # fmt: skip
+    [
+        "pp=4,mb=2",
+        "pp=4,mb=2,schedule=gpipe",
+        "pp=2,tp=2,mb=2",
+        "pp=4,mb=2,recompute=full",
+        "pp=4,mb=4,recompute=selective",
+        "pp=4,mb=2,offload=optimizer",
+    ],
+)
 def test_without_data_parallel_ranks_the_simulation_equals_the_analytic_model(text: str) -> None:
     plan, program, prices = planned(text)
     assert step_time(program, prices) == pytest.approx(analytic(plan)[1], rel=1e-4)
 
 
-@pytest.mark.parametrize("text", ["pp=2,dp=2,mb=2", "pp=2,dp=2,mb=2,zero=1", "pp=2,dp=2,mb=2,zero=2", "pp=2,dp=2,mb=2,zero=3", "pp=2,dp=2,mb=2,zero=1,offload=optimizer", "pp=2,dp=2,mb=2,zero=2,offload=optimizer"])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        "pp=2,dp=2,mb=2",
+        "pp=2,dp=2,mb=2,zero=1",
+        "pp=2,dp=2,mb=2,zero=2",
+        "pp=2,dp=2,mb=2,zero=3",
+        "pp=2,dp=2,mb=2,zero=1,offload=optimizer",
+        "pp=2,dp=2,mb=2,zero=2,offload=optimizer",
+    ],
+)
 def test_with_them_it_is_near_and_never_faster_than_compute(text: str) -> None:
     """The analytic model hides all but the last bucket; the simulation begins each bucket when its backward has filled it."""
     plan, program, prices = planned(text)

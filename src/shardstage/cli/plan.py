@@ -219,7 +219,7 @@ def _memory_notes(needed: int, question: Question, machine: Cluster) -> Iterator
 def _chosen_table(plan: Plan, prediction: Prediction) -> Table:
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="bold")
-    table.add_column()
+    table.add_column(overflow="fold")
     for name, text in _chosen_rows(plan, prediction):
         table.add_row(name, text)
     return table

@@ -12,6 +12,11 @@
     zb-v, dualpipe-v         (p - 1)(F + I - W), longer where m < 2p           benchmarks/schedules
     forward-only             (p - 1) F
 
+With fewer microbatches than ranks a rank waits longer before its next stage, and there are not enough Ws to fill the bubble with:
+
+    interleaved-1f1b, looped-bfs   + (p - m)(v - 1)(F + B)          benchmarks/schedules
+    zb-h1, zb-v, dualpipe-v        + (p - m) v W
+
 1F1B with stages of unlike times: the slowest is busy from the first microbatch's arrival to the last one's departure, and what comes
 before and after it passes the other stages once: (m - 1) max t + Σ t. ``benchmarks/schedules`` holds the formulas against the schedules.
 """
@@ -60,10 +65,11 @@ def bubble_s(schedule: str, stages: Sequence[StageTime], num_ranks: int, num_mic
         return sum(ranks) - max(ranks)
     if schedule == "forward-only":
         return (p - 1) * forward
+    few, v = max(0, p - m), len(stages) // p
     if schedule in SPLITTING:  # I and W take half of B each: F + I - W = F
-        late = LATE_BUBBLES.get(schedule, 0.0) * max(0, 2 * p - m) / p
-        return (p - 1) * forward * (1 + late)
-    return (p - 1) * (forward + backward)
+        late = LATE_BUBBLES.get(schedule, 0.0) * min(p, max(0, 2 * p - m)) / p
+        return (p - 1) * forward * (1 + late) + few * v * backward / 2
+    return (p - 1 + few * (v - 1)) * (forward + backward)
 
 
 SPLITTING: Final = frozenset({"zb-h1", "zb-v", "dualpipe-v"})

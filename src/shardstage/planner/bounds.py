@@ -6,8 +6,8 @@ so does what waits for ZeRO's gathers (by convexity), the optimizer and the memo
     seconds >= m × max(mean stage, heaviest unit) + bubble of mean stages + optimizer of a mean stage + the norm's sum
 
 The bubble's formula asks for means only (``cost.pipeline``). Exposed reductions of gradients count where there is no pipeline, as there a
-mean stage is the stage. A mean stage recomputes at least what memory asks for (``trade``). Arrays are indexed
-[mesh, schedule, ZeRO], in between [mesh, stages a rank, ZeRO].
+mean stage is the stage. A mean stage recomputes at least what memory asks for (``trade``). ``Bounds`` are indexed
+[mesh, schedule, ZeRO]; in between a row is a pair of a mesh and a ZeRO, and a column a number of stages a rank.
 """
 
 from __future__ import annotations
@@ -77,22 +77,26 @@ def bounds_of(
 ) -> Bounds | None:
     """Bounds of all choices of a group; None where it has none. ``even`` are the cuts of schedules with several stages a rank.
 
-    A mesh whose mean stages alone take ``below_s`` has no other bound than that.
+    Pairs of a mesh and a ZeRO whose mean stages alone take ``below_s``, or more memory than there is, have no other bound than that.
     """
     meshes = lattice.table(group)
     if meshes is None:
         return None
-    table = _Table(group, chain, costs, settings, meshes, lattice.zeros, even)
-    seconds = np.broadcast_to(table.mean_s, meshes.has.shape).copy()
-    least_bytes = np.zeros(meshes.has.shape)
-    is_open = (table.mean_s < below_s).any(axis=(1, 2))
+    figures = _Figures(group, chain, costs, settings, meshes, lattice.zeros, even)
+    rows = np.nonzero(meshes.has.any(axis=1))
+    table = _Table(figures, *rows)
+    seconds = np.full(meshes.has.shape, np.inf)
+    least_bytes = np.full(meshes.has.shape, np.inf)
+    seconds[rows[0], :, rows[1]] = table.mean_s
+    least_bytes[rows[0], :, rows[1]] = table.mean_bytes
+    is_open = ((table.mean_s < below_s) & (table.mean_bytes <= settings.limit_bytes))[:, 0]
     if is_open.any():
-        rows = np.flatnonzero(is_open)
-        table = _Table(group, chain, costs, settings, meshes.at(is_open), lattice.zeros, even)
+        mesh, zero = rows[0][is_open], rows[1][is_open]
+        table = _Table(figures, mesh, zero)
         for name in dict.fromkeys(schedule.name for schedule in lattice.schedules):
-            places = [i for i, schedule in enumerate(lattice.schedules) if schedule.name == name]
+            places = np.array([i for i, each in enumerate(lattice.schedules) if each.name == name])
             per_rank = np.array([lattice.schedules[i].per_rank for i in places], dtype=np.float64)
-            at = np.ix_(rows, np.array(places))
+            at = (mesh[:, None], places[None, :], zero[:, None])
             seconds[at], least_bytes[at] = table.of(name, per_rank)
     seconds[~meshes.has] = np.inf
     return Bounds(group, meshes.meshes, lattice.schedules, lattice.zeros, seconds, least_bytes)
@@ -112,8 +116,8 @@ class BoundSettings:
     modes: tuple[Recompute, ...] = RECOMPUTES
 
 
-class _Table:
-    """One group's figures as arrays [mesh, 1, 1] or [mesh, stages a rank, ZeRO]."""
+class _Figures:
+    """What all rows of a group share."""
 
     def __init__(
         self,
@@ -125,36 +129,58 @@ class _Table:
         zeros: Sequence[Zero],
         even: EvenCuts,
     ) -> None:
-        self.settings = settings
+        self.group = group
         self.chain = chain
-        self.p = _column(meshes.pp)
-        self.m = _column(np.ceil(meshes.share / group.microbatch))
+        self.device = costs.cluster.device
+        self.settings = settings
+        self.meshes = meshes
         self.even = even
         self.kinds = _Kinds(chain.kinds)
+        self.trade = Trade(chain.kinds, even.whole, settings.modes)
+        self.levels = np.array([zero.level for zero in zeros])
+        self.are_near = np.array([zero.num_ranks is not None for zero in zeros])
+
+
+class _Table:
+    """One group's figures as arrays [row, 1] or [row, stages a rank]: row k is the k-th of ``mesh`` with the k-th of ``zero``."""
+
+    def __init__(self, figures: _Figures, mesh: Any, zero: Any) -> None:
+        self.settings, self.chain, self.even = figures.settings, figures.chain, figures.even
+        self.kinds, self._trade = figures.kinds, figures.trade
+        self._mesh, self._talk = mesh, figures.meshes.talk
         self._ranks: dict[str, _EvenRanks] = {}
-        self._trade = Trade(chain.kinds, even.whole, settings.modes)
-        self._talk = meshes.talk
-        self._level = np.array([zero.level for zero in zeros], dtype=np.float64)[None, None, :]
-        self._is_near = np.array([zero.num_ranks is not None for zero in zeros])[None, None, :]
-        self._has_copies = _column(meshes.talk.replicas > 1)
-        self._slowdown = overlap_slowdown(costs.cluster.device)
-        self._alone_ratio = costs.cluster.device.alone_ratio
-        near, whole = _column(meshes.talk.near_ranks), _column(meshes.talk.replicas)
-        self._shards = np.where(self._level == 0, 1.0, np.where(self._is_near, near, whole))
-        self._expert_shards = np.maximum(1, np.floor(self._shards / group.ep))
+        self._slowdown = overlap_slowdown(figures.device)
+        self._alone_ratio = figures.device.alone_ratio
+        chain, talk, ep = self.chain, self._talk, figures.group.ep
+        self.p = self._of_meshes(figures.meshes.pp)
+        self.m = np.ceil(self._of_meshes(figures.meshes.share) / figures.group.microbatch)
+        self._level = figures.levels[zero][:, None]
+        self._is_near = figures.are_near[zero][:, None]
+        self._is_gathered, self._is_scattered = self._level == 3, self._level >= 2
+        whole = self._of_meshes(talk.replicas)
+        self._has_copies = whole > 1
+        self._gather = self._of_shards(talk.gather, talk.near_gather)
+        self._scatter = self._of_shards(talk.scatter, talk.near_scatter)
+        self._copies = talk.copies[mesh] * (self._has_copies & self._is_near)
+        self._near_ranks = self._of_meshes(talk.near_ranks)
+        self._shards = np.where(self._level == 0, 1.0, np.where(self._is_near, self._near_ranks, whole))
+        self._expert_shards = np.maximum(1, np.floor(self._shards / ep))
         n, p = chain.num_units, self.p
         forward, backward = chain.forward_s[n], chain.backward_s[n]
         elements = chain.own[n] + sum(chain.profile.shared_elements.values())
         part = self._part_elements(elements, chain.experts[n]) / p
         self._plain_f, self._plain_b = forward / p, backward / p
-        self._gathered, self._scattered = self._zero_talk_s(chain.own[n], self._gathers(even.whole))
-        self._accumulation = self._accumulation_s(elements / p, part, costs.cluster.device)
+        self._gathered, self._scattered = self._zero_talk_s(chain.own[n], self._gathers(self.even.whole))
+        self._accumulation = self._accumulation_s(elements / p, part, figures.device)
         self.forward, self.backward = self.stage_s(0.0)
-        self._travel = 2 * (p - 1) * _linear_s(self._talk.transfer, min(chain.received[1:], default=0))
+        travel = 2 * (p - 1) * _seconds_of(talk.transfer[mesh], min(chain.received[1:], default=0), 1.0)
         after = self._after_s(elements / p, backward + self._accumulation)
-        after = after + self._update_s(part, costs.cluster.device) + _column(self._talk.norm_s)
-        self.after = after + self._travel
+        self.after = after + self._update_s(part, figures.device) + self._of_meshes(talk.norm_s) + travel
         self.state_bytes = self._state_bytes(elements / p, part)
+
+    def _of_meshes(self, values: Any) -> Any:
+        """Figures of meshes, for each row."""
+        return values[self._mesh][:, None]
 
     @property
     def mean_s(self) -> Any:
@@ -163,6 +189,11 @@ class _Table:
         slowest = np.maximum(mean, self.chain.slowest_unit_s)
         bubble = (self.p - 1) * np.minimum(mean / MAX_STAGES_PER_RANK, self._plain_f / 2)
         return self._seconds(self.m * slowest + bubble, mean)
+
+    @property
+    def mean_bytes(self) -> Any:
+        """Whatever the schedule: the state of a mean rank, and a microbatch."""
+        return self.state_bytes + self._trade.least_saved / self.p
 
     def _seconds(self, pipeline_s: Any, mean: Any) -> Any:
         """Of a step; on shared cores all ranks' work, or the pipeline as quick as if each rank were alone."""
@@ -174,7 +205,7 @@ class _Table:
         """Seconds and bytes of a schedule with each of these numbers of stages a rank."""
         if per_rank.max() == 1:
             return self._of_free_cuts(name)
-        return self._of_even_cuts(name, per_rank[None, :, None])
+        return self._of_even_cuts(name, per_rank[None, :])
 
     def _part_elements(self, elements: Any, experts: Any) -> Any:
         """What a rank owns under ZeRO of elements of which so many are of experts."""
@@ -189,18 +220,17 @@ class _Table:
     def first_s(self, own: Any, calls: Any) -> tuple[Any, Any]:
         """ZeRO-2/3's gathers and reductions of the first units of a rank's stages, beside which nothing runs."""
         forward_s, scatter_s = self._gather_and_scatter_s(own, calls)
-        return np.where(self._level >= 2, forward_s, 0.0), np.where(self._level >= 2, scatter_s, 0.0)
+        return np.where(self._is_scattered, forward_s, 0.0), np.where(self._is_scattered, scatter_s, 0.0)
 
     def _zero_talk_s(self, own: float, calls: float) -> tuple[Any, Any]:
         """What ZeRO-2/3 gathers and reduces on a mean stage for each microbatch, forward and backward."""
         gather, scatter = self._gather_and_scatter_s(own / self.p, calls / self.p)
-        again = np.where(self._level == 3, gather, 0.0)
-        return np.where(self._level >= 2, gather, 0.0), np.where(self._level >= 2, again + scatter, 0.0)
+        again = np.where(self._is_gathered, gather, 0.0)
+        return np.where(self._is_scattered, gather, 0.0), np.where(self._is_scattered, again + scatter, 0.0)
 
     def _gather_and_scatter_s(self, own: Any, calls: Any) -> tuple[Any, Any]:
-        settings, talk = self.settings, self._talk
-        gather = self._shards_s(talk.gather, talk.near_gather, own * settings.compute_bytes, calls)
-        return gather, self._scatter_s(own * settings.gradient_bytes, calls)
+        gather_s = _seconds_of(self._gather, own * self.settings.compute_bytes, calls)
+        return gather_s, self._scatter_s(own * self.settings.gradient_bytes, calls)
 
     def _gathers(self, numbers: Array) -> float:
         """How many of so many units of each kind have parameters of their own."""
@@ -212,7 +242,7 @@ class _Table:
 
     def _accumulation_s(self, own: Any, part: Any, device: DeviceClass) -> Any:
         """Adding a microbatch's gradients to their sums, where there is more than one."""
-        added = np.where(self._level >= 2, part, own) * np.where(self.m > 1, 1.0, 0.0)
+        added = np.where(self._is_scattered, part, own) * np.where(self.m > 1, 1.0, 0.0)
         return added * moved_s(self.settings.compute_bytes + 2.0 * self.settings.gradient_bytes, device)
 
     def _update_s(self, part: Any, device: DeviceClass) -> Any:
@@ -227,9 +257,8 @@ class _Table:
         settings, level, talk = self.settings, self._level, self._talk
         c, g = settings.compute_bytes, settings.gradient_bytes
         num_buckets = np.maximum(1.0, np.floor(own * c / settings.bucket_bytes))
-        gathered = self._shards_s(talk.gather, talk.near_gather, own * c, num_buckets)
-        latency, per_byte = _column(talk.reduce[:, 0]), _column(talk.reduce[:, 1])
-        reduced = self._has_copies * (num_buckets * latency + own * g * per_byte)
+        gathered = _seconds_of(self._gather, own * c, num_buckets)
+        reduced = self._has_copies * _seconds_of(talk.reduce[self._mesh], own * g, num_buckets)
         summed = np.where(level == 0, reduced, self._scatter_s(own * g, num_buckets))
         exposed = np.where(level < 2, self._exposed_s(summed, backward), 0.0)
         return np.where(level == 1, gathered, 0.0) + np.where(self.p == 1, exposed, 0.0)
@@ -245,18 +274,14 @@ class _Table:
         master = np.where((level >= 2) | (c != w), part * w, 0.0)
         return whole * c + gradients + master + MOMENTS * part * w
 
-    def _shards_s(self, far: Array, near: Array, num_bytes: Any, calls: Any) -> Any:
-        """A collective over the ranks that ZeRO cuts over."""
-        latency, per_byte = (np.where(self._is_near, _column(near[:, i]), _column(far[:, i])) for i in (0, 1))
-        return self._has_copies * (calls * latency + num_bytes * per_byte)
+    def _of_shards(self, far: Array, near: Array) -> Any:
+        """What a collective over the ranks that ZeRO cuts over costs, [row, 2]: nothing where there is but one."""
+        return np.where(self._is_near, near[self._mesh], far[self._mesh]) * self._has_copies
 
     def _scatter_s(self, num_bytes: Any, calls: Any) -> Any:
         """Summing and cutting gradients, and summing the parts with those of the copies."""
-        talk = self._talk
-        latency, per_byte = _column(talk.copies[:, 0]), _column(talk.copies[:, 1])
-        each = calls * latency + num_bytes / _column(talk.near_ranks) * per_byte
-        copies = self._has_copies * np.where(self._is_near, each, 0.0)
-        return self._shards_s(talk.scatter, talk.near_scatter, num_bytes, calls) + copies
+        scatter_s = _seconds_of(self._scatter, num_bytes, calls)
+        return scatter_s + _seconds_of(self._copies, num_bytes / self._near_ranks, calls)
 
     def _of_free_cuts(self, name: str) -> tuple[Any, Any]:
         """One stage a rank, of which each may recompute otherwise; ``held`` microbatches at least are in flight on all of them."""
@@ -269,7 +294,7 @@ class _Table:
         if name in ("1f1b", "gpipe"):
             total = (m - 1) * slowest + p * mean
         else:
-            total = m * slowest + self._bubble_s(name, self.forward, self.backward)
+            total = m * slowest + self._bubble_s(name, 1.0, self.forward, self.backward)
         least_bytes = np.maximum(self.state_bytes + held * self._trade.least_saved / p, fullest_bytes)
         return self._seconds(total, mean), least_bytes
 
@@ -299,7 +324,7 @@ class _Table:
             forward, backward = self.stage_s(self.chain.recompute_s[mode][-1] / p, ranks.mean_first_s)
             heaviest = ranks.slowest_s(mode) + ranks.least_first_s
             slowest = np.maximum(forward + backward, np.maximum(heaviest, self.chain.slowest_unit_s))
-            bubble = self._bubble_s(name, forward / v, backward / v)
+            bubble = self._bubble_s(name, v, forward / v, backward / v)
             return self._seconds(m * slowest + bubble, forward + backward)
 
         return self._first_that_fits(seconds, ranks.num_bytes)
@@ -326,7 +351,7 @@ class _Table:
 
     def rank_state_bytes(self, own: Any, experts: Any, largest_unit: Any) -> Any:
         """Of a rank with so many elements, and under ZeRO-2/3 the gradients of its largest unit while they are reduced."""
-        reduced = np.where(self._level >= 2, largest_unit * self.settings.gradient_bytes, 0.0)
+        reduced = np.where(self._is_scattered, largest_unit * self.settings.gradient_bytes, 0.0)
         return self._state_bytes(own, self._part_elements(own, experts)) + reduced
 
     def held(self, name: str, v: Any) -> Any:
@@ -339,51 +364,59 @@ class _Table:
         largest_round = np.ceil(m / np.maximum(1, np.floor(m / p)))
         return np.minimum(m * v, 2 * (p - 1) + (v - 1) * largest_round + 1)
 
-    def _bubble_s(self, name: str, forward: Any, backward: Any) -> Any:
+    def _bubble_s(self, name: str, v: Any, forward: Any, backward: Any) -> Any:
+        """``cost.pipeline.bubble_s`` of mean stages, ``v`` a rank."""
         m, p = self.m, self.p
+        few = np.maximum(0.0, p - m)
         if name in SPLITTING:
-            late = LATE_BUBBLES.get(name, 0.0) * np.maximum(0.0, 2 * p - m) / p
-            return (p - 1) * forward * (1 + late)
-        return (p - 1) * (forward + backward)
+            late = LATE_BUBBLES.get(name, 0.0) * np.minimum(p, np.maximum(0.0, 2 * p - m)) / p
+            return (p - 1) * forward * (1 + late) + few * v * backward / 2
+        return (p - 1 + few * (v - 1)) * (forward + backward)
+
+
+def _seconds_of(cost: Array, num_bytes: Any, calls: Any) -> Any:
+    """Collectives from seconds before the first byte and for each byte, [row, 2]."""
+    return calls * cost[:, :1] + num_bytes * cost[:, 1:]
 
 
 class _EvenRanks:
-    """Ranks of even cuts of one group, [mesh, stages a rank, ZeRO]; what was asked once is kept."""
+    """Ranks of even cuts, [row, stages a rank]; what was asked once is kept."""
 
     def __init__(self, table: _Table, name: str, v: Any) -> None:
         self._kinds = table.kinds
-        self._ranks = table.even.ranks(name)
+        self._ranks = ranks = table.even.ranks(name)
         p, v_ = np.broadcast_arrays(table.p.astype(np.int64), v.astype(np.int64))
-        has = (p > 1) & (p * v_ <= table.chain.num_units)
-        self._at = (np.where(has, p, 0), np.where(has, v_, 0))
+        self._rows = ranks.place[p, np.minimum(v_, ranks.place.shape[1] - 1)]
         self._held = table.held(name, v)
-        own, experts = (self._ranks.of_fullest(self._kinds.of(of), *self._at) for of in ("own", "experts"))
-        largest = self._ranks.most_of_fullest(self._kinds.of("own"), *self._at)
+        own, experts = (self._at(ranks.of_fullest(self._kinds.of(each))) for each in ("own", "experts"))
+        largest = self._at(ranks.most_of_fullest(self._kinds.of("own")))
         self._state = table.rank_state_bytes(own, experts, largest)
         elements, calls = self._kinds.of("own"), (self._kinds.of("own") > 0).astype(np.float64)
         self.mean_first_s = table.first_s(
-            self._ranks.mean_first(elements, *self._at), self._ranks.mean_first(calls, *self._at)
+            self._at(ranks.mean_first(elements)), self._at(ranks.mean_first(calls))
         )
         self.least_first_s = sum(
-            table.first_s(
-                self._ranks.least_first(elements, *self._at), self._ranks.least_first(calls, *self._at)
-            )
+            table.first_s(self._at(ranks.least_first(elements)), self._at(ranks.least_first(calls)))
         )
         self._slowest: dict[Recompute, Any] = {}
         self._bytes: dict[Recompute, Any] = {}
+
+    def _at(self, values: Array) -> Any:
+        """Of the row of the table that each pair of ranks and stages a rank has."""
+        return values[self._rows]
 
     def slowest_s(self, mode: Recompute) -> Any:
         """Seconds of the heaviest rank for one microbatch, without what ZeRO waits for."""
         if mode not in self._slowest:
             each = self._kinds.of("both_s") + self._kinds.of("again_s", mode)
-            self._slowest[mode] = self._ranks.slowest(each, *self._at)
+            self._slowest[mode] = self._at(self._ranks.slowest(each))
         return self._slowest[mode]
 
     def num_bytes(self, mode: Recompute) -> Any:
         """What the fullest rank holds at least."""
         if mode not in self._bytes:
-            saved = self._held * self._ranks.least_of_fullest(self._kinds.of("saved", mode), *self._at)
-            passing = self._ranks.most_of_fullest(self._kinds.of("passing", mode), *self._at)
+            saved = self._held * self._at(self._ranks.least_of_fullest(self._kinds.of("saved", mode)))
+            passing = self._at(self._ranks.most_of_fullest(self._kinds.of("passing", mode)))
             self._bytes[mode] = self._state + saved + passing
         return self._bytes[mode]
 
@@ -414,13 +447,3 @@ _FIGURES: Final[Mapping[str, Callable[[UnitCost, Recompute], float]]] = MappingP
         "experts": lambda unit, _: unit.expert_elements,
     }
 )
-
-
-def _linear_s(cost: Array, num_bytes: float) -> Any:
-    """Seconds of a collective from those before the first byte and for each byte, of each mesh."""
-    return _column(cost[:, 0] + num_bytes * cost[:, 1])
-
-
-def _column(values: Any) -> Any:
-    """Figures of meshes, one below the other."""
-    return np.asarray(values)[:, None, None]

@@ -5,9 +5,10 @@ A cut is the same for all choices: of what the units take one rank for one sampl
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -53,21 +54,23 @@ class EvenCuts:
         n, num_kinds = len(self._kinds), len(self.whole)
         is_v = SCHEDULES[schedule].places == "v"
         most = 2 if is_v else max(2, min(self._most_per_rank, n // 2))
-        ways: dict[tuple[int, int], list[tuple[float, ...]]] = {}
-        first_ways: dict[tuple[int, int], list[tuple[float, ...]]] = {}
-        stages = np.zeros((n + 1, most + 1, most, num_kinds))
-        mean_first = np.zeros((n + 1, most + 1, num_kinds))
-        for v in range(2, most + 1):
-            for p in range(2, n // v + 1):
-                of_rank = [list(stages_of_rank(schedule, p * v, p, rank)) for rank in range(p)]
-                of_ranks = self._stage_counts(p * v)[of_rank]
-                firsts = self._first_counts(p * v)[of_rank]
-                ways[p, v] = list(dict.fromkeys(map(tuple, of_ranks.sum(axis=1).tolist())))
-                first_ways[p, v] = list(dict.fromkeys(map(tuple, firsts.sum(axis=1).tolist())))
-                mean_first[p, v] = firsts.sum(axis=(0, 1)) / p
-                stages[p, v] = of_ranks[p - 1 if is_v else 0, [*range(v), *([0] * (most - v))]]
-        shape = (n + 1, most + 1)
-        return RankTable(_padded(ways, shape), stages, _padded(first_ways, shape), mean_first)
+        sizes = [(p, v) for v in range(2, most + 1) for p in range(2, n // v + 1)]
+        place = np.zeros((n + 1, most + 1), dtype=np.int64)
+        each: list[list[tuple[float, ...]]] = [[(0.0,) * num_kinds]]
+        firsts: list[list[tuple[float, ...]]] = [[(0.0,) * num_kinds]]
+        stages = np.zeros((len(sizes) + 1, most, num_kinds))
+        is_stage = np.zeros((len(sizes) + 1, most))
+        mean_firsts = np.zeros((len(sizes) + 1, num_kinds))
+        for row, (p, v) in enumerate(sizes, start=1):
+            place[p, v] = row
+            of_rank = [list(stages_of_rank(schedule, p * v, p, rank)) for rank in range(p)]
+            of_ranks, of_firsts = self._stage_counts(p * v)[of_rank], self._first_counts(p * v)[of_rank]
+            each.append(list(dict.fromkeys(map(tuple, of_ranks.sum(axis=1).tolist()))))
+            firsts.append(list(dict.fromkeys(map(tuple, of_firsts.sum(axis=1).tolist()))))
+            mean_firsts[row] = of_firsts.sum(axis=(0, 1)) / p
+            stages[row] = of_ranks[p - 1 if is_v else 0, [*range(v), *([0] * (most - v))]]
+            is_stage[row, :v] = 1.0
+        return RankTable(place, _padded(each), stages, is_stage, _padded(firsts), mean_firsts)
 
     def _stage_counts(self, num_stages: int) -> Array:
         """[stage, kind]"""
@@ -92,57 +95,53 @@ class EvenCuts:
 
 @dataclass(frozen=True)
 class RankTable:
-    """Of how many units of each kind ranks are made, [ranks, stages a rank, …, kind]; 0 for more stages than there are units.
+    """Of how many units of each kind ranks are made, [row, …, kind]; ``place`` [ranks, stages a rank] is the row, 0 where there are too few
+    units, which is empty.
 
     ``each`` are the ways in which ranks are made, each once; what is missing repeats the first. ``stages`` are those of the rank that
-    surely holds most microbatches at once: the first where stages go round, the last in a V. ``firsts`` are the first units of the stages
-    of each rank, in all ways, and ``mean_firsts`` those of a mean rank.
+    surely holds most microbatches at once, the first where stages go round, the last in a V; ``is_stage`` tells them from repeated ones.
+    ``firsts`` are the first units of the stages of each rank, in all ways, and ``mean_firsts`` those of a mean rank.
     """
 
+    place: Any
     each: Array
     stages: Array
+    is_stage: Array
     firsts: Array
     mean_firsts: Array
 
-    def least_first(self, of_kinds: Array, p: Array, v: Array) -> Array:
+    def least_first(self, of_kinds: Array) -> Array:
         """The least that the first units of a rank's stages add up to."""
-        found: Array = (self.firsts @ of_kinds).min(axis=2)[p, v]
+        found: Array = (self.firsts @ of_kinds).min(axis=1)
         return found
 
-    def mean_first(self, of_kinds: Array, p: Array, v: Array) -> Array:
+    def mean_first(self, of_kinds: Array) -> Array:
         """What the first units of the stages of a mean rank add up to."""
-        found: Array = (self.mean_firsts @ of_kinds)[p, v]
+        found: Array = self.mean_firsts @ of_kinds
         return found
 
-    def slowest(self, of_kinds: Array, p: Array, v: Array) -> Array:
+    def slowest(self, of_kinds: Array) -> Array:
         """The most that the units of a rank add up to."""
-        found: Array = (self.each @ of_kinds).max(axis=2)[p, v]
+        found: Array = (self.each @ of_kinds).max(axis=1)
         return found
 
-    def of_fullest(self, of_kinds: Array, p: Array, v: Array) -> Array:
+    def of_fullest(self, of_kinds: Array) -> Array:
         """What the units of the fullest rank add up to."""
-        number = np.arange(self.stages.shape[1])[None, :]
-        each = self.stages @ of_kinds
-        is_there = np.arange(each.shape[2]) < number[:, :, None]
-        found: Array = (each * is_there).sum(axis=2)[p, v]
+        found: Array = (self.stages @ of_kinds * self.is_stage).sum(axis=1)
         return found
 
-    def least_of_fullest(self, of_kinds: Array, p: Array, v: Array) -> Array:
+    def least_of_fullest(self, of_kinds: Array) -> Array:
         """What the units of the least of its stages add up to."""
-        found: Array = (self.stages @ of_kinds).min(axis=2)[p, v]
+        found: Array = (self.stages @ of_kinds).min(axis=1)
         return found
 
-    def most_of_fullest(self, of_kinds: Array, p: Array, v: Array) -> Array:
+    def most_of_fullest(self, of_kinds: Array) -> Array:
         """The most that one unit of it has."""
-        found: Array = np.where(self.stages > 0, of_kinds, 0.0).max(axis=(2, 3))[p, v]
+        found: Array = np.where(self.stages > 0, of_kinds, 0.0).max(axis=(1, 2))
         return found
 
 
-def _padded(ways: Mapping[tuple[int, int], Sequence[tuple[float, ...]]], shape: tuple[int, int]) -> Array:
-    """[ranks, stages a rank, way, kind]; where there are fewer ways, the first is repeated."""
-    widest = max(map(len, ways.values()), default=1)
-    num_kinds = max((len(found[0]) for found in ways.values()), default=1)
-    table = np.zeros((*shape, widest, num_kinds))
-    for place, found in ways.items():
-        table[place] = [*found, *[found[0]] * (widest - len(found))]
-    return table
+def _padded(ways: Sequence[Sequence[tuple[float, ...]]]) -> Array:
+    """[row, way, kind]; where there are fewer ways, the first is repeated."""
+    widest = max(map(len, ways))
+    return np.array([[*found, *[found[0]] * (widest - len(found))] for found in ways])

@@ -115,18 +115,7 @@ class Lattice:
         ]
         if not meshes:
             return None
-        has = np.zeros((len(meshes), len(self.schedules), len(self.zeros)), dtype=bool)
-        num_by_rule = np.zeros(len(meshes), dtype=np.int64)
-        dominated = space.dominated
-        for i, mesh in enumerate(meshes):
-            zeros = space.zeros_of(mesh)
-            offered = space.schedules_of(mesh.pp)
-            z = [zero in zeros for zero in self.zeros]
-            s = [each in offered and mesh.pp * each.per_rank <= self._num_units for each in self.schedules]
-            has[i] = np.outer(s, z)
-            num_by_rule[i] = sum(z) * sum(
-                each in dominated and mesh.pp * each.per_rank <= self._num_units for each in offered
-            )
+        has, num_by_rule = self._offered(meshes)
         dp = np.array([mesh.dp for mesh in meshes], dtype=np.float64)
         return MeshTable(
             meshes=tuple(meshes),
@@ -137,6 +126,26 @@ class Lattice:
             has=has,
             num_by_rule=num_by_rule,
         )
+
+    def _offered(self, meshes: Sequence[Mesh]) -> tuple[Any, Any]:
+        """[mesh, schedule, ZeRO]: which choices there are; [mesh]: how many others a rule leaves out.
+
+        Of meshes with the same tp, ZeROs depend on the number of replicas alone, schedules on pp.
+        """
+        space = self.space
+        zeros = {mesh.num_replicas: mesh for mesh in meshes}
+        of_replicas = {n: [zero in space.zeros_of(mesh) for zero in self.zeros] for n, mesh in zeros.items()}
+        of_pp = {pp: self._schedules_at(pp) for pp in {mesh.pp for mesh in meshes}}
+        z = np.array([of_replicas[mesh.num_replicas] for mesh in meshes], dtype=bool)
+        s = np.array([of_pp[mesh.pp][0] for mesh in meshes], dtype=bool)
+        ruled_out = np.array([of_pp[mesh.pp][1] for mesh in meshes], dtype=np.int64)
+        return s[:, :, None] & z[:, None, :], z.sum(axis=1) * ruled_out
+
+    def _schedules_at(self, pp: int) -> tuple[list[bool], int]:
+        """Which schedules a pipeline of so many ranks has units for, and how many dominated ones."""
+        offered, dominated = self.space.schedules_of(pp), self.space.dominated
+        fitting = {each for each in offered if pp * each.per_rank <= self._num_units}
+        return [each in fitting for each in self.schedules], len(fitting & dominated)
 
 
 def _all_zeros(space: Space) -> tuple[Zero, ...]:
