@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from tests.runtime.dry_run_cases import CASES, case, rehearsed
+from tests.runtime.dry_run_cases import CASES, Rehearsed, case, rehearsed
 
 from shardstage.errors import ProgramError
 from shardstage.layout import Replicate, Shard
 from shardstage.rehearsal.stored import Stored, require_every_element, stored
-from shardstage.runtime.dry_run import dry_run
+from shardstage.runtime.dry_run import DryRun, dry_run
 from shardstage.runtime.leaves import ParameterInfo, Piece
 from shardstage.runtime.optimizer import OptimizerConfig
 
@@ -50,10 +50,9 @@ def test_tensor_parallel_ranks_must_hold_the_whole_dim() -> None:
         require_every_element([pieces((0, 8), info=info)])
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if "zero" in name or "ties" in name])
-def test_a_rank_plans_its_save_and_load_by_the_code_that_does_them(name: str) -> None:
-    given = case(name)
-    run = dry_run(
+def first_rank(given: Rehearsed) -> DryRun:
+    """The dry run of rank 0, with what it would save."""
+    return dry_run(
         given.graph,
         given.plan,
         given.source,
@@ -63,6 +62,15 @@ def test_a_rank_plans_its_save_and_load_by_the_code_that_does_them(name: str) ->
         graphs=given.graphs,
         inspect=stored,
     )
+
+
+ON_DEVICE = [name for name in CASES if ("zero" in name or "ties" in name) and "offloaded" not in name]
+
+
+@pytest.mark.parametrize("name", ON_DEVICE)
+def test_a_rank_plans_its_save_and_load_by_the_code_that_does_them(name: str) -> None:
+    given = case(name)
+    run = first_rank(given)
     found = run.inspection
     assert isinstance(found, Stored)
     kept = run.between_steps
@@ -71,6 +79,13 @@ def test_a_rank_plans_its_save_and_load_by_the_code_that_does_them(name: str) ->
     assert 3 * owned - padding <= found.num_bytes <= 3 * owned + padding
     assert found.num_boxes >= 3 * len(given.graph.parameters) / given.plan.mesh.dp / given.plan.mesh.pp
     assert found.num_bytes <= sum(found.whole_bytes.values())
+
+
+def test_what_lies_in_the_host_s_memory_is_saved_as_if_it_lay_on_the_device() -> None:
+    plan = "dp=2,pp=2,mb=1,zero=2"
+    there, here = (first_rank(rehearsed("llama", text, 4, 6)) for text in (f"{plan},offload=optimizer", plan))
+    assert "optimizer" in here.between_steps and "optimizer" not in there.between_steps
+    assert there.inspection == here.inspection
 
 
 def test_all_kinds_of_ranks_together_keep_the_whole_model() -> None:
