@@ -229,7 +229,7 @@ class _RankProbe:
         y = torch.ones(4, 8, device=self.device)
         for _ in range(_SMALL_LAYERS):
             y = torch.tanh(linear(y, weight))
-        y.sum().backward()  # type: ignore[no-untyped-call]
+        y.sum().backward()  # type: ignore[no-untyped-call]  # torch does not annotate it
 
     def _shared_cores(self) -> list[Sample]:
         """The same product by all ranks at a time and by one: ranks that share cores leave them to each other while they wait."""

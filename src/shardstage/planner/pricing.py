@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -153,34 +153,25 @@ class Pricing:
         return self._known[key]
 
     def _price(self, choice: Choice, limit_bytes: int, below_s: float) -> Priced | None:
-        chain = self.chain(choice.group)
-        setup = self.setup(choice)
-        links = self.links(choice)
+        uncut = _Uncut(choice, self.chain(choice.group), self.setup(choice), self.links(choice))
         memory = None
         if choice.schedule.per_rank == 1:
-            found = self._cut(choice, chain, setup, links, limit_bytes, below_s)
+            found = self._cut(uncut, limit_bytes, below_s)
             if found is not None:
-                self._check_seconds(choice, chain, links, found, below_s)
+                _check_seconds(uncut, found, below_s)
         else:
-            found, memory = self._even(choice, chain, setup, links, limit_bytes, below_s)
+            found, memory = self._even(uncut, limit_bytes, below_s)
         if found is None:
             return None
         priced = Priced(
             choice=choice,
             setup=found,
             positions=tuple(self.folded.units[start].start for start in found.starts),
-            prediction=predict_step(chain.profile, found, links, memory),
+            prediction=predict_step(uncut.chain.profile, found, uncut.links, memory),
             savers=self.savers,
         )
         has_room = has_host_room(priced.prediction.host_bytes, self.cluster.device)
         return priced if has_room else None
-
-    def _check_seconds(
-        self, choice: Choice, chain: Chain, links: Links, setup: StepSetup, below_s: float
-    ) -> None:
-        """Raises ``TooSlow`` where a step takes ``below_s`` or more; that is known sooner than what its ranks hold."""
-        if below_s != math.inf and (seconds := step_seconds(chain.profile, setup, links)) >= below_s:
-            raise TooSlow(choice, seconds)
 
     def links(self, choice: Choice) -> Links:
         return Links(
@@ -213,16 +204,9 @@ class Pricing:
             is_offloaded=self.savers.offload == "optimizer",
         )
 
-    def _cut(
-        self,
-        choice: Choice,
-        chain: Chain,
-        setup: StepSetup,
-        links: Links,
-        limit_bytes: int,
-        below_s: float,
-    ) -> StepSetup | None:
+    def _cut(self, uncut: _Uncut, limit_bytes: int, below_s: float) -> StepSetup | None:
         """Stages and what they recompute, solved exactly."""
+        choice, chain, setup, links = uncut
         is_summed = setup.num_microbatches > 1
         element_s = moved_s(setup.accumulation_bytes, self.cluster.device) if is_summed else 0.0
         costs = ChainCosts(
@@ -285,21 +269,16 @@ class Pricing:
         return waits
 
     def _even(
-        self,
-        choice: Choice,
-        chain: Chain,
-        setup: StepSetup,
-        links: Links,
-        limit_bytes: int,
-        below_s: float,
+        self, uncut: _Uncut, limit_bytes: int, below_s: float
     ) -> tuple[StepSetup | None, MemoryModel | None]:
         """Several stages a rank: cut for balance, all recomputing alike, as little as fits; and what the ranks hold."""
+        choice, chain, setup, _ = uncut
         starts = self.even.starts(setup.num_stages)
         for mode in self.modes:
             if self._least_s(setup, _stage_times(chain, starts, (mode,) * len(starts))) >= below_s:
                 raise TooSlow(choice)
             made = _with_stages(setup, starts, (mode,) * setup.num_stages)
-            self._check_seconds(choice, chain, links, made, below_s)
+            _check_seconds(uncut, made, below_s)
             memory = _memory_within(chain.profile, made, limit_bytes)
             if memory is not None:
                 return made, memory
@@ -319,6 +298,24 @@ class Pricing:
         units = self.profiler(1, False).at(self._reference).units
         seconds = [unit.forward_s + unit.backward_s for unit in units]
         return EvenCuts([unit.twin for unit in self.folded.units], seconds, MAX_STAGES_PER_RANK)
+
+
+class _Uncut(NamedTuple):
+    """A choice whose stages are not cut yet, with what its price is made of."""
+
+    choice: Choice
+    chain: Chain
+    setup: StepSetup
+    links: Links
+
+
+def _check_seconds(uncut: _Uncut, setup: StepSetup, below_s: float) -> None:
+    """Raises ``TooSlow`` where a step of the cut setup takes ``below_s`` or more; that is known sooner than what its ranks hold."""
+    if below_s == math.inf:
+        return
+    seconds = step_seconds(uncut.chain.profile, setup, uncut.links)
+    if seconds >= below_s:
+        raise TooSlow(uncut.choice, seconds)
 
 
 class TooSlow(Exception):

@@ -158,15 +158,7 @@ class Searcher:
             is_runnable=is_runnable,
             savers=self._ladder[0],
         )
-        compute_bytes = dtype_bytes(precision)
-        self._settings = BoundSettings(
-            compute_bytes=compute_bytes,
-            master_bytes=max(4, compute_bytes),
-            gradient_bytes=max(4, compute_bytes),
-            bucket_bytes=Plan.bucket_bytes,
-            least_factor=self.pricing.least_factor,
-            modes=self.pricing.modes,
-        )
+        self._settings = _bound_settings(self.pricing, precision)
         self._bounds: dict[Group, Bounds | None] = {}
         self._order: list[tuple[float, Group]] = []
         self._bounded_bytes = 0
@@ -403,6 +395,20 @@ def as_plan(graph: ModelGraph, priced: Priced, precision: Precision, *, is_compi
         zero_ranks=setup.zero_ranks,
         gradient_dtype=priced.savers.gradient_dtype,
         offload=priced.savers.offload,
+    )
+
+
+def _bound_settings(pricing: Pricing, precision: Precision) -> BoundSettings:
+    """Without savers and without a limit, which ``use`` and each search add."""
+    compute_bytes = dtype_bytes(precision)
+    master_bytes = max(4, compute_bytes)
+    return BoundSettings(
+        compute_bytes=compute_bytes,
+        master_bytes=master_bytes,
+        gradient_bytes=master_bytes,
+        bucket_bytes=Plan.bucket_bytes,
+        least_factor=pricing.least_factor,
+        modes=pricing.modes,
     )
 
 
