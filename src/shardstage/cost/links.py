@@ -105,17 +105,20 @@ class Links:
     def tp_cost(self, kind: CollectiveKind) -> LinearCost:
         return self._group(kind, self.mesh.tp, self.mesh.stride("tp"))
 
-    def ring_step_s(self, num_bytes: float) -> float:
-        """Seconds of passing a part of keys and values on to the next context-parallel rank."""
-        return self._group("p2p", min(2, self.mesh.cp), self.mesh.stride("cp")).seconds(num_bytes)
+    @property
+    def ring_cost(self) -> LinearCost:
+        """Of passing a part of keys and values on to the next context-parallel rank."""
+        return self._group("p2p", min(2, self.mesh.cp), self.mesh.stride("cp"))
 
-    def cp_exchange_s(self, num_bytes: float) -> float:
-        """Seconds of dealing out sequence parts by heads over the context-parallel ranks, each of which sends ``num_bytes``."""
-        return self._group("all_to_all", self.mesh.cp, self.mesh.stride("cp")).seconds(num_bytes)
+    @property
+    def deal_cost(self) -> LinearCost:
+        """Of dealing out sequence parts by heads over the context-parallel ranks, for the bytes that each sends."""
+        return self._group("all_to_all", self.mesh.cp, self.mesh.stride("cp"))
 
-    def ep_exchange_s(self, num_bytes: float) -> float:
-        """Seconds of sending tokens to their experts' ranks, ``num_bytes`` from each."""
-        return self._group("all_to_all", self.ep, self._replica_stride).seconds(num_bytes)
+    @property
+    def exchange_cost(self) -> LinearCost:
+        """Of sending tokens to their experts' ranks, for the bytes that each sends."""
+        return self._group("all_to_all", self.ep, self._replica_stride)
 
     def tie_s(self, num_bytes: float) -> float:
         """Seconds of summing a parameter's gradient between the first and the last stage."""

@@ -120,21 +120,6 @@ class Pricing:
             self._chains[group] = Chain(profile, kinds, twins)
         return self._chains[group]
 
-    def prepare(self, space: Space) -> None:
-        """Prices the kernels of all groups of a space in one go."""
-        sizes = {b / cp for b in space.microbatches for cp in space.cps}
-        for key in dict.fromkeys((g.tp, g.is_sequence_parallel) for g in space.groups()):
-            self.profiler(*key).prepare(sizes)
-
-    def least_units_s(self, group: Group) -> float:
-        """A lower bound of the seconds of all units for one microbatch of a group, without pricing kernel by kernel."""
-        profiler = self.profiler(group.tp, group.is_sequence_parallel)
-        links = None
-        if group.ep > 1:
-            mesh = Mesh(dp=max(1, group.ep // group.cp), cp=group.cp, tp=group.tp)
-            links = Links(self.cluster, mesh, ep=group.ep, costs=self.costs)
-        return profiler.least_s(group.microbatch / group.cp, links)
-
     def _profile(self, group: Group) -> Profile:
         mesh = Mesh(dp=max(1, group.ep // group.cp), cp=group.cp, tp=group.tp)
         links = Links(self.cluster, mesh, ep=group.ep, costs=self.costs)

@@ -256,9 +256,8 @@ class Searcher:
         seconds >= (batch / microbatch) × seconds of all units × (tp × cp / ranks)
         """
         if not self._order:
-            self.pricing.prepare(self.space)
             found = [
-                (self._seconds_of(group, self.pricing.least_units_s(group)), number, group)
+                (self._seconds_of(group, self.pricing.chain(group).both_s[-1]), number, group)
                 for number, group in enumerate(self.space.groups())
                 if self.lattice.num_choices(group)
             ]
