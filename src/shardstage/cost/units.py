@@ -84,10 +84,6 @@ class Talk(NamedTuple):
     def seconds(self, num_bytes: Any) -> Any:
         return self.latency_s + num_bytes / self.bytes_per_s
 
-    @staticmethod
-    def of(costs: Iterable[LinearCost]) -> Talk:
-        return Talk(*np.array([*costs], dtype=np.float64).reshape(-1, 2).T)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Cases:
@@ -111,13 +107,20 @@ class Cases:
     @staticmethod
     def of(microbatches: Sequence[float], links: Sequence[Links]) -> Cases:
         """A case for each microbatch, over these links."""
+        number = {id(each): place for place, each in enumerate({id(each): each for each in links}.values())}
+        which = np.array([number[id(each)] for each in links])
+        different = list({id(each): each for each in links}.values())
+
+        def talk(costs: Iterable[LinearCost]) -> Talk:
+            return Talk(*np.array([*costs], dtype=np.float64)[which].T)
+
         return Cases(
             microbatch=np.array(microbatches, dtype=np.float64),
-            cp=np.array([each.mesh.cp for each in links], dtype=np.float64),
-            ep=np.array([each.ep for each in links], dtype=np.float64),
-            ring=Talk.of(each.ring_cost for each in links),
-            deal=Talk.of(each.deal_cost for each in links),
-            exchange=Talk.of(each.exchange_cost for each in links),
+            cp=np.array([each.mesh.cp for each in different], dtype=np.float64)[which],
+            ep=np.array([each.ep for each in different], dtype=np.float64)[which],
+            ring=talk(each.ring_cost for each in different),
+            deal=talk(each.deal_cost for each in different),
+            exchange=talk(each.exchange_cost for each in different),
             overlap_slowdown=links[0].overlap_slowdown,
         )
 

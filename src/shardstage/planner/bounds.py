@@ -1,4 +1,4 @@
-"""``bounds_of``: admissible lower bounds of the step time of all choices of a group at once.
+"""``bounded``: admissible lower bounds of the step time and the memory of all choices of many groups at once.
 
 A choice's stages are not cut yet: whatever the cut, the slowest of p stages takes at least the mean and at least the heaviest unit, and
 so does what waits for ZeRO's gathers (by convexity), the optimizer and the memory of parameters.
@@ -6,14 +6,14 @@ so does what waits for ZeRO's gathers (by convexity), the optimizer and the memo
     seconds >= m × max(mean stage, heaviest unit) + bubble of mean stages + optimizer of a mean stage + the norm's sum
 
 The bubble's formula asks for means only (``cost.pipeline``). Exposed reductions of gradients count where there is no pipeline, as there a
-mean stage is the stage. A mean stage recomputes at least what memory asks for (``trade``). ``Bounds`` are indexed
-[mesh, schedule, ZeRO]; in between a row is a pair of a mesh and a ZeRO, and a column a number of stages a rank.
+mean stage is the stage. A mean stage recomputes at least what memory asks for (``trade``). Arrays are [row, 1] or [row, stages a rank]; a
+row is a group, a mesh and a ZeRO. Rows whose mean stages alone take too long or hold too much get no closer bound.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Final
@@ -23,89 +23,28 @@ import numpy.typing as npt
 
 from shardstage.cluster import DeviceClass
 from shardstage.cost.compute import moved_s, optimizer_s
-from shardstage.cost.links import LinkCosts, overlap_slowdown
+from shardstage.cost.links import overlap_slowdown
 from shardstage.cost.memory import MOMENTS
 from shardstage.cost.offload import offloaded_update_s
 from shardstage.cost.pipeline import LATE_BUBBLES, SPLITTING
-from shardstage.cost.profile import RECOMPUTES, Recompute, UnitCost
-from shardstage.layout import Mesh
-from shardstage.planner.chain import Chain
-from shardstage.planner.even import EvenCuts
-from shardstage.planner.lattice import Lattice, MeshTable
-from shardstage.planner.space import MAX_STAGES_PER_RANK, Choice, Group, Schedule, Zero
+from shardstage.cost.profile import RECOMPUTES, Recompute
+from shardstage.planner.even import EvenCuts, RankTable
+from shardstage.planner.figures import Figures
+from shardstage.planner.lattice import Lattice, Rows
+from shardstage.planner.space import MAX_STAGES_PER_RANK, Choice
 from shardstage.planner.trade import Trade
 from shardstage.schedule import SCHEDULES
 
-__all__ = ["Bounds", "bounds_of"]
+__all__ = ["BoundSettings", "Bounds", "bounded"]
 
 Array = npt.NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """``seconds`` and ``least_bytes`` (of the fullest rank) are lower bounds; choices that the space does not have are infinite."""
-
-    group: Group
-    meshes: tuple[Mesh, ...]
-    schedules: tuple[Schedule, ...]
-    zeros: tuple[Zero, ...]
-    seconds: Array
-    least_bytes: Array
-
-    def choice(self, index: int) -> Choice:
-        mesh, schedule, zero = np.unravel_index(index, self.seconds.shape)
-        return Choice(
-            mesh=self.meshes[mesh],
-            group=self.group,
-            zero=self.zeros[zero],
-            schedule=self.schedules[schedule],
-        )
-
-    @property
-    def num_choices(self) -> int:
-        return int(np.isfinite(self.seconds).sum())
-
-
-def bounds_of(
-    lattice: Lattice,
-    group: Group,
-    chain: Chain,
-    costs: LinkCosts,
-    settings: BoundSettings,
-    even: EvenCuts,
-    below_s: float = math.inf,
-) -> Bounds | None:
-    """Bounds of all choices of a group; None where it has none. ``even`` are the cuts of schedules with several stages a rank.
-
-    Pairs of a mesh and a ZeRO whose mean stages alone take ``below_s``, or more memory than there is, have no other bound than that.
-    """
-    meshes = lattice.table(group)
-    if meshes is None:
-        return None
-    figures = _Figures(group, chain, costs, settings, meshes, lattice.zeros, even)
-    rows = np.nonzero(meshes.has.any(axis=1))
-    table = _Table(figures, *rows)
-    seconds = np.full(meshes.has.shape, np.inf)
-    least_bytes = np.full(meshes.has.shape, np.inf)
-    seconds[rows[0], :, rows[1]] = table.mean_s
-    least_bytes[rows[0], :, rows[1]] = table.mean_bytes
-    is_open = ((table.mean_s < below_s) & (table.mean_bytes <= settings.limit_bytes))[:, 0]
-    if is_open.any():
-        mesh, zero = rows[0][is_open], rows[1][is_open]
-        table = _Table(figures, mesh, zero)
-        for name in dict.fromkeys(schedule.name for schedule in lattice.schedules):
-            places = np.array([i for i, each in enumerate(lattice.schedules) if each.name == name])
-            per_rank = np.array([lattice.schedules[i].per_rank for i in places], dtype=np.float64)
-            at = (mesh[:, None], places[None, :], zero[:, None])
-            seconds[at], least_bytes[at] = table.of(name, per_rank)
-    seconds[~meshes.has] = np.inf
-    return Bounds(group, meshes.meshes, lattice.schedules, lattice.zeros, seconds, least_bytes)
 
 
 @dataclass(frozen=True, kw_only=True)
 class BoundSettings:
     """What all choices share: bytes of an element computed with, in the optimizer and of gradients' sums, of a bucket."""
 
+    device: DeviceClass
     compute_bytes: int
     master_bytes: int
     gradient_bytes: int
@@ -116,46 +55,149 @@ class BoundSettings:
     modes: tuple[Recompute, ...] = RECOMPUTES
 
 
-class _Figures:
-    """What all rows of a group share."""
+@dataclass(frozen=True)
+class Bounds:
+    """Lower bounds [row, schedule]: ``seconds``, and ``least_bytes`` of the fullest rank; infinite where the space has no such choice.
+
+    Left out are ``num_slow`` choices that take ``least_slow_s`` at least, and ``num_large`` ones that hold ``least_large_bytes``.
+    """
+
+    lattice: Lattice
+    rows: Rows
+    seconds: Array
+    least_bytes: Array
+    num_slow: int
+    num_large: int
+    least_slow_s: float
+    least_large_bytes: float
+
+    def choice(self, index: int) -> Choice:
+        row, schedule = divmod(index, self.seconds.shape[1])
+        lattice = self.lattice
+        return Choice(
+            mesh=lattice.meshes.sizes[self.rows.mesh[row]],
+            group=lattice.groups[self.rows.group[row]],
+            zero=lattice.zeros[self.rows.zero[row]],
+            schedule=lattice.schedules[schedule],
+        )
+
+
+def bounded(
+    lattice: Lattice,
+    figures: Figures,
+    groups: Any,
+    settings: BoundSettings,
+    even: EvenCuts,
+    below_s: float = math.inf,
+) -> Bounds:
+    """Bounds of all choices of groups (their numbers) that may take less than ``below_s`` and fit. ``figures`` are of all groups,
+    ``even`` the cuts of schedules with several stages a rank."""
+    rows = lattice.rows(groups)
+    shared = _Shared(lattice, figures.at(groups), groups, settings, even)
+    mean = _Table(shared, rows)
+    is_large = (mean.mean_bytes > settings.limit_bytes)[:, 0]
+    mean_s = mean.mean_s[:, 0]
+    is_slow = ~is_large & (mean_s >= below_s)
+    has = lattice.meshes.has_schedule
+    num_schedules = has[rows.mesh].sum(axis=1)
+    is_open = ~is_large & ~is_slow
+    left = rows.at(is_open)
+    seconds = np.full((len(left.mesh), len(lattice.schedules)), np.inf)
+    least_bytes = np.full_like(seconds, np.inf)
+    if len(left.mesh):
+        table = _Table(shared, left)
+        for name in dict.fromkeys(schedule.name for schedule in lattice.schedules):
+            places = [i for i, each in enumerate(lattice.schedules) if each.name == name]
+            offering = np.flatnonzero(has[left.mesh][:, places].any(axis=1))
+            if len(offering):
+                per_rank = np.array([lattice.schedules[i].per_rank for i in places], dtype=np.float64)
+                part = table if len(offering) == len(left.mesh) else _Table(shared, left.at(offering))
+                at = np.ix_(offering, places)
+                seconds[at], least_bytes[at] = part.of(name, per_rank)
+        lacking = ~has[left.mesh]
+        seconds[lacking] = least_bytes[lacking] = np.inf
+    return Bounds(
+        lattice=lattice,
+        rows=left,
+        seconds=seconds,
+        least_bytes=least_bytes,
+        num_slow=int(num_schedules[is_slow].sum()),
+        num_large=int(num_schedules[is_large].sum()),
+        least_slow_s=float(mean_s[is_slow].min(initial=math.inf)),
+        least_large_bytes=float(mean.mean_bytes[is_large].min(initial=math.inf)),
+    )
+
+
+class _Shared:
+    """What all rows of some groups share; figures are numbered as ``groups`` are."""
 
     def __init__(
-        self,
-        group: Group,
-        chain: Chain,
-        costs: LinkCosts,
-        settings: BoundSettings,
-        meshes: MeshTable,
-        zeros: Sequence[Zero],
-        even: EvenCuts,
+        self, lattice: Lattice, figures: Figures, groups: Any, settings: BoundSettings, even: EvenCuts
     ) -> None:
-        self.group = group
-        self.chain = chain
-        self.device = costs.cluster.device
         self.settings = settings
-        self.meshes = meshes
+        self.figures = figures
+        self.meshes = lattice.meshes
         self.even = even
-        self.kinds = _Kinds(chain.kinds)
-        self.trade = Trade(chain.kinds, even.whole, settings.modes)
-        self.levels = np.array([zero.level for zero in zeros])
-        self.are_near = np.array([zero.num_ranks is not None for zero in zeros])
+        self.slowdown = overlap_slowdown(settings.device)
+        self.levels = np.array([zero.level for zero in lattice.zeros])
+        self.are_near = np.array([zero.num_ranks is not None for zero in lattice.zeros])
+        self.number = np.zeros(len(lattice.groups), dtype=np.int64)
+        self.number[groups] = np.arange(len(groups))
+        of_groups = [lattice.groups[number] for number in groups.tolist()]
+        self.microbatch = np.array([group.microbatch for group in of_groups], dtype=np.float64)
+        self.ep = np.array([group.ep for group in of_groups], dtype=np.float64)
+        f = figures
+        whole = f.whole[:, None]
+        self.forward = f.whole @ f.forward_s
+        self.backward = f.whole @ f.backward_s
+        self.own = f.whole @ f.own
+        self.experts = f.whole @ f.experts
+        self.slowest_unit = f.both_s.max(axis=0)
+        self.gathers = f.whole @ f.calls
+        again, saved = (np.array([each[mode] for mode in settings.modes]) for each in (f.again_s, f.saved))
+        self.trade = Trade(again, saved, whole)
+        self.again_whole = {mode: f.whole @ f.again_s[mode] for mode in settings.modes}
+        most = np.argmax(whole * f.both_s, axis=0)[None]
+
+        def of_most(values: Any) -> Any:
+            return np.take_along_axis(values, most, axis=0)
+
+        self.num_groups = len(groups)
+        self._of_ranks: dict[tuple[str, str, Recompute], Array] = {}
+        self.most_number = f.whole[most[0]]
+        self.most_both = of_most(f.both_s)[0]
+        self.most_own, self.most_experts = of_most(f.own)[0], of_most(f.experts)[0]
+        self.most_passing = np.min([of_most(f.passing[mode])[0] for mode in settings.modes], axis=0)
+        self.most_trade = Trade(
+            np.array([of_most(each) for each in again]),
+            np.array([of_most(each) for each in saved]),
+            np.ones_like(most, dtype=np.float64),
+        )
+
+
+    def of_ranks(self, schedule: str, figure: str, mode: Recompute) -> Array:
+        """A figure of ranks of even cuts, for each row of their table and each group, flat."""
+        key = (SCHEDULES[schedule].places, figure, mode)
+        if key not in self._of_ranks:
+            found = _OF_RANKS[figure](self.even.ranks(schedule), self.figures, mode)
+            self._of_ranks[key] = found.ravel()
+        return self._of_ranks[key]
 
 
 class _Table:
-    """One group's figures as arrays [row, 1] or [row, stages a rank]: row k is the k-th of ``mesh`` with the k-th of ``zero``."""
+    """Figures of some rows as arrays."""
 
-    def __init__(self, figures: _Figures, mesh: Any, zero: Any) -> None:
-        self.settings, self.chain, self.even = figures.settings, figures.chain, figures.even
-        self.kinds, self._trade = figures.kinds, figures.trade
-        self._mesh, self._talk = mesh, figures.meshes.talk
+    def __init__(self, shared: _Shared, rows: Rows) -> None:
+        self.shared, self.settings = shared, shared.settings
+        self._mesh = mesh = rows.mesh
+        self.group = shared.number[rows.group][:, None]
         self._ranks: dict[str, _EvenRanks] = {}
-        self._slowdown = overlap_slowdown(figures.device)
-        self._alone_ratio = figures.device.alone_ratio
-        chain, talk, ep = self.chain, self._talk, figures.group.ep
-        self.p = self._of_meshes(figures.meshes.pp)
-        self.m = np.ceil(self._of_meshes(figures.meshes.share) / figures.group.microbatch)
-        self._level = figures.levels[zero][:, None]
-        self._is_near = figures.are_near[zero][:, None]
+        meshes, talk = shared.meshes, shared.meshes.talk
+        self._talk = talk
+        self.p = self._of_meshes(meshes.pp)
+        self.m = np.ceil(self._of_meshes(meshes.share) / shared.microbatch[self.group])
+        self._level = shared.levels[rows.zero][:, None]
+        self._is_near = shared.are_near[rows.zero][:, None]
         self._is_gathered, self._is_scattered = self._level == 3, self._level >= 2
         whole = self._of_meshes(talk.replicas)
         self._has_copies = whole > 1
@@ -164,18 +206,18 @@ class _Table:
         self._copies = talk.copies[mesh] * (self._has_copies & self._is_near)
         self._near_ranks = self._of_meshes(talk.near_ranks)
         self._shards = np.where(self._level == 0, 1.0, np.where(self._is_near, self._near_ranks, whole))
-        self._expert_shards = np.maximum(1, np.floor(self._shards / ep))
-        n, p = chain.num_units, self.p
-        forward, backward = chain.forward_s[n], chain.backward_s[n]
-        elements = chain.own[n] + sum(chain.profile.shared_elements.values())
-        part = self._part_elements(elements, chain.experts[n]) / p
-        self._plain_f, self._plain_b = forward / p, backward / p
-        self._gathered, self._scattered = self._zero_talk_s(chain.own[n], self._gathers(self.even.whole))
-        self._accumulation = self._accumulation_s(elements / p, part, figures.device)
+        self._expert_shards = np.maximum(1, np.floor(self._shards / shared.ep[self.group]))
+        p = self.p
+        own = shared.own[self.group]
+        elements = own + shared.figures.shared[self.group]
+        part = self._part_elements(elements, shared.experts[self.group]) / p
+        self._plain_f, self._plain_b = shared.forward[self.group] / p, shared.backward[self.group] / p
+        self._gathered, self._scattered = self._zero_talk_s(own, shared.gathers[self.group])
+        self._accumulation = self._accumulation_s(elements / p, part)
         self.forward, self.backward = self.stage_s(0.0)
-        travel = 2 * (p - 1) * _seconds_of(talk.transfer[mesh], min(chain.received[1:], default=0), 1.0)
-        after = self._after_s(elements / p, backward + self._accumulation)
-        self.after = after + self._update_s(part, figures.device) + self._of_meshes(talk.norm_s) + travel
+        travel = 2 * (p - 1) * _seconds_of(talk.transfer[mesh], shared.figures.received[self.group], 1.0)
+        after = self._after_s(elements / p, self._plain_b * p + self._accumulation)
+        self.after = after + self._update_s(part) + self._of_meshes(talk.norm_s) + travel
         self.state_bytes = self._state_bytes(elements / p, part)
 
     def _of_meshes(self, values: Any) -> Any:
@@ -183,22 +225,27 @@ class _Table:
         return values[self._mesh][:, None]
 
     @property
+    def _slowest_unit_s(self) -> Any:
+        return self.shared.slowest_unit[self.group]
+
+    @property
     def mean_s(self) -> Any:
         """Whatever the schedule: all microbatches on the mean stage, the least bubble of all schedules, and what comes after."""
         mean = self.forward + self.backward
-        slowest = np.maximum(mean, self.chain.slowest_unit_s)
+        slowest = np.maximum(mean, self._slowest_unit_s)
         bubble = (self.p - 1) * np.minimum(mean / MAX_STAGES_PER_RANK, self._plain_f / 2)
         return self._seconds(self.m * slowest + bubble, mean)
 
     @property
     def mean_bytes(self) -> Any:
         """Whatever the schedule: the state of a mean rank, and a microbatch."""
-        return self.state_bytes + self._trade.least_saved / self.p
+        return self.state_bytes + self.shared.trade.least_saved[self.group] / self.p
 
     def _seconds(self, pipeline_s: Any, mean: Any) -> Any:
         """Of a step; on shared cores all ranks' work, or the pipeline as quick as if each rank were alone."""
-        if self._alone_ratio > 1:
-            pipeline_s = np.maximum(pipeline_s / self._alone_ratio, self.m * mean)
+        alone_ratio = self.settings.device.alone_ratio
+        if alone_ratio > 1:
+            pipeline_s = np.maximum(pipeline_s / alone_ratio, self.m * mean)
         return self.settings.least_factor * (pipeline_s + self.after)
 
     def of(self, name: str, per_rank: Array) -> tuple[Any, Any]:
@@ -222,7 +269,7 @@ class _Table:
         forward_s, scatter_s = self._gather_and_scatter_s(own, calls)
         return np.where(self._is_scattered, forward_s, 0.0), np.where(self._is_scattered, scatter_s, 0.0)
 
-    def _zero_talk_s(self, own: float, calls: float) -> tuple[Any, Any]:
+    def _zero_talk_s(self, own: Any, calls: Any) -> tuple[Any, Any]:
         """What ZeRO-2/3 gathers and reduces on a mean stage for each microbatch, forward and backward."""
         gather, scatter = self._gather_and_scatter_s(own / self.p, calls / self.p)
         again = np.where(self._is_gathered, gather, 0.0)
@@ -232,23 +279,21 @@ class _Table:
         gather_s = _seconds_of(self._gather, own * self.settings.compute_bytes, calls)
         return gather_s, self._scatter_s(own * self.settings.gradient_bytes, calls)
 
-    def _gathers(self, numbers: Array) -> float:
-        """How many of so many units of each kind have parameters of their own."""
-        return float(numbers @ (self.kinds.of("own") > 0))
-
     def _exposed_s(self, talk: Any, compute: Any, first: Any = 0.0) -> Any:
         """``links.exposed_s``: convex, so a mean stage's is at most the stages' mean."""
-        return np.maximum(talk - compute, first + self._slowdown * (talk - first))
+        return np.maximum(talk - compute, first + self.shared.slowdown * (talk - first))
 
-    def _accumulation_s(self, own: Any, part: Any, device: DeviceClass) -> Any:
+    def _accumulation_s(self, own: Any, part: Any) -> Any:
         """Adding a microbatch's gradients to their sums, where there is more than one."""
+        settings = self.settings
         added = np.where(self._is_scattered, part, own) * np.where(self.m > 1, 1.0, 0.0)
-        return added * moved_s(self.settings.compute_bytes + 2.0 * self.settings.gradient_bytes, device)
+        return added * moved_s(settings.compute_bytes + 2.0 * settings.gradient_bytes, settings.device)
 
-    def _update_s(self, part: Any, device: DeviceClass) -> Any:
+    def _update_s(self, part: Any) -> Any:
         """The optimizer of a mean stage; parameters come up from the host at least as narrow as they are stored."""
-        c, g, w = self.settings.compute_bytes, self.settings.gradient_bytes, self.settings.master_bytes
-        if self.settings.is_offloaded:
+        settings, device = self.settings, self.settings.device
+        c, g, w = settings.compute_bytes, settings.gradient_bytes, settings.master_bytes
+        if settings.is_offloaded:
             return part * offloaded_update_s(1, device, down_bytes=g, up_bytes=min(c, g), element_bytes=w)
         return part * optimizer_s(1, w, 0, device)
 
@@ -285,45 +330,40 @@ class _Table:
 
     def _of_free_cuts(self, name: str) -> tuple[Any, Any]:
         """One stage a rank, of which each may recompute otherwise; ``held`` microbatches at least are in flight on all of them."""
-        m, p = self.m, self.p
+        m, p, trade = self.m, self.p, self.shared.trade
         held = {"gpipe": m, "zb-h1": np.minimum(m, p)}.get(name, 1.0)
-        again = self._trade.again_s(p * (self.settings.limit_bytes - self.state_bytes) / held) / p
+        again = trade.again_s(p * (self.settings.limit_bytes - self.state_bytes) / held, self.group) / p
         mean = sum(self.stage_s(again))
         fullest_s, fullest_bytes = self._of_most_layers(held)
-        slowest = np.maximum(mean, np.maximum(fullest_s, self.chain.slowest_unit_s))
+        slowest = np.maximum(mean, np.maximum(fullest_s, self._slowest_unit_s))
         if name in ("1f1b", "gpipe"):
             total = (m - 1) * slowest + p * mean
         else:
             total = m * slowest + self._bubble_s(name, 1.0, self.forward, self.backward)
-        least_bytes = np.maximum(self.state_bytes + held * self._trade.least_saved / p, fullest_bytes)
+        least_saved = trade.least_saved[self.group]
+        least_bytes = np.maximum(self.state_bytes + held * least_saved / p, fullest_bytes)
         return self._seconds(total, mean), least_bytes
 
     def _of_most_layers(self, held: Any) -> tuple[Any, Any]:
         """Of the stage that has most units of the kind that takes longest in all: at least their even share, rounded up."""
-        chain, whole = self.chain, self.even.whole
-        kind = int(np.argmax(whole * self.kinds.of("both_s")))
-        unit = chain.kinds[kind]
-        number = np.ceil(whole[kind] / self.p)
-        own, experts = number * unit.own_elements, number * unit.expert_elements
-        state = self.rank_state_bytes(own, experts, unit.own_elements)
-        return self._first_that_fits(
-            lambda mode: number * (self.kinds.of("both_s")[kind] + unit.kept[mode].recompute_s),
-            lambda mode: (
-                state
-                + held * number * unit.kept[mode].saved_bytes
-                + unit.kept[mode].extra_bytes
-                + unit.transient_bytes
-            ),
-        )
+        shared, group = self.shared, self.group
+        number = np.ceil(shared.most_number[group] / self.p)
+        own, experts = number * shared.most_own[group], number * shared.most_experts[group]
+        state = self.rank_state_bytes(own, experts, shared.most_own[group]) + shared.most_passing[group]
+        of_unit = (self.settings.limit_bytes - state) / (held * number)
+        again = shared.most_trade.again_s(of_unit, group)
+        seconds = number * (shared.most_both[group] + again)
+        return seconds, state + held * number * shared.most_trade.least_saved[group]
 
     def _of_even_cuts(self, name: str, v: Any) -> tuple[Any, Any]:
         """Several stages a rank, which recompute alike: by the first mode that does not surely exceed the memory."""
         m, p, ranks = self.m, self.p, self._ranks_of(name, v)
 
         def seconds(mode: Recompute) -> Any:
-            forward, backward = self.stage_s(self.chain.recompute_s[mode][-1] / p, ranks.mean_first_s)
+            again = self.shared.again_whole[mode][self.group] / p
+            forward, backward = self.stage_s(again, ranks.mean_first_s)
             heaviest = ranks.slowest_s(mode) + ranks.least_first_s
-            slowest = np.maximum(forward + backward, np.maximum(heaviest, self.chain.slowest_unit_s))
+            slowest = np.maximum(forward + backward, np.maximum(heaviest, self._slowest_unit_s))
             bubble = self._bubble_s(name, v, forward / v, backward / v)
             return self._seconds(m * slowest + bubble, forward + backward)
 
@@ -383,67 +423,43 @@ class _EvenRanks:
     """Ranks of even cuts, [row, stages a rank]; what was asked once is kept."""
 
     def __init__(self, table: _Table, name: str, v: Any) -> None:
-        self._kinds = table.kinds
-        self._ranks = ranks = table.even.ranks(name)
-        p, v_ = np.broadcast_arrays(table.p.astype(np.int64), v.astype(np.int64))
-        self._rows = ranks.place[p, np.minimum(v_, ranks.place.shape[1] - 1)]
+        self._known: dict[tuple[str, Recompute], Any] = {}
+        self._shared = shared = table.shared
+        self._name = name
+        p, v_ = table.p.astype(np.int64), v.astype(np.int64)
+        place = shared.even.ranks(name).place
+        self._places = place[p, np.minimum(v_, place.shape[1] - 1)] * shared.num_groups + table.group
         self._held = table.held(name, v)
-        own, experts = (self._at(ranks.of_fullest(self._kinds.of(each))) for each in ("own", "experts"))
-        largest = self._at(ranks.most_of_fullest(self._kinds.of("own")))
-        self._state = table.rank_state_bytes(own, experts, largest)
-        elements, calls = self._kinds.of("own"), (self._kinds.of("own") > 0).astype(np.float64)
-        self.mean_first_s = table.first_s(
-            self._at(ranks.mean_first(elements)), self._at(ranks.mean_first(calls))
-        )
-        self.least_first_s = sum(
-            table.first_s(self._at(ranks.least_first(elements)), self._at(ranks.least_first(calls)))
-        )
-        self._slowest: dict[Recompute, Any] = {}
-        self._bytes: dict[Recompute, Any] = {}
+        self._state = table.rank_state_bytes(self._of("own"), self._of("experts"), self._of("largest"))
+        self.mean_first_s = table.first_s(self._of("mean first own"), self._of("mean first calls"))
+        self.least_first_s = sum(table.first_s(self._of("least first own"), self._of("least first calls")))
 
-    def _at(self, values: Array) -> Any:
-        """Of the row of the table that each pair of ranks and stages a rank has."""
-        return values[self._rows]
+    def _of(self, figure: str, mode: Recompute = "none") -> Any:
+        if (figure, mode) not in self._known:
+            self._known[figure, mode] = self._shared.of_ranks(self._name, figure, mode)[self._places]
+        return self._known[figure, mode]
 
     def slowest_s(self, mode: Recompute) -> Any:
         """Seconds of the heaviest rank for one microbatch, without what ZeRO waits for."""
-        if mode not in self._slowest:
-            each = self._kinds.of("both_s") + self._kinds.of("again_s", mode)
-            self._slowest[mode] = self._at(self._ranks.slowest(each))
-        return self._slowest[mode]
+        return self._of("slowest", mode)
 
     def num_bytes(self, mode: Recompute) -> Any:
         """What the fullest rank holds at least."""
-        if mode not in self._bytes:
-            saved = self._held * self._at(self._ranks.least_of_fullest(self._kinds.of("saved", mode)))
-            passing = self._at(self._ranks.most_of_fullest(self._kinds.of("passing", mode)))
-            self._bytes[mode] = self._state + saved + passing
-        return self._bytes[mode]
+        return self._state + self._held * self._of("saved", mode) + self._of("passing", mode)
 
 
-class _Kinds:
-    """Figures of each kind of unit of a chain."""
-
-    def __init__(self, units: Sequence[UnitCost]) -> None:
-        self._units = units
-        self._known: dict[tuple[str, Recompute], Array] = {}
-
-    def of(self, figure: str, mode: Recompute = "none") -> Array:
-        if (figure, mode) not in self._known:
-            read = _FIGURES[figure]
-            self._known[figure, mode] = np.array([read(unit, mode) for unit in self._units], dtype=np.float64)
-        return self._known[figure, mode]
-
-
-_FIGURES: Final[Mapping[str, Callable[[UnitCost, Recompute], float]]] = MappingProxyType(
+_OF_RANKS: Final[Mapping[str, Callable[[RankTable, Figures, Recompute], Array]]] = MappingProxyType(
     {
-        "both_s": lambda unit, _: (
-            unit.forward_s + unit.backward_s + unit.talk_s(forward=True) + unit.talk_s(forward=False)
-        ),
-        "again_s": lambda unit, mode: unit.kept[mode].recompute_s,
-        "saved": lambda unit, mode: unit.kept[mode].saved_bytes,
-        "passing": lambda unit, mode: unit.kept[mode].extra_bytes + unit.transient_bytes,
-        "own": lambda unit, _: unit.own_elements,
-        "experts": lambda unit, _: unit.expert_elements,
+        "own": lambda ranks, f, _: ranks.of_fullest(f.own),
+        "experts": lambda ranks, f, _: ranks.of_fullest(f.experts),
+        "largest": lambda ranks, f, _: ranks.most_of_fullest(f.own),
+        "mean first own": lambda ranks, f, _: ranks.mean_first(f.own),
+        "mean first calls": lambda ranks, f, _: ranks.mean_first(f.calls),
+        "least first own": lambda ranks, f, _: ranks.least_first(f.own),
+        "least first calls": lambda ranks, f, _: ranks.least_first(f.calls),
+        "slowest": lambda ranks, f, mode: ranks.slowest(f.both_s + f.again_s[mode]),
+        "saved": lambda ranks, f, mode: ranks.least_of_fullest(f.saved[mode]),
+        "passing": lambda ranks, f, mode: ranks.most_of_fullest(f.passing[mode]),
     }
 )
+"""[row of the table, group]"""

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from shardstage.cost import balanced
 from shardstage.schedule import SCHEDULES, stages_of_rank
 
-__all__ = ["EvenCuts"]
+__all__ = ["EvenCuts", "RankTable"]
 
 Array = npt.NDArray[np.float64]
 
@@ -111,7 +111,7 @@ class RankTable:
     mean_firsts: Array
 
     def least_first(self, of_kinds: Array) -> Array:
-        """The least that the first units of a rank's stages add up to."""
+        """[row, group]: the least that the first units of a rank's stages add up to, of a figure [kind, group]."""
         found: Array = (self.firsts @ of_kinds).min(axis=1)
         return found
 
@@ -127,7 +127,7 @@ class RankTable:
 
     def of_fullest(self, of_kinds: Array) -> Array:
         """What the units of the fullest rank add up to."""
-        found: Array = (self.stages @ of_kinds * self.is_stage).sum(axis=1)
+        found: Array = (self.stages * self.is_stage[:, :, None]).sum(axis=1) @ of_kinds
         return found
 
     def least_of_fullest(self, of_kinds: Array) -> Array:
@@ -137,7 +137,8 @@ class RankTable:
 
     def most_of_fullest(self, of_kinds: Array) -> Array:
         """The most that one unit of it has."""
-        found: Array = np.where(self.stages > 0, of_kinds, 0.0).max(axis=(1, 2))
+        has = self.stages.any(axis=1)[:, :, None]
+        found: Array = np.where(has, of_kinds[None], 0.0).max(axis=1)
         return found
 
 

@@ -1,4 +1,4 @@
-"""``Found``: what a search has priced so far; ``Walk``: the choices of a group that are still open."""
+"""``Found``: what a search has priced so far; ``Walk``: bounded choices that are still open."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, Final
 from shardstage.planner.bounds import Bounds
 from shardstage.planner.certificate import Counts
 from shardstage.planner.pricing import Priced, TooSlow
-from shardstage.planner.space import Choice, Group
+from shardstage.planner.space import Choice
 
 __all__ = ["KEPT_RUNNERS_UP", "Found", "Walk", "mesh_key", "pareto"]
 
@@ -20,7 +20,7 @@ KEPT_RUNNERS_UP: Final = 8
 
 
 class Walk:
-    """The choices of a group that are still open, best bound first."""
+    """Bounded choices that are still open, best bound first."""
 
     def __init__(self, bounds: Bounds, order: Any) -> None:
         self._bounds = bounds
@@ -33,7 +33,8 @@ class Walk:
 
     @property
     def least_s(self) -> float:
-        return float(self._bounds.seconds.flat[self._order[self._at]])
+        """The bound of the next one; infinite where there is none."""
+        return float(self._bounds.seconds.flat[self._order[self._at]]) if self.num_left else math.inf
 
     def next(self) -> Choice:
         self._at += 1
@@ -57,7 +58,7 @@ class Found:
     least_pruned_s: float = math.inf
     by_mesh: dict[MeshKey, Priced] = field(default_factory=dict)
     slower: dict[MeshKey, TooSlow] = field(default_factory=dict)
-    pruned: list[tuple[float, int, Walk | Group]] = field(default_factory=list)
+    least_bytes: float = math.inf
     front: list[Priced] = field(default_factory=list)
 
     @property
@@ -67,6 +68,12 @@ class Found:
     def seconds_of(self, mesh: MeshKey) -> float:
         """The best price so far of a mesh."""
         return self.by_mesh[mesh].seconds if mesh in self.by_mesh else math.inf
+
+    def prune(self, least_s: float, number: int) -> None:
+        """Leaves out so many choices, of which none takes less."""
+        if number:
+            self.counts.by_bound += number
+            self.least_pruned_s = min(self.least_pruned_s, least_s)
 
     def add_if(self, priced: Priced | None) -> None:
         """One that is no better than the best, if it fits."""

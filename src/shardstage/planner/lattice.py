@@ -1,13 +1,13 @@
-"""``Lattice``: the meshes of a space with what talking over them costs, as arrays, computed once for each (tp, cp).
+"""``Lattice``: the meshes of a space with what talking over them costs, and which groups of choices have them, as arrays.
 
-Which of them a group has depends on its microbatch and its experts alone: a mask.
+Groups of the same (tp, cp) share their meshes; which of them a group has depends on its microbatch and on its experts alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -17,9 +17,11 @@ from shardstage.cost.links import LinkCosts
 from shardstage.layout import Mesh
 from shardstage.planner.space import Group, Schedule, Space, Zero
 
-__all__ = ["Lattice", "MeshTable", "Talk"]
+__all__ = ["Lattice", "Meshes", "Rows", "Talk"]
 
 Array = npt.NDArray[np.float64]
+Mask = npt.NDArray[np.bool_]
+Numbers = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -43,106 +45,134 @@ class Talk:
 
 
 @dataclass(frozen=True)
-class MeshTable:
-    """``has`` [mesh, schedule, ZeRO] says what the space offers; ``share`` are the samples of the fullest data-parallel rank."""
+class Meshes:
+    """All meshes of a space; ``share`` are the samples of the fullest data-parallel rank. A choice takes one of the schedules
+    [mesh, schedule] and one of the ZeROs [mesh, ZeRO]; ``num_by_rule`` others are dominated."""
 
-    meshes: tuple[Mesh, ...]
+    sizes: tuple[Mesh, ...]
     pp: Array
     dp: Array
     share: Array
     talk: Talk
-    has: npt.NDArray[np.bool_]
-    num_by_rule: npt.NDArray[np.int64]
+    has_schedule: Mask
+    has_zero: Mask
+    num_choices: Numbers
+    num_by_rule: Numbers
 
-    def at(self, mask: Any) -> MeshTable:
-        """The meshes that the mask keeps."""
-        talk = Talk(**{name: getattr(self.talk, name)[mask] for name in Talk.__dataclass_fields__})
-        meshes = tuple(mesh for mesh, is_kept in zip(self.meshes, mask, strict=True) if is_kept)
-        return MeshTable(
-            meshes,
-            self.pp[mask],
-            self.dp[mask],
-            self.share[mask],
-            talk,
-            self.has[mask],
-            self.num_by_rule[mask],
-        )
+
+class _Part(NamedTuple):
+    """The meshes of one (tp, cp), and which of them take which microbatch [microbatch, mesh] and how many expert ranks [ep, mesh]."""
+
+    meshes: slice
+    is_sized: Mask
+    is_dealt: Mask
+
+
+class Rows(NamedTuple):
+    """A group, a mesh and a ZeRO each, by their numbers."""
+
+    group: Numbers
+    mesh: Numbers
+    zero: Numbers
+
+    def at(self, mask: Any) -> Rows:
+        return Rows(*(each[mask] for each in self))
 
 
 class Lattice:
-    """The meshes of a space for a model of ``num_units`` units."""
+    """The groups and meshes of a space for a model of ``num_units`` units; ``groups`` are those that have a choice."""
 
     def __init__(self, space: Space, costs: LinkCosts, num_units: int) -> None:
         self.space = space
         self.schedules: tuple[Schedule, ...] = tuple(s for s in space.schedules if s not in space.dominated)
         self.zeros: tuple[Zero, ...] = _all_zeros(space)
-        self._costs = costs
         self._num_units = num_units
-        self._tables: dict[tuple[int, int], MeshTable | None] = {}
+        parts = {(tp, cp): list(self._sizes(tp, cp)) for tp in space.tps for cp in space.cps}
+        self.meshes = self._made([mesh for part in parts.values() for mesh in part], costs)
+        self._parts = dict(zip(parts, self._parted(parts.values(), [*parts]), strict=True))
+        self._microbatches = {b: number for number, b in enumerate(space.microbatches)}
+        self._eps = {ep: number for number, ep in enumerate(space.eps)}
+        known = self._numbers_of()
+        self.groups: tuple[Group, ...] = tuple(group for group, number, _ in known if number)
+        self.num_choices: Numbers = np.array([number for _, number, _ in known if number], dtype=np.int64)
+        self.num_by_rule = sum(number for _, _, number in known)
 
-    def table(self, group: Group) -> MeshTable | None:
-        """The meshes of a group; None where it has none."""
-        whole = self._whole(group.tp, group.cp)
-        if whole is None:
-            return None
-        mask = self._mask(whole, group)
-        return whole.at(mask) if mask.any() else None
+    def rows(self, groups: Numbers) -> Rows:
+        """All pairs of a mesh and a ZeRO that groups have."""
+        meshes = [self._meshes_of(self.groups[number]) for number in groups.tolist()]
+        of_group = np.repeat(groups, [len(each) for each in meshes])
+        mesh = np.concatenate(meshes) if meshes else np.zeros(0, dtype=np.int64)
+        number, zero = np.nonzero(self.meshes.has_zero[mesh])
+        return Rows(of_group[number], mesh[number], zero)
 
-    def num_choices(self, group: Group) -> int:
-        whole = self._whole(group.tp, group.cp)
-        return 0 if whole is None else int(whole.has[self._mask(whole, group)].sum())
+    def _meshes_of(self, group: Group) -> Numbers:
+        part = self._parts[group.tp, group.cp]
+        mask = part.is_sized[self._microbatches[group.microbatch]] & part.is_dealt[self._eps[group.ep]]
+        return part.meshes.start + np.flatnonzero(mask)
 
-    def num_by_rule(self, group: Group) -> int:
-        """How many choices of the group another one dominates."""
-        whole = self._whole(group.tp, group.cp)
-        return 0 if whole is None else int(whole.num_by_rule[self._mask(whole, group)].sum())
+    def _numbers_of(self) -> list[tuple[Group, int, int]]:
+        """Groups with how many choices each has, and how many of them another one dominates."""
+        tables = {}
+        for key, part in self._parts.items():
+            numbers = (each[part.meshes] for each in (self.meshes.num_choices, self.meshes.num_by_rule))
+            dealt = part.is_dealt.T.astype(np.int64)
+            tables[key] = [((part.is_sized * each) @ dealt).tolist() for each in numbers]
+        found = []
+        for group in self.space.groups():
+            at = self._microbatches[group.microbatch], self._eps[group.ep]
+            choices, ruled_out = (table[at[0]][at[1]] for table in tables[group.tp, group.cp])
+            found.append((group, choices, ruled_out))
+        return found
 
-    def _mask(self, whole: MeshTable, group: Group) -> Any:
-        return self.space.takes(group, whole.dp, whole.share)
-
-    def _whole(self, tp: int, cp: int) -> MeshTable | None:
-        if (tp, cp) not in self._tables:
-            self._tables[tp, cp] = self._made(tp, cp)
-        return self._tables[tp, cp]
-
-    def _made(self, tp: int, cp: int) -> MeshTable | None:
+    def _sizes(self, tp: int, cp: int) -> Iterator[Mesh]:
         space = self.space
-        meshes = [
-            Mesh(pp=mesh.pp, dp=mesh.dp, tp=tp, cp=cp, order=order)
-            for mesh in space.meshes(tp, cp)
-            for order in space.orders_of(mesh)
-            if mesh.pp <= self._num_units
-        ]
-        if not meshes:
-            return None
-        has, num_by_rule = self._offered(meshes)
+        if tp * cp > space.num_ranks:
+            return
+        for mesh in space.meshes(tp, cp):
+            if mesh.pp <= self._num_units:
+                for order in space.orders_of(mesh):
+                    yield Mesh(pp=mesh.pp, dp=mesh.dp, tp=tp, cp=cp, order=order)
+
+    def _parted(self, parts: Any, keys: Sequence[tuple[int, int]]) -> Iterator[_Part]:
+        space, start = self.space, 0
+        microbatch = np.array(space.microbatches, dtype=np.float64)[:, None]
+        ep = np.array(space.eps, dtype=np.float64)[:, None]
+        for (_, cp), sizes in zip(keys, parts, strict=True):
+            meshes = slice(start, start + len(sizes))
+            start = meshes.stop
+            dp, share = self.meshes.dp[meshes], self.meshes.share[meshes]
+            yield _Part(meshes, space.sizes(microbatch, dp, share), space.deals(cp, ep, dp))
+
+    def _made(self, meshes: Sequence[Mesh], costs: LinkCosts) -> Meshes:
+        space = self.space
         dp = np.array([mesh.dp for mesh in meshes], dtype=np.float64)
-        return MeshTable(
-            meshes=tuple(meshes),
+        has_zero = self._zeros_of(meshes)
+        has_schedule, num_dominated = self._schedules_of(meshes)
+        return Meshes(
+            sizes=tuple(meshes),
             pp=np.array([mesh.pp for mesh in meshes], dtype=np.float64),
             dp=dp,
             share=np.ceil(space.global_batch / dp),
-            talk=_talk(self._costs, meshes, space),
-            has=has,
-            num_by_rule=num_by_rule,
+            talk=_talk(costs, meshes, space),
+            has_schedule=has_schedule,
+            has_zero=has_zero,
+            num_choices=has_schedule.sum(axis=1) * has_zero.sum(axis=1),
+            num_by_rule=num_dominated * has_zero.sum(axis=1),
         )
 
-    def _offered(self, meshes: Sequence[Mesh]) -> tuple[Any, Any]:
-        """[mesh, schedule, ZeRO]: which choices there are; [mesh]: how many others a rule leaves out.
+    def _zeros_of(self, meshes: Sequence[Mesh]) -> Mask:
+        """[mesh, ZeRO]: which there are, by tp and the number of replicas alone."""
+        known = {(mesh.tp, mesh.num_replicas): mesh for mesh in meshes}
+        offered = {key: [zero in self.space.zeros_of(mesh) for zero in self.zeros] for key, mesh in known.items()}
+        return np.array([offered[mesh.tp, mesh.num_replicas] for mesh in meshes], dtype=bool)
 
-        Of meshes with the same tp, ZeROs depend on the number of replicas alone, schedules on pp.
-        """
-        space = self.space
-        zeros = {mesh.num_replicas: mesh for mesh in meshes}
-        of_replicas = {n: [zero in space.zeros_of(mesh) for zero in self.zeros] for n, mesh in zeros.items()}
-        of_pp = {pp: self._schedules_at(pp) for pp in {mesh.pp for mesh in meshes}}
-        z = np.array([of_replicas[mesh.num_replicas] for mesh in meshes], dtype=bool)
-        s = np.array([of_pp[mesh.pp][0] for mesh in meshes], dtype=bool)
-        ruled_out = np.array([of_pp[mesh.pp][1] for mesh in meshes], dtype=np.int64)
-        return s[:, :, None] & z[:, None, :], z.sum(axis=1) * ruled_out
+    def _schedules_of(self, meshes: Sequence[Mesh]) -> tuple[Mask, Numbers]:
+        """[mesh, schedule]: which a pipeline of so many ranks has units for; [mesh]: how many dominated ones."""
+        known = {pp: self._schedules_at(pp) for pp in {mesh.pp for mesh in meshes}}
+        has = np.array([known[mesh.pp][0] for mesh in meshes], dtype=bool)
+        return has, np.array([known[mesh.pp][1] for mesh in meshes], dtype=np.int64)
 
     def _schedules_at(self, pp: int) -> tuple[list[bool], int]:
-        """Which schedules a pipeline of so many ranks has units for, and how many dominated ones."""
         offered, dominated = self.space.schedules_of(pp), self.space.dominated
         fitting = {each for each in offered if pp * each.per_rank <= self._num_units}
         return [each in fitting for each in self.schedules], len(fitting & dominated)
@@ -155,32 +185,29 @@ def _all_zeros(space: Space) -> tuple[Zero, ...]:
 
 
 def _talk(costs: LinkCosts, meshes: Sequence[Mesh], space: Space) -> Talk:
-    rows = []
-    for mesh in meshes:
-        stride, replicas = mesh.stride("cp" if mesh.cp > 1 else "dp"), mesh.num_replicas
-        near = space.near_ranks(mesh.tp)
-        near = near if replicas % near == 0 else 1
-        rows.append(
-            (
-                *(replicas, near),
-                *_linear(costs, "all_gather", replicas, stride),
-                *_linear(costs, "reduce_scatter", replicas, stride),
-                *_linear(costs, "all_reduce", replicas, stride),
-                *_linear(costs, "all_gather", near, stride),
-                *_linear(costs, "reduce_scatter", near, stride),
-                *_linear(costs, "all_reduce", replicas // near, stride * near),
-                *_linear(costs, "p2p", min(2, mesh.pp), mesh.stride("pp")),
-                costs.cost("all_reduce", mesh.world_size, 1).latency_s,
-            )
-        )
-    table = np.array(rows)
-    pairs = {name: table[:, 2 + 2 * i : 4 + 2 * i] for i, name in enumerate(_PAIRS)}
-    return Talk(replicas=table[:, 0], near_ranks=table[:, 1], norm_s=table[:, 16], **pairs)
+    replicas = [mesh.num_replicas for mesh in meshes]
+    near = [space.near_ranks(mesh.tp) for mesh in meshes]
+    near = [n if count % n == 0 else 1 for n, count in zip(near, replicas, strict=True)]
+    stride = [mesh.stride("cp" if mesh.cp > 1 else "dp") for mesh in meshes]
+    copies = [
+        (count // n, step * n) for count, n, step in zip(replicas, near, stride, strict=True)
+    ]
+    whole, part = [*zip(replicas, stride, strict=True)], [*zip(near, stride, strict=True)]
+    neighbours = [(min(2, mesh.pp), mesh.stride("pp")) for mesh in meshes]
 
+    def linear(kind: CollectiveKind, groups: Sequence[tuple[int, int]]) -> Any:
+        found = [costs.cost(kind, *group) for group in groups]
+        return np.array([(cost.latency_s, 1.0 / cost.bytes_per_s) for cost in found]).reshape(-1, 2)
 
-_PAIRS = ("gather", "scatter", "reduce", "near_gather", "near_scatter", "copies", "transfer")
-
-
-def _linear(costs: LinkCosts, kind: CollectiveKind, count: int, stride: int) -> tuple[float, float]:
-    cost = costs.cost(kind, count, stride)
-    return cost.latency_s, 1.0 / cost.bytes_per_s
+    return Talk(
+        replicas=np.array(replicas, dtype=np.float64),
+        near_ranks=np.array(near, dtype=np.float64),
+        gather=linear("all_gather", whole),
+        scatter=linear("reduce_scatter", whole),
+        reduce=linear("all_reduce", whole),
+        near_gather=linear("all_gather", part),
+        near_scatter=linear("reduce_scatter", part),
+        copies=linear("all_reduce", copies),
+        transfer=linear("p2p", neighbours),
+        norm_s=linear("all_reduce", [(mesh.world_size, 1) for mesh in meshes])[:, 0],
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Final, NamedTuple
@@ -29,6 +29,7 @@ from shardstage.cost.links import LinkCosts, exposed_s
 from shardstage.cost.offload import has_host_room
 from shardstage.cost.pipeline import SPLITTING, StageTime, bubble_s, pipeline_s
 from shardstage.cost.profile import RECOMPUTES, Recompute
+from shardstage.cost.units import Cases
 from shardstage.graph import ModelGraph
 from shardstage.graph.cuts import good_positions
 from shardstage.layout import Mesh
@@ -36,7 +37,8 @@ from shardstage.plan import Precision
 from shardstage.plan.plan import Plan
 from shardstage.planner.chain import Chain, ChainCosts
 from shardstage.planner.even import EvenCuts
-from shardstage.planner.space import MAX_STAGES_PER_RANK, Choice, Group, Savers, Space
+from shardstage.planner.figures import Figures
+from shardstage.planner.space import MAX_STAGES_PER_RANK, Choice, Group, Savers
 from shardstage.planner.stages import best_cut
 
 Array = npt.NDArray[np.float64]
@@ -88,6 +90,7 @@ class Pricing:
         self._is_compiled = is_compiled
         self._profilers: dict[tuple[int, bool], Profiler] = {}
         self._chains: dict[Group, Chain] = {}
+        self._links_of_units: dict[tuple[int, int, int], Links] = {}
         self._known: dict[tuple[Choice, int, Savers], Priced | None] = {}
         self._reference = 1 if graph.is_scalable else graph.microbatch
         self.least_factor = (
@@ -114,16 +117,37 @@ class Pricing:
     def chain(self, group: Group) -> Chain:
         """The units of a group with their sums."""
         if group not in self._chains:
-            profile = self._profile(group)
-            twins = [unit.twin for unit in self.folded.units]
+            profiler = self.profiler(group.tp, group.is_sequence_parallel)
+            profile, twins = profiler.at(group.microbatch, self._unit_links(group)), self._twins
             kinds = [profile.units[twins.index(twin)] for twin in range(max(twins) + 1)]
             self._chains[group] = Chain(profile, kinds, twins)
         return self._chains[group]
 
-    def _profile(self, group: Group) -> Profile:
-        mesh = Mesh(dp=max(1, group.ep // group.cp), cp=group.cp, tp=group.tp)
-        links = Links(self.cluster, mesh, ep=group.ep, costs=self.costs)
-        return self.profiler(group.tp, group.is_sequence_parallel).at(group.microbatch, links)
+    def figures(self, groups: Sequence[Group]) -> Figures:
+        """What units cost in each group, all at once."""
+        numbers: dict[tuple[int, bool], list[int]] = {}
+        for number, group in enumerate(groups):
+            numbers.setdefault((group.tp, group.is_sequence_parallel), []).append(number)
+        parts = []
+        for key, of_part in numbers.items():
+            profiler = self.profiler(*key)
+            links = [self._unit_links(groups[number]) for number in of_part]
+            cases = Cases.of([groups[number].microbatch for number in of_part], links)
+            parts.append((of_part, profiler.costs(cases), sum(profiler.shared_elements.values())))
+        return Figures.of(parts, self._twins)
+
+    @cached_property
+    def _twins(self) -> list[int]:
+        """The kind of each unit."""
+        return [unit.twin for unit in self.folded.units]
+
+    def _unit_links(self, group: Group) -> Links:
+        """Who shares sequences and experts, whatever else the mesh is."""
+        key = (group.tp, group.cp, group.ep)
+        if key not in self._links_of_units:
+            mesh = Mesh(dp=max(1, group.ep // group.cp), cp=group.cp, tp=group.tp)
+            self._links_of_units[key] = Links(self.cluster, mesh, ep=group.ep, costs=self.costs)
+        return self._links_of_units[key]
 
     def price(self, choice: Choice, limit_bytes: int, below_s: float = math.inf) -> Priced | None:
         """The choice at its best cut; None where it does not fit. Raises ``TooSlow`` where it cannot come below ``below_s``.
@@ -282,7 +306,7 @@ class Pricing:
         """Stages of equal seconds, for all choices alike: of what the units take one rank for one sample."""
         units = self.profiler(1, False).at(self._reference).units
         seconds = [unit.forward_s + unit.backward_s for unit in units]
-        return EvenCuts([unit.twin for unit in self.folded.units], seconds, MAX_STAGES_PER_RANK)
+        return EvenCuts(self._twins, seconds, MAX_STAGES_PER_RANK)
 
 
 class _Uncut(NamedTuple):

@@ -15,9 +15,10 @@ import heapq
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import islice
 from types import MappingProxyType
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
@@ -30,12 +31,13 @@ from shardstage.graph import ModelGraph
 from shardstage.layout import balanced_sizes
 from shardstage.plan import Plan, Precision, Request, shorthand
 from shardstage.plan.complete import ranges
-from shardstage.planner.bounds import Bounds, BoundSettings, bounds_of
+from shardstage.planner.bounds import Bounds, BoundSettings, bounded
 from shardstage.planner.certificate import Certificate
+from shardstage.planner.figures import Figures
 from shardstage.planner.found import KEPT_RUNNERS_UP, Found, Walk, mesh_key, pareto
 from shardstage.planner.lattice import Lattice
 from shardstage.planner.pricing import Priced, Pricing, TooSlow
-from shardstage.planner.space import Choice, Group, Savers, Space, declared_space, ladder
+from shardstage.planner.space import Choice, Savers, Space, declared_space, ladder
 from shardstage.units import dtype_bytes, format_bytes
 
 __all__ = ["Candidate", "SearchResult", "Searcher", "as_plan", "pareto", "search", "usable_bytes"]
@@ -46,6 +48,11 @@ USABLE_MEMORY_RATIO: Final = MappingProxyType({"cuda": 0.92})
 MIN_RUNNERS_UP: Final = 3
 MAX_PRUNED_PRICED: Final = 12
 """Where fewer others were priced, some that bounds had ruled out are, so that there is something to compare with."""
+
+
+FIRST_BLOCK: Final = 8
+LARGEST_BLOCK: Final = 256
+"""Groups that are bounded together: some hundred thousand rows, so that arrays stay in the caches."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,30 +165,23 @@ class Searcher:
             is_runnable=is_runnable,
             savers=self._ladder[0],
         )
-        self._settings = _bound_settings(self.pricing, precision)
-        self._bounds: dict[Group, Bounds | None] = {}
-        self._order: list[tuple[float, Group]] = []
-        self._bounded_bytes = 0
-        self._unit_bounds: dict[Group, float] = {}
+        self._settings = _bound_settings(self.pricing, precision, cluster)
         self.lattice = Lattice(self.space, self.pricing.costs, self.pricing.num_units)
         self.use(self._ladder[0])
 
     def best(self, limit_bytes: int) -> SearchResult:
         """The fastest plan within a limit, with savers only where nothing fits without; ``PlanError`` where nothing does with them."""
-        without = 0
+        without, found = 0, Found()
         for savers in self._ladder:
             self.use(savers)
             found = self._search(limit_bytes)
             if found.best is not None:
                 return self._result(found, found.best, limit_bytes, without)
             without += found.counts.enumerated
-        raise self._nothing_fits(limit_bytes)
+        raise self._nothing_fits(found, limit_bytes)
 
     def use(self, savers: Savers) -> None:
         """From here on plans are bounded and priced with these savers."""
-        if savers == self.space.savers == self.pricing.savers:
-            return
-        self._bounds = {}
         self.space = replace(self.space, savers=savers)
         self.pricing.savers = savers
         master_bytes = self._settings.master_bytes
@@ -192,34 +192,34 @@ class Searcher:
         )
 
     def _search(self, limit_bytes: int) -> Found:
-        """All of the space within a limit."""
-        if self._bounded_bytes != limit_bytes:
-            self._bounds, self._bounded_bytes = {}, limit_bytes
+        """All of the space within a limit: blocks of groups are bounded, best first, and what of them is open is priced, best first."""
         self._settings = replace(self._settings, limit_bytes=limit_bytes)
         found = Found()
-        queue: list[tuple[float, int, Walk | Group]] = [
-            (least_s, number, group) for number, (least_s, group) in enumerate(self._groups())
-        ]
-        found.counts.by_rule = sum(self.lattice.num_by_rule(group) for _, group in self._groups())
-        while queue:
-            least_s, number, item = heapq.heappop(queue)
+        found.counts.by_rule = self.lattice.num_by_rule
+        blocks = list(self._blocks())
+        walks: list[tuple[float, int, Walk]] = []
+        for number, (least_s, groups) in enumerate(blocks):
+            while walks and walks[0][0] < least_s:
+                self._price_next(walks, limit_bytes, found)
             if least_s >= found.best_s:
-                found.least_pruned_s = min(found.least_pruned_s, least_s)
-                found.pruned.append((least_s, number, item))
-                left = item.num_left if isinstance(item, Walk) else self.lattice.num_choices(item)
-                found.counts.by_bound += left
+                found.prune(least_s, int(self.lattice.num_choices[groups].sum()))
                 continue
-            if isinstance(item, Walk):
-                self._price(item, limit_bytes, found)
-                walk: Walk | None = item
-            elif (units_s := self._units_bound_s(item)) > least_s:
-                heapq.heappush(queue, (units_s, number, item))
-                continue
-            else:
-                walk = self._walk(item, limit_bytes, found)
-            if walk is not None and walk.num_left:
-                heapq.heappush(queue, (walk.least_s, number, walk))
+            walk = self._walk(groups, limit_bytes, found)
+            heapq.heappush(walks, (walk.least_s, number, walk))
+            if found.best is None:
+                self._price_next(walks, limit_bytes, found)
+        while walks:
+            self._price_next(walks, limit_bytes, found)
         return found
+
+    def _price_next(self, walks: list[tuple[float, int, Walk]], limit_bytes: int, found: Found) -> None:
+        """Prices the open choice of the least bound, or leaves out a walk of which none can be better."""
+        least_s, number, walk = heapq.heappop(walks)
+        if least_s >= found.best_s:
+            found.prune(least_s, walk.num_left)
+        elif walk.num_left:
+            self._price(walk, limit_bytes, found)
+            heapq.heappush(walks, (walk.least_s, number, walk))
 
     def _result(self, found: Found, best: Priced, limit_bytes: int, without: int) -> SearchResult:
         return SearchResult(
@@ -250,53 +250,45 @@ class Searcher:
     def as_plan(self, priced: Priced) -> Plan:
         return as_plan(self.graph, priced, self.precision, is_compiled=self.is_compiled)
 
-    def _groups(self) -> list[tuple[float, Group]]:
-        """Groups with a bound from the seconds of their tokens alone, best first: all ranks compute all the time.
+    @cached_property
+    def _figures(self) -> Figures:
+        return self.pricing.figures(self.lattice.groups)
+
+    @cached_property
+    def _least_s(self) -> Any:
+        """[group]: a bound from the seconds of its tokens alone: all ranks compute all the time.
 
         seconds >= (batch / microbatch) × seconds of all units × (tp × cp / ranks)
         """
-        if not self._order:
-            found = [
-                (self._seconds_of(group, self.pricing.chain(group).both_s[-1]), number, group)
-                for number, group in enumerate(self.space.groups())
-                if self.lattice.num_choices(group)
-            ]
-            self._order = [(least_s, group) for least_s, _, group in sorted(found)]
-        return self._order
+        groups = self.lattice.groups
+        share = np.array([g.tp * g.cp / g.microbatch for g in groups]) / self.space.num_ranks
+        return self.global_batch * self._figures.units_s * share * self.pricing.least_factor
 
-    def _units_bound_s(self, group: Group) -> float:
-        """The same bound from what the group's units cost exactly."""
-        if group not in self._unit_bounds:
-            chain = self.pricing.chain(group)
-            self._unit_bounds[group] = self._seconds_of(group, chain.both_s[-1])
-        return self._unit_bounds[group]
+    def _blocks(self) -> Iterator[tuple[float, Any]]:
+        """Groups in the order of their bounds, each block with its first one's: few at first, as a good plan spares most of the others."""
+        order = np.argsort(self._least_s, kind="stable")
+        start, number = 0, FIRST_BLOCK
+        while start < len(order):
+            block = order[start : start + number]
+            yield float(self._least_s[block[0]]), block
+            start, number = start + number, min(2 * number, LARGEST_BLOCK)
 
-    def _seconds_of(self, group: Group, units_s: float) -> float:
-        share = group.tp * group.cp / self.space.num_ranks
-        return self.global_batch / group.microbatch * units_s * share * self.pricing.least_factor
+    def bounds(self, groups: Any, below_s: float = math.inf) -> Bounds:
+        """Bounds of the choices of groups, given by their numbers in the lattice."""
+        return bounded(self.lattice, self._figures, groups, self._settings, self.pricing.even, below_s)
 
-    def _bounds_of(self, group: Group, below_s: float = math.inf) -> Bounds | None:
-        if group not in self._bounds:
-            self._bounds[group] = bounds_of(
-                self.lattice,
-                group,
-                self.pricing.chain(group),
-                self.pricing.costs,
-                self._settings,
-                self.pricing.even,
-                below_s,
-            )
-        return self._bounds[group]
-
-    def _walk(self, group: Group, limit_bytes: int, found: Found) -> Walk | None:
-        """The choices of a group that may fit, in the order of their bounds."""
-        bounds = self._bounds_of(group, found.best_s)
-        if bounds is None:
-            return None
-        seconds = bounds.seconds.ravel()
-        too_large = (bounds.least_bytes.ravel() > limit_bytes) & np.isfinite(seconds)
-        found.counts.by_memory += int(too_large.sum())
-        open_ones = np.flatnonzero(np.isfinite(seconds) & ~too_large)
+    def _walk(self, groups: Any, limit_bytes: int, found: Found) -> Walk:
+        """The choices of groups that may fit and be better than the best so far, in the order of their bounds."""
+        bounds = self.bounds(groups, found.best_s)
+        seconds, num_bytes = bounds.seconds.ravel(), bounds.least_bytes.ravel()
+        is_offered = np.isfinite(seconds)
+        is_large = is_offered & (num_bytes > limit_bytes)
+        is_slow = is_offered & ~is_large & (seconds >= found.best_s)
+        found.counts.by_memory += bounds.num_large + int(is_large.sum())
+        found.least_bytes = min(found.least_bytes, bounds.least_large_bytes, num_bytes.min(initial=math.inf))
+        found.prune(bounds.least_slow_s, bounds.num_slow)
+        found.prune(float(seconds[is_slow].min(initial=math.inf)), int(is_slow.sum()))
+        open_ones = np.flatnonzero(is_offered & ~is_large & ~is_slow)
         return Walk(bounds, open_ones[np.argsort(seconds[open_ones], kind="stable")])
 
     def _price(self, walk: Walk, limit_bytes: int, found: Found) -> None:
@@ -331,9 +323,9 @@ class Searcher:
     def _pruned_choices(self, found: Found, limit_bytes: int) -> Iterator[Choice]:
         """Of meshes that nothing was priced of, the choice of the least bound, nearly in the order of bounds."""
         tried = {*found.by_mesh, *found.slower}
-        for _, _, item in sorted(found.pruned, key=lambda pruned: pruned[:2]):
-            walk = item if isinstance(item, Walk) else self._walk(item, limit_bytes, Found())
-            while walk is not None and walk.num_left:
+        for _, groups in self._blocks():
+            walk = self._walk(groups, limit_bytes, Found())
+            while walk.num_left:
                 choice = walk.next()
                 if mesh_key(choice) not in tried:
                     tried.add(mesh_key(choice))
@@ -348,26 +340,18 @@ class Searcher:
                 plan=plan,
             )
 
-    def _nothing_fits(self, limit_bytes: int) -> PlanError:
-        least = (
-            min(
-                (float(bounds.least_bytes[np.isfinite(bounds.seconds)].min()), group)
-                for group, bounds in self._bounds.items()
-                if bounds is not None and bounds.num_choices
-            )
-            if any(b is not None and b.num_choices for b in self._bounds.values())
-            else None
-        )
+    def _nothing_fits(self, found: Found, limit_bytes: int) -> PlanError:
         num_ranks = self.space.num_ranks
-        if least is None:
+        if found.least_bytes == math.inf:
             return PlanError(
                 f"a batch of {self.global_batch} samples cannot be shared by {num_ranks} ranks in any way that is asked for",
                 hint=f"--batch {num_ranks}, or fewer --fix",
             )
-        needed = max(int(least[0]), limit_bytes + 1)
+        least = int(found.least_bytes)
+        needed = max(least, limit_bytes + 1)
         return PlanError(
             f"no plan for {num_ranks} ranks fits into {format_bytes(limit_bytes)} a rank; "
-            f"parameters, optimizer and one microbatch take at least {format_bytes(int(least[0]))}",
+            f"parameters, optimizer and one microbatch take at least {format_bytes(least)}",
             hint=f"--ranks {num_ranks * max(2, -(-needed // limit_bytes))}, "
             f"or --max-memory {format_bytes(2 * needed).replace(' ', '')}",
         )
@@ -397,11 +381,12 @@ def as_plan(graph: ModelGraph, priced: Priced, precision: Precision, *, is_compi
     )
 
 
-def _bound_settings(pricing: Pricing, precision: Precision) -> BoundSettings:
+def _bound_settings(pricing: Pricing, precision: Precision, cluster: Cluster) -> BoundSettings:
     """Without savers and without a limit, which ``use`` and each search add."""
     compute_bytes = dtype_bytes(precision)
     master_bytes = max(4, compute_bytes)
     return BoundSettings(
+        device=cluster.device,
         compute_bytes=compute_bytes,
         master_bytes=master_bytes,
         gradient_bytes=master_bytes,

@@ -145,13 +145,19 @@ class Space:
                 if not self.uses_all_ranks or mesh.world_size == self.num_ranks:
                     yield mesh
 
-    def takes(self, group: Group, dp: Any, share: Any) -> Any:
-        """Which meshes (arrays of their dp and largest share) run microbatches of exactly the group's size, none of them empty, and have
-        ranks for its experts."""
-        num_microbatches = np.ceil(share / group.microbatch)
-        is_exact = np.ceil(share / num_microbatches) == group.microbatch
-        is_full = self.global_batch // dp >= num_microbatches
-        return is_exact & is_full & ((dp * group.cp) % group.ep == 0)
+    def takes(self, group: Group, dp: int, share: int) -> bool:
+        """Whether ranks with so many samples run microbatches of exactly the group's size, none of them empty, and hold its experts."""
+        return bool(self.sizes(group.microbatch, dp, share) and self.deals(group.cp, group.ep, dp))
+
+    def sizes(self, microbatch: Any, dp: Any, share: Any) -> Any:
+        """Which meshes (arrays of their dp and largest share) run microbatches of exactly such a size, none of them empty."""
+        num_microbatches = np.ceil(share / microbatch)
+        is_exact = np.ceil(share / num_microbatches) == microbatch
+        return is_exact & (self.global_batch // dp >= num_microbatches)
+
+    def deals(self, cp: int, ep: Any, dp: Any) -> Any:
+        """Which meshes deal experts out evenly over so many ranks."""
+        return (dp * cp) % ep == 0
 
     def zeros_of(self, mesh: Mesh) -> tuple[Zero, ...]:
         """ZeRO over all replicas, or over those of a node where more nodes hold copies; over ``zero_ranks`` alone where that is given."""
