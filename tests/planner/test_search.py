@@ -98,23 +98,24 @@ def test_sums_of_gradients_hide_under_the_adding_of_microbatches_too() -> None:
 
 def assert_bounds_are_below(searcher: Searcher, priced: dict[Choice, Priced | None]) -> None:
     """Under the limit that was searched last."""
-    num_bounded = 0
-    for group in searcher.space.groups():
-        bounds = searcher._bounds_of(group)
-        if bounds is None:
-            continue
-        chain = searcher.pricing.chain(group)
-        assert searcher.pricing.least_units_s(group) <= chain.both_s[-1] * CLOSE
-        for index in map(int, np.flatnonzero(np.isfinite(bounds.seconds.ravel()))):
-            num_bounded += 1
-            price = priced[bounds.choice(index)]
-            if price is not None:
-                assert bounds.seconds.flat[index] <= price.seconds * CLOSE, price.choice
-                assert bounds.least_bytes.flat[index] <= price.prediction.peak_bytes * CLOSE, price.choice
-                assert searcher._units_bound_s(group) <= price.seconds * CLOSE, price.choice
+    limit_bytes = searcher._settings.limit_bytes
+    bounds = searcher.bounds(np.arange(len(searcher.lattice.groups)))
+    num_bounded = bounds.num_large
+    for index in map(int, np.flatnonzero(np.isfinite(bounds.seconds.ravel()))):
+        num_bounded += 1
+        price = priced[bounds.choice(index)]
+        if price is not None:
+            assert bounds.seconds.flat[index] <= price.seconds * CLOSE, price.choice
+            assert bounds.least_bytes.flat[index] <= price.prediction.peak_bytes * CLOSE, price.choice
+    for number, group in enumerate(searcher.lattice.groups):
+        of_group = [price for price in priced.values() if price and price.choice.group == group]
+        assert all(searcher._least_s[number] <= price.seconds * CLOSE for price in of_group), group
+    left_out = {c for c, p in priced.items() if p is not None and c.schedule not in searcher.space.dominated}
+    left_out -= {bounds.choice(int(i)) for i in np.flatnonzero(np.isfinite(bounds.seconds.ravel()))}
+    assert not left_out, f"bounds say of choices that fit {limit_bytes} bytes that they do not"
     dominated = searcher.space.dominated
     fitting = sum(1 for c in priced if c.schedule not in dominated)
-    assert 0 < num_bounded <= fitting
+    assert num_bounded == fitting
 
 
 @pytest.mark.parametrize("is_runnable", [True, False])

@@ -108,9 +108,7 @@ class Profiler:
     def costs(self, cases: Cases) -> list[UnitCosts]:
         """Costs of each kind of unit in many cases."""
         return [
-            costs_of_unit(
-                work, cases, self._device, self._links, waits_for_kernels=self._waits_for_kernels
-            )
+            costs_of_unit(work, cases, self._device, self._links, waits_for_kernels=self._waits_for_kernels)
             for work in self._works
         ]
 

@@ -57,13 +57,14 @@ def find_blocks(graph: ModelGraph) -> tuple[Block, ...]:
 
 def within(graph: ModelGraph, blocks: Iterable[Block], start: int, stop: int) -> tuple[Block, ...]:
     """The parts of the blocks that lie in ops ``[start, stop)``; a block that is cut gets a kind of its own."""
-    parts = (replace(b, start=max(b.start, start), stop=min(b.stop, stop)) for b in blocks if b.stop > start)
-    cut = {start, stop}
-    return tuple(
-        replace(b, kind=fingerprint(graph, b.start, b.stop)) if {b.start, b.stop} & cut else b
-        for b in parts
-        if b.start < b.stop
-    )
+    found = []
+    for block in blocks:
+        first, last = max(block.start, start), min(block.stop, stop)
+        if (first, last) == (block.start, block.stop):
+            found.append(block)
+        elif first < last:
+            found.append(replace(block, start=first, stop=last, kind=fingerprint(graph, first, last)))
+    return tuple(found)
 
 
 def fold(blocks: Iterable[Block]) -> tuple[tuple[str, int], ...]:

@@ -54,6 +54,11 @@ class BoundSettings:
     limit_bytes: int = 0
     modes: tuple[Recompute, ...] = RECOMPUTES
 
+    @property
+    def summing_s(self) -> float:
+        """Seconds of adding an element's gradient to its sum."""
+        return moved_s(self.compute_bytes + 2.0 * self.gradient_bytes, self.device)
+
 
 @dataclass(frozen=True)
 class Bounds:
@@ -112,7 +117,7 @@ def bounded(
             if len(offering):
                 per_rank = np.array([lattice.schedules[i].per_rank for i in places], dtype=np.float64)
                 part = table if len(offering) == len(left.mesh) else _Table(shared, left.at(offering))
-                at = np.ix_(offering, places)
+                at = (offering[:, None], np.array(places)[None, :])
                 seconds[at], least_bytes[at] = part.of(name, per_rank)
         lacking = ~has[left.mesh]
         seconds[lacking] = least_bytes[lacking] = np.inf
@@ -152,7 +157,9 @@ class _Shared:
         self.backward = f.whole @ f.backward_s
         self.own = f.whole @ f.own
         self.experts = f.whole @ f.experts
+        self.summing_s = f.own * settings.summing_s
         self.slowest_unit = f.both_s.max(axis=0)
+        self.slowest_summed_unit = (f.both_s + self.summing_s).max(axis=0)
         self.gathers = f.whole @ f.calls
         again, saved = (np.array([each[mode] for mode in settings.modes]) for each in (f.again_s, f.saved))
         self.trade = Trade(again, saved, whole)
@@ -167,19 +174,22 @@ class _Shared:
         self.most_number = f.whole[most[0]]
         self.most_both = of_most(f.both_s)[0]
         self.most_own, self.most_experts = of_most(f.own)[0], of_most(f.experts)[0]
-        self.most_passing = np.min([of_most(f.passing[mode])[0] for mode in settings.modes], axis=0)
+        self.most_modes = [
+            tuple(of_most(each[mode])[0] for each in (f.again_s, f.saved, f.passing))
+            for mode in settings.modes
+        ]
+        self.most_passing = np.min([passing for _, _, passing in self.most_modes], axis=0)
         self.most_trade = Trade(
             np.array([of_most(each) for each in again]),
             np.array([of_most(each) for each in saved]),
             np.ones_like(most, dtype=np.float64),
         )
 
-
     def of_ranks(self, schedule: str, figure: str, mode: Recompute) -> Array:
         """A figure of ranks of even cuts, for each row of their table and each group, flat."""
         key = (SCHEDULES[schedule].places, figure, mode)
         if key not in self._of_ranks:
-            found = _OF_RANKS[figure](self.even.ranks(schedule), self.figures, mode)
+            found = _OF_RANKS[figure](self.even.ranks(schedule), self, mode)
             self._of_ranks[key] = found.ravel()
         return self._of_ranks[key]
 
@@ -214,6 +224,12 @@ class _Table:
         self._plain_f, self._plain_b = shared.forward[self.group] / p, shared.backward[self.group] / p
         self._gathered, self._scattered = self._zero_talk_s(own, shared.gathers[self.group])
         self._accumulation = self._accumulation_s(elements / p, part)
+        self._is_summed_whole = ~self._is_scattered & (self.m > 1)
+        self._slowest_unit_s = np.where(
+            self._is_summed_whole,
+            shared.slowest_summed_unit[self.group],
+            shared.slowest_unit[self.group],
+        )
         self.forward, self.backward = self.stage_s(0.0)
         travel = 2 * (p - 1) * _seconds_of(talk.transfer[mesh], shared.figures.received[self.group], 1.0)
         after = self._after_s(elements / p, self._plain_b * p + self._accumulation)
@@ -223,10 +239,6 @@ class _Table:
     def _of_meshes(self, values: Any) -> Any:
         """Figures of meshes, for each row."""
         return values[self._mesh][:, None]
-
-    @property
-    def _slowest_unit_s(self) -> Any:
-        return self.shared.slowest_unit[self.group]
 
     @property
     def mean_s(self) -> Any:
@@ -285,9 +297,8 @@ class _Table:
 
     def _accumulation_s(self, own: Any, part: Any) -> Any:
         """Adding a microbatch's gradients to their sums, where there is more than one."""
-        settings = self.settings
         added = np.where(self._is_scattered, part, own) * np.where(self.m > 1, 1.0, 0.0)
-        return added * moved_s(settings.compute_bytes + 2.0 * settings.gradient_bytes, settings.device)
+        return added * self.settings.summing_s
 
     def _update_s(self, part: Any) -> Any:
         """The optimizer of a mean stage; parameters come up from the host at least as narrow as they are stored."""
@@ -335,13 +346,16 @@ class _Table:
         again = trade.again_s(p * (self.settings.limit_bytes - self.state_bytes) / held, self.group) / p
         mean = sum(self.stage_s(again))
         fullest_s, fullest_bytes = self._of_most_layers(held)
-        slowest = np.maximum(mean, np.maximum(fullest_s, self._slowest_unit_s))
+        alone_s, alone_bytes = self._of_one_layer(held)
+        slowest = np.maximum(mean, np.maximum(np.maximum(fullest_s, alone_s), self._slowest_unit_s))
         if name in ("1f1b", "gpipe"):
             total = (m - 1) * slowest + p * mean
         else:
             total = m * slowest + self._bubble_s(name, 1.0, self.forward, self.backward)
         least_saved = trade.least_saved[self.group]
-        least_bytes = np.maximum(self.state_bytes + held * least_saved / p, fullest_bytes)
+        least_bytes = np.maximum(
+            self.state_bytes + held * least_saved / p, np.maximum(fullest_bytes, alone_bytes)
+        )
         return self._seconds(total, mean), least_bytes
 
     def _of_most_layers(self, held: Any) -> tuple[Any, Any]:
@@ -352,8 +366,23 @@ class _Table:
         state = self.rank_state_bytes(own, experts, shared.most_own[group]) + shared.most_passing[group]
         of_unit = (self.settings.limit_bytes - state) / (held * number)
         again = shared.most_trade.again_s(of_unit, group)
-        seconds = number * (shared.most_both[group] + again)
+        summing_s = np.where(self._is_summed_whole, own * self.settings.summing_s, 0.0)
+        seconds = number * (shared.most_both[group] + again) + summing_s
         return seconds, state + held * number * shared.most_trade.least_saved[group]
+
+    def _of_one_layer(self, held: Any) -> tuple[Any, Any]:
+        """Of a unit of that kind by itself, which is recomputed in one of the ways and not between them."""
+        shared, group, limit_bytes = self.shared, self.group, self.settings.limit_bytes
+        own = shared.most_own[group]
+        state = self.rank_state_bytes(own, shared.most_experts[group], own)
+        seconds, least_bytes = np.inf, np.inf
+        for again, saved, passing in shared.most_modes:
+            num_bytes = state + held * saved[group] + passing[group]
+            seconds = np.where(num_bytes <= limit_bytes, np.minimum(seconds, again[group]), seconds)
+            least_bytes = np.minimum(least_bytes, num_bytes)
+        summing_s = np.where(self._is_summed_whole, own * self.settings.summing_s, 0.0)
+        again_s = np.where(np.isfinite(seconds), seconds, 0.0)
+        return shared.most_both[group] + again_s + summing_s, least_bytes
 
     def _of_even_cuts(self, name: str, v: Any) -> tuple[Any, Any]:
         """Several stages a rank, which recompute alike: by the first mode that does not surely exceed the memory."""
@@ -362,7 +391,10 @@ class _Table:
         def seconds(mode: Recompute) -> Any:
             again = self.shared.again_whole[mode][self.group] / p
             forward, backward = self.stage_s(again, ranks.mean_first_s)
-            heaviest = ranks.slowest_s(mode) + ranks.least_first_s
+            slowest = np.where(
+                self._is_summed_whole, ranks.of("slowest, summing", mode), ranks.of("slowest", mode)
+            )
+            heaviest = slowest + ranks.least_first_s
             slowest = np.maximum(forward + backward, np.maximum(heaviest, self._slowest_unit_s))
             bubble = self._bubble_s(name, v, forward / v, backward / v)
             return self._seconds(m * slowest + bubble, forward + backward)
@@ -430,36 +462,36 @@ class _EvenRanks:
         place = shared.even.ranks(name).place
         self._places = place[p, np.minimum(v_, place.shape[1] - 1)] * shared.num_groups + table.group
         self._held = table.held(name, v)
-        self._state = table.rank_state_bytes(self._of("own"), self._of("experts"), self._of("largest"))
-        self.mean_first_s = table.first_s(self._of("mean first own"), self._of("mean first calls"))
-        self.least_first_s = sum(table.first_s(self._of("least first own"), self._of("least first calls")))
+        self._state = table.rank_state_bytes(self.of("own"), self.of("experts"), self.of("largest"))
+        self.mean_first_s = table.first_s(self.of("mean first own"), self.of("mean first calls"))
+        self.least_first_s = sum(table.first_s(self.of("least first own"), self.of("least first calls")))
 
-    def _of(self, figure: str, mode: Recompute = "none") -> Any:
+    def of(self, figure: str, mode: Recompute = "none") -> Any:
         if (figure, mode) not in self._known:
             self._known[figure, mode] = self._shared.of_ranks(self._name, figure, mode)[self._places]
         return self._known[figure, mode]
 
-    def slowest_s(self, mode: Recompute) -> Any:
-        """Seconds of the heaviest rank for one microbatch, without what ZeRO waits for."""
-        return self._of("slowest", mode)
-
     def num_bytes(self, mode: Recompute) -> Any:
         """What the fullest rank holds at least."""
-        return self._state + self._held * self._of("saved", mode) + self._of("passing", mode)
+        return self._state + self._held * self.of("saved", mode) + self.of("passing", mode)
 
 
-_OF_RANKS: Final[Mapping[str, Callable[[RankTable, Figures, Recompute], Array]]] = MappingProxyType(
+_OF_RANKS: Final[Mapping[str, Callable[[RankTable, _Shared, Recompute], Array]]] = MappingProxyType(
     {
-        "own": lambda ranks, f, _: ranks.of_fullest(f.own),
-        "experts": lambda ranks, f, _: ranks.of_fullest(f.experts),
-        "largest": lambda ranks, f, _: ranks.most_of_fullest(f.own),
-        "mean first own": lambda ranks, f, _: ranks.mean_first(f.own),
-        "mean first calls": lambda ranks, f, _: ranks.mean_first(f.calls),
-        "least first own": lambda ranks, f, _: ranks.least_first(f.own),
-        "least first calls": lambda ranks, f, _: ranks.least_first(f.calls),
-        "slowest": lambda ranks, f, mode: ranks.slowest(f.both_s + f.again_s[mode]),
-        "saved": lambda ranks, f, mode: ranks.least_of_fullest(f.saved[mode]),
-        "passing": lambda ranks, f, mode: ranks.most_of_fullest(f.passing[mode]),
+        "own": lambda ranks, of, _: ranks.of_fullest(of.figures.own),
+        "experts": lambda ranks, of, _: ranks.of_fullest(of.figures.experts),
+        "largest": lambda ranks, of, _: ranks.most_of_fullest(of.figures.own),
+        "mean first own": lambda ranks, of, _: ranks.mean_first(of.figures.own),
+        "mean first calls": lambda ranks, of, _: ranks.mean_first(of.figures.calls),
+        "least first own": lambda ranks, of, _: ranks.least_first(of.figures.own),
+        "least first calls": lambda ranks, of, _: ranks.least_first(of.figures.calls),
+        "slowest": lambda ranks, of, mode: ranks.slowest(of.figures.both_s + of.figures.again_s[mode]),
+        "slowest, summing": lambda ranks, of, mode: ranks.slowest(
+            of.figures.both_s + of.figures.again_s[mode] + of.summing_s
+        ),
+        "saved": lambda ranks, of, mode: ranks.least_of_fullest(of.figures.saved[mode]),
+        "passing": lambda ranks, of, mode: ranks.most_of_fullest(of.figures.passing[mode]),
     }
 )
-"""[row of the table, group]"""
+"""Of ranks of even cuts, [row of their table, group]: the slowest one's seconds for one microbatch, without what ZeRO waits for; what the
+fullest one has, the first units of stages."""

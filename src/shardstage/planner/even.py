@@ -137,7 +137,7 @@ class RankTable:
 
     def most_of_fullest(self, of_kinds: Array) -> Array:
         """The most that one unit of it has."""
-        has = self.stages.any(axis=1)[:, :, None]
+        has = (self.stages > 0).max(axis=1)[:, :, None]
         found: Array = np.where(has, of_kinds[None], 0.0).max(axis=1)
         return found
 

@@ -69,7 +69,8 @@ class Figures:
 
         def table(figure: Any) -> Array:
             found: Array = np.concatenate(
-                [np.array([figure(costs) for costs in kinds], dtype=np.float64) for _, kinds, _ in parts], axis=1
+                [np.array([figure(costs) for costs in kinds], dtype=np.float64) for _, kinds, _ in parts],
+                axis=1,
             )[:, order]
             return found
 
@@ -81,7 +82,8 @@ class Figures:
             again_s={mode: table(lambda costs, m=mode: costs.recompute_s[m]) for mode in modes},
             saved={mode: table(lambda costs, m=mode: costs.saved_bytes[m]) for mode in modes},
             passing={
-                mode: table(lambda costs, m=mode: costs.extra_bytes[m] + costs.transient_bytes) for mode in modes
+                mode: table(lambda costs, m=mode: costs.extra_bytes[m] + costs.transient_bytes)
+                for mode in modes
             },
             own=table(lambda costs: costs.own_elements),
             experts=table(lambda costs: costs.expert_elements),

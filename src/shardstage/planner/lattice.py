@@ -108,7 +108,8 @@ class Lattice:
     def _meshes_of(self, group: Group) -> Numbers:
         part = self._parts[group.tp, group.cp]
         mask = part.is_sized[self._microbatches[group.microbatch]] & part.is_dealt[self._eps[group.ep]]
-        return part.meshes.start + np.flatnonzero(mask)
+        found: Numbers = part.meshes.start + np.flatnonzero(mask)
+        return found
 
     def _numbers_of(self) -> list[tuple[Group, int, int]]:
         """Groups with how many choices each has, and how many of them another one dominates."""
@@ -163,13 +164,17 @@ class Lattice:
     def _zeros_of(self, meshes: Sequence[Mesh]) -> Mask:
         """[mesh, ZeRO]: which there are, by tp and the number of replicas alone."""
         known = {(mesh.tp, mesh.num_replicas): mesh for mesh in meshes}
-        offered = {key: [zero in self.space.zeros_of(mesh) for zero in self.zeros] for key, mesh in known.items()}
-        return np.array([offered[mesh.tp, mesh.num_replicas] for mesh in meshes], dtype=bool)
+        offered = {
+            key: [zero in self.space.zeros_of(mesh) for zero in self.zeros] for key, mesh in known.items()
+        }
+        found = [offered[mesh.tp, mesh.num_replicas] for mesh in meshes]
+        return np.array(found, dtype=bool).reshape(len(meshes), len(self.zeros))
 
     def _schedules_of(self, meshes: Sequence[Mesh]) -> tuple[Mask, Numbers]:
         """[mesh, schedule]: which a pipeline of so many ranks has units for; [mesh]: how many dominated ones."""
         known = {pp: self._schedules_at(pp) for pp in {mesh.pp for mesh in meshes}}
         has = np.array([known[mesh.pp][0] for mesh in meshes], dtype=bool)
+        has = has.reshape(len(meshes), len(self.schedules))
         return has, np.array([known[mesh.pp][1] for mesh in meshes], dtype=np.int64)
 
     def _schedules_at(self, pp: int) -> tuple[list[bool], int]:
@@ -189,9 +194,7 @@ def _talk(costs: LinkCosts, meshes: Sequence[Mesh], space: Space) -> Talk:
     near = [space.near_ranks(mesh.tp) for mesh in meshes]
     near = [n if count % n == 0 else 1 for n, count in zip(near, replicas, strict=True)]
     stride = [mesh.stride("cp" if mesh.cp > 1 else "dp") for mesh in meshes]
-    copies = [
-        (count // n, step * n) for count, n, step in zip(replicas, near, stride, strict=True)
-    ]
+    copies = [(count // n, step * n) for count, n, step in zip(replicas, near, stride, strict=True)]
     whole, part = [*zip(replicas, stride, strict=True)], [*zip(near, stride, strict=True)]
     neighbours = [(min(2, mesh.pp), mesh.stride("pp")) for mesh in meshes]
 

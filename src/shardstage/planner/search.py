@@ -266,7 +266,7 @@ class Searcher:
 
     def _blocks(self) -> Iterator[tuple[float, Any]]:
         """Groups in the order of their bounds, each block with its first one's: few at first, as a good plan spares most of the others."""
-        order = np.argsort(self._least_s, kind="stable")
+        order: Any = np.argsort(self._least_s, kind="stable") if self.lattice.groups else []
         start, number = 0, FIRST_BLOCK
         while start < len(order):
             block = order[start : start + number]
