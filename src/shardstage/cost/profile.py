@@ -96,7 +96,7 @@ class Profiler:
         ).works(self._elements, self._shared)
 
     def at(self, microbatch: int, links: Links | None = None) -> Profile:
-        """Costs of all units for a microbatch of so many samples; ``links`` say which ranks share its sequences (cp) and its experts (ep)."""
+        """Costs of all units for a microbatch of so many samples; ``links`` say who shares its sequences (cp) and its experts (ep)."""
         cases = Cases.alone(microbatch) if links is None else Cases.of([microbatch], [links])
         kept = [costs.at(0) for costs in self.costs(cases)]
         return Profile(

@@ -15,7 +15,7 @@ from shardstage.planner.space import Choice
 
 __all__ = ["KEPT_RUNNERS_UP", "Found", "Walk", "mesh_key", "pareto"]
 
-KEPT_RUNNERS_UP: Final = 8
+KEPT_RUNNERS_UP: Final = 6
 """Of choices that were priced, so many of different meshes are kept to show what comes after the best."""
 
 
