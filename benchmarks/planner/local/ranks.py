@@ -72,10 +72,10 @@ def measure(environment: RankEnvironment, job: Job) -> None:
             break
         asked = everything if number < job.num_rounds else _contenders(steps, job.pick)
         order = random.Random(number).sample(list(asked), len(asked))
-        for index, seconds in zip(order, _round(runs, order), strict=True):
+        for index, (seconds, cpu_s) in zip(order, _round(runs, order), strict=True):
             steps[index].append(seconds)
             if environment.rank == 0:
-                _write(job.out, {"round": number, "plan": index, "seconds": seconds})
+                _write(job.out, {"round": number, "plan": index, "seconds": seconds, "cpu_s": cpu_s})
 
 
 class _Run:
@@ -94,24 +94,24 @@ class _Run:
         self.batches = _batches(self.engine, source, job.sequence)
         self._step = 0
 
-    def step(self) -> tuple[float, float]:
-        """When it began and when it ended, on the clock that all ranks of a machine share."""
+    def step(self) -> tuple[float, float, float]:
+        """When it began and when it ended, on the clock that all ranks of a machine share, and CPU seconds of all of the rank's threads."""
         dist.barrier()
-        began_s = time.perf_counter()
+        began_s, cpu_began_s = time.perf_counter(), time.process_time()
         self.engine.step(self._step, self.batches)
-        ended_s = time.perf_counter()
+        ended_s, cpu_s = time.perf_counter(), time.process_time() - cpu_began_s
         self._step += 1
-        return began_s, ended_s
+        return began_s, ended_s, cpu_s
 
 
-def _round(runs: Sequence[_Run], order: Sequence[int]) -> list[float]:
-    """Seconds of a step of each plan, from the first rank's begin to the last rank's end."""
+def _round(runs: Sequence[_Run], order: Sequence[int]) -> list[tuple[float, float]]:
+    """Of a step of each plan the seconds from the first rank's begin to the last rank's end, and the CPU seconds of all ranks."""
     times = torch.tensor([runs[index].step() for index in order], dtype=torch.float64)
     everyone = [torch.empty_like(times) for _ in range(dist.get_world_size())]
     dist.all_gather(everyone, times)
-    both = torch.stack(everyone)  # [ranks, plans, (began, ended)]
-    seconds: list[float] = (both[..., 1].amax(0) - both[..., 0].amin(0)).tolist()
-    return seconds
+    began_s, ended_s, cpu_s = torch.stack(everyone).unbind(-1)  # [ranks, plans] each
+    seconds = ended_s.amax(0) - began_s.amin(0)
+    return list(zip(seconds.tolist(), cpu_s.sum(0).tolist(), strict=True))
 
 
 def _contenders(steps: Sequence[Sequence[float]], pick: int) -> list[int]:
