@@ -87,7 +87,7 @@ class _Pricer:
     def predict(self, plan: Plan) -> Prediction:
         positions = {op.name: index for index, op in enumerate(self.graph.ops)}
         starts = tuple(self.folded.unit_at(positions[stage.first]) for stage in plan.stages)
-        setup = setup_of(plan, starts)
+        setup = setup_of(plan, self.folded, starts)
         pipelines = {
             (self._classes_of(plan, dp), max(plan.microbatches(dp))): None for dp in range(plan.mesh.dp)
         }
@@ -110,7 +110,7 @@ class _Pricer:
         """For each class that a pipeline rank lies on its number and the rank's peak bytes."""
         positions = {op.name: index for index, op in enumerate(self.graph.ops)}
         starts = tuple(self.folded.unit_at(positions[stage.first]) for stage in plan.stages)
-        setup = setup_of(plan, starts)
+        setup = setup_of(plan, self.folded, starts)
         told = []
         for dp in range(plan.mesh.dp):
             classes = self._classes_of(plan, dp)

@@ -31,6 +31,7 @@ from shardstage.cost.pipeline import SPLITTING, StageTime, bubble_s, pipeline_s
 from shardstage.cost.profile import RECOMPUTES, Recompute
 from shardstage.graph import ModelGraph
 from shardstage.graph.cuts import good_positions
+from shardstage.graph.recompute import StageRecompute
 from shardstage.layout import Mesh
 from shardstage.plan import Precision
 from shardstage.plan.plan import Plan
@@ -75,12 +76,12 @@ class Pricing:
         sequence: int | None,
         precision: Precision,
         is_compiled: bool = False,
-        modes: tuple[Recompute, ...] = RECOMPUTES,
+        modes: tuple[StageRecompute, ...] = RECOMPUTES,
     ) -> None:
         self.cluster = cluster
         self.costs = LinkCosts(cluster)
         self.folded: Folded = _fold_for(graph, num_ranks)
-        self.modes = modes
+        self.modes: tuple[Recompute, ...] = tuple(m for m in RECOMPUTES if m in modes) or RECOMPUTES
         self.savers = Savers()
         self._global_batch = global_batch
         self._sequence = sequence
@@ -202,6 +203,7 @@ class Pricing:
             zero_ranks=choice.zero.num_ranks,
             gradient_dtype=self.savers.gradient_dtype,
             is_offloaded=self.savers.offload == "optimizer",
+            layers=self.folded.layers,
         )
 
     def _cut(self, uncut: _Uncut, limit_bytes: int, below_s: float) -> StepSetup | None:

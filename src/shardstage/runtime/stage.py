@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from shardstage.graph.cuts import Segment
+from shardstage.graph.recompute import StageRecompute, block_modes
 from shardstage.operators import OperatorContext
-from shardstage.plan.plan import Recompute
 from shardstage.runtime.block import Block
 from shardstage.runtime.block_code import BlockCode, BlockWriter
 from shardstage.runtime.leaves import ParameterInfo
@@ -96,7 +96,7 @@ def build_stage(
     *,
     context: OperatorContext,
     writer: BlockWriter,
-    recompute: Recompute,
+    recompute: StageRecompute,
     parameter_dtype: torch.dtype | None,
 ) -> Stage:
     """The stage with its parameters and buffers on meta.
@@ -119,7 +119,8 @@ def build_stage(
     ]
     uses = Counter(name for by_size in codes for name in by_size[next(iter(by_size))].parameters)
     _hold_shared(stage, first, uses, parameter_dtype)
-    for block, by_size in zip(blocks, codes, strict=True):
+    modes = block_modes(recompute, blocks)
+    for block, by_size, mode in zip(blocks, codes, modes, strict=True):
         own = {
             name: _meta_parameter(first, name, parameter_dtype)
             for name in by_size[next(iter(by_size))].parameters
@@ -132,7 +133,7 @@ def build_stage(
                 own=own,
                 shared=stage,
                 context=context,
-                recompute=recompute if block.is_layer else "none",
+                recompute=mode,
             ),
             by_size,
         )
