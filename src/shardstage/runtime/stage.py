@@ -40,17 +40,21 @@ class Stage(nn.Module):
         self.outputs = outputs
         self.blocks = nn.ModuleList()
         self._codes: list[Mapping[int, BlockCode]] = []
+        self._last_uses: dict[int, tuple[tuple[str, ...], ...]] = {}
 
     def add(self, block: Block, codes: Mapping[int, BlockCode]) -> None:
         self.blocks.append(block)
         self._codes.append(codes)
+        self._last_uses.clear()
 
     def forward(
         self, size: int, positions: tuple[int, ...], values: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
         """The values that others need (``outputs``) for a microbatch of ``size`` samples at ``positions`` of the global batch."""
         known = dict(values)
-        last_use = self._last_uses(size)
+        if size not in self._last_uses:
+            self._last_uses[size] = self._find_last_uses(size)
+        last_use = self._last_uses[size]
         for number, (block, codes) in enumerate(zip(self.blocks, self._codes, strict=True)):
             code = codes[size]
             results = block(size, positions, tuple(known[name] for name in code.inputs))
@@ -79,7 +83,7 @@ class Stage(nn.Module):
         held = self.get_buffer(name)
         self._buffers[name] = tensor.to(held.dtype)
 
-    def _last_uses(self, size: int) -> tuple[tuple[str, ...], ...]:
+    def _find_last_uses(self, size: int) -> tuple[tuple[str, ...], ...]:
         last: dict[str, int] = {}
         for number, codes in enumerate(self._codes):
             last.update(dict.fromkeys((*codes[size].inputs, *codes[size].outputs), number))
