@@ -132,7 +132,7 @@ def job_of(row: dict[str, Any]) -> Job:
         shape=replace(shape_of(model), vocab=-(-model["vocab"] // multiple) * multiple),
         sequence=model["seq_len"],
         framework=framework,
-        cluster=_as_run_by(framework, cluster_of(row["hardware"], mesh.world_size)),
+        cluster=_as_run_by(framework, _cluster_of_row(row, mesh.world_size)),
         mesh=mesh,
         stages_per_rank=vpp,
         schedule="interleaved-1f1b"
@@ -289,6 +289,20 @@ def cluster_of(hardware: dict[str, Any], num_devices: int) -> Cluster:
         return cluster
     node, network = cluster.levels
     return replace(cluster, levels=(node, replace(network, bytes_per_s=0.96e9 * nominal)))
+
+
+def _cluster_of_row(row: dict[str, Any], num_devices: int) -> Cluster:
+    cluster = cluster_of(row["hardware"], num_devices)
+    if not row["group"].startswith("bloom"):
+        return cluster
+    node, network = cluster.levels
+    return replace(cluster, levels=(node, replace(network, bytes_per_s=JEAN_ZAY_BYTES_PER_S)))
+
+
+JEAN_ZAY_BYTES_PER_S = 4 * 40.5e9 / 8 / 8
+"""A GPU's eighth of what its node's four Omni-Path adapters carry: 40.5 Gbit/s each, not the 100 that they are sold for. So NCCL 2.10
+summed 4 GB over four nodes of Jean Zay, one adapter of each sending (experiments/bandwidth/all_reduce_bench-a100-n4.txt by BLOOM's authors,
+github.com/bigscience-workshop/bigscience; their README there: NCCL "doesn't fully utilize Intel OPA full bandwidth")."""
 
 
 @cache

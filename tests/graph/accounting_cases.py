@@ -19,7 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from shardstage.compat import TorchDispatchMode, storage_key
 from shardstage.graph import ModelGraph
 from shardstage.graph.capture_transformers import as_untraced
-from shardstage.graph.saved import SELECTIVE_TARGETS, Recompute
+from shardstage.graph.recompute import Recompute
+from shardstage.graph.saved import SELECTIVE_TARGETS
 from shardstage.graph.source import ModelSource
 from shardstage.graph.tasks import Task
 

@@ -135,6 +135,33 @@ def test_a_single_rank_joins_a_world_of_one_and_leaves_it(monkeypatch: pytest.Mo
     leave_world()
 
 
+_FREES_LARGE_TENSORS = """
+import sys, torch
+from shardstage.runtime.peak_memory import keep_freed_memory, resident_bytes
+
+if sys.argv[1:]:
+    keep_freed_memory()
+before = resident_bytes()
+for _ in range(2):
+    tensors = [torch.ones(2**21) for _ in range(8)]
+    tensors.clear()
+print(resident_bytes() - before)
+"""
+
+
+def test_a_cpu_rank_keeps_what_a_step_frees() -> None:
+    """Eight tensors of 8 MiB, which the C allocator gives back to the system if nobody asks it not to."""
+    resident = [
+        int(
+            subprocess.run(
+                [sys.executable, "-c", _FREES_LARGE_TENSORS, *how], capture_output=True, check=True
+            ).stdout
+        )
+        for how in ([], ["keep"])
+    ]
+    assert resident[0] < 32 * 2**20 < 64 * 2**20 <= resident[1]
+
+
 def test_a_rank_without_a_cuda_device_is_told_how_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(ConfigError, match="local rank 0 has no CUDA device: this host shows 0") as refusal:

@@ -40,7 +40,7 @@ def analytic(plan: Plan) -> tuple[Prediction, float]:
     boundaries = tuple(positions[stage.first] for stage in plan.stages)
     folded = fold(GRAPH, boundaries=boundaries)
     starts = tuple(folded.unit_at(position) for position in boundaries)
-    setup = setup_of(plan, starts, schedule_of(plan))
+    setup = setup_of(plan, folded, starts, schedule_of(plan))
     priced = profile(folded, CLUSTER, tp=plan.mesh.tp, microbatch=setup.microbatch, sequence=64)
     prediction = predict_step(priced, setup, Links(CLUSTER, plan.mesh))
     return prediction, prediction.step_time_s / CALIBRATIONS["cuda"].expected

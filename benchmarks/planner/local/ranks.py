@@ -1,8 +1,8 @@
 """One rank: holds an engine for each plan, and has the plans take turns.
 
-warm-up     every plan, two steps
-rounds      every plan one step, in an order that is drawn anew each round
-finals      the contenders alone: the pick and what is nearly as fast as the best so far
+warm-up     every plan one step
+rounds      every plan a turn of three steps, of which two are timed, in an order that is drawn anew each round
+finals      the same of the contenders alone: the pick and what is nearly as fast as the best so far
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ from shardstage.runtime.optimizer import OptimizerConfig
 
 __all__ = ["Job", "measure"]
 
-NUM_WARM_UPS = 2
+STEPS_OF_TURN = 3
+"""In training a step comes after others of its own plan. The first one after another plan's is not timed: it finds caches and free
+memory as that plan left them, and took up to twice as long."""
 IS_CONTENDER_RATIO = 1.15
 """A plan that takes at most so many times the best one's median stays for the finals."""
 
@@ -63,19 +65,19 @@ def measure(environment: RankEnvironment, job: Job) -> None:
         print(f"  {len(runs)} engines built in {time.perf_counter() - began_s:.0f} s", flush=True)
     gc.collect()
     gc.freeze()
+    for run in runs:
+        run.step()
     everything = range(len(runs))
-    for _ in range(NUM_WARM_UPS):
-        _round(runs, everything)
     steps: list[list[float]] = [[] for _ in runs]
     for number in range(job.num_rounds + job.num_finals):
         if number >= job.num_rounds and _is_late(began_s, job.limit_s):
             break
         asked = everything if number < job.num_rounds else _contenders(steps, job.pick)
         order = random.Random(number).sample(list(asked), len(asked))
-        for index, seconds in zip(order, _round(runs, order), strict=True):
+        for index, seconds, cpu_s in _round(runs, order):
             steps[index].append(seconds)
             if environment.rank == 0:
-                _write(job.out, {"round": number, "plan": index, "seconds": seconds})
+                _write(job.out, {"round": number, "plan": index, "seconds": seconds, "cpu_s": cpu_s})
 
 
 class _Run:
@@ -94,24 +96,30 @@ class _Run:
         self.batches = _batches(self.engine, source, job.sequence)
         self._step = 0
 
-    def step(self) -> tuple[float, float]:
-        """When it began and when it ended, on the clock that all ranks of a machine share."""
+    def turn(self) -> list[tuple[float, float, float]]:
+        """Of each step what ``step`` says."""
+        return [self.step() for _ in range(STEPS_OF_TURN)]
+
+    def step(self) -> tuple[float, float, float]:
+        """When it began and when it ended, on the clock that all ranks of a machine share, and CPU seconds of all of the rank's threads."""
         dist.barrier()
-        began_s = time.perf_counter()
+        began_s, cpu_began_s = time.perf_counter(), time.process_time()
         self.engine.step(self._step, self.batches)
-        ended_s = time.perf_counter()
+        ended_s, cpu_s = time.perf_counter(), time.process_time() - cpu_began_s
         self._step += 1
-        return began_s, ended_s
+        return began_s, ended_s, cpu_s
 
 
-def _round(runs: Sequence[_Run], order: Sequence[int]) -> list[float]:
-    """Seconds of a step of each plan, from the first rank's begin to the last rank's end."""
-    times = torch.tensor([runs[index].step() for index in order], dtype=torch.float64)
+def _round(runs: Sequence[_Run], order: Sequence[int]) -> list[tuple[int, float, float]]:
+    """Of each step that is timed its plan, the seconds from the first rank's begin to the last rank's end, and CPU seconds of all ranks."""
+    turns = [runs[index].turn() for index in order]
+    timed = [index for index in order for _ in range(1, STEPS_OF_TURN)]
+    times = torch.tensor([step for turn in turns for step in turn[1:]], dtype=torch.float64)
     everyone = [torch.empty_like(times) for _ in range(dist.get_world_size())]
     dist.all_gather(everyone, times)
-    both = torch.stack(everyone)  # [ranks, plans, (began, ended)]
-    seconds: list[float] = (both[..., 1].amax(0) - both[..., 0].amin(0)).tolist()
-    return seconds
+    began_s, ended_s, cpu_s = torch.stack(everyone).unbind(-1)  # [ranks, steps] each
+    seconds = ended_s.amax(0) - began_s.amin(0)
+    return list(zip(timed, seconds.tolist(), cpu_s.sum(0).tolist(), strict=True))
 
 
 def _contenders(steps: Sequence[Sequence[float]], pick: int) -> list[int]:

@@ -1,6 +1,6 @@
 """The planner's pick against all measured plans, on four ranks of this machine and networks of three speeds.
 
-python benchmarks/planner/local/run.py [--models llama,gpt,vit] [--networks 1,5,20] [--rounds 3] [--finals 8] [--out FOLDER]
+python benchmarks/planner/local/run.py [--models llama,gpt,vit] [--networks 1,5,20] [--rounds 2] [--finals 4] [--out FOLDER]
 
 Needs root: every rank sits in a network namespace of its own, whose link is shaped. For each network a probe makes the cluster, as
 `shardstage probe --ranks 4` does; for each model on it the planner picks a plan, and the pick, the runners-up and a grid of all kinds
@@ -31,7 +31,7 @@ from shardstage.graph import ModelGraph
 from shardstage.runtime.launch import launch
 
 PROBE_S = 45.0
-SESSION_S = 180.0
+SESSION_S = 300.0
 """Of a model on a network: engines are built in 20 to 40 s, and 30 plans take turns for the rest."""
 
 
@@ -60,8 +60,8 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--models", default="llama,gpt,vit", help=f"of {', '.join(MODELS)}")
     parser.add_argument("--networks", default="1,5,20", help="Gbit/s of each host's link")
-    parser.add_argument("--rounds", type=int, default=3, help="timed steps of every plan")
-    parser.add_argument("--finals", type=int, default=8, help="further steps of those near the best")
+    parser.add_argument("--rounds", type=int, default=2, help="turns of every plan, of two timed steps")
+    parser.add_argument("--finals", type=int, default=4, help="further turns of those near the best")
     parser.add_argument("--only-plans", type=int, help="measure at most so many plans, the pick among them")
     parser.add_argument(
         "--out", type=Path, help="folder for clusters and every step that was timed (a new one)"

@@ -20,13 +20,17 @@ KEPT_REPEATS = 2
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Unit:
-    """Consecutive ops ``start <= i < stop`` of the whole graph that no stage cuts through; ``twin`` is the kept unit that it equals."""
+    """Consecutive ops ``start <= i < stop`` of the whole graph that no stage cuts through; ``twin`` is the kept unit that it equals.
+
+    ``layer`` numbers the layer that it is, or is a part of; -1 outside of layers.
+    """
 
     start: int
     stop: int
     module: str
     kind: str
     twin: int
+    layer: int = -1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +40,11 @@ class Folded:
     graph: ModelGraph
     units: tuple[Unit, ...]
     kept: tuple[tuple[int, int], ...]
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layer of each unit."""
+        return tuple(unit.layer for unit in self.units)
 
     def unit_at(self, position: int) -> int:
         """Index of the unit that begins at op ``position`` of the whole graph."""
@@ -69,11 +78,12 @@ def fold(graph: ModelGraph, *, boundaries: Sequence[int] = ()) -> Folded:
 def _units(graph: ModelGraph, boundaries: Sequence[int]) -> tuple[Unit, ...]:
     """Blocks, cut further at the boundaries; the parts of a cut block have kinds of their own."""
     units = []
-    for block in find_blocks(graph):
+    for number, block in enumerate(find_blocks(graph)):
         inner = [at for at in sorted(set(boundaries)) if block.start < at < block.stop]
         for start, stop in pairwise((block.start, *inner, block.stop)):
             kind = fingerprint(graph, start, stop) if inner else block.kind
-            units.append(Unit(start=start, stop=stop, module=block.module, kind=kind, twin=-1))
+            layer = number if block.is_layer else -1
+            units.append(Unit(start=start, stop=stop, module=block.module, kind=kind, twin=-1, layer=layer))
     return tuple(units)
 
 

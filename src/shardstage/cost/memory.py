@@ -27,6 +27,7 @@ from typing import Final, Literal, NamedTuple
 from shardstage.cost.accounting import OUR_ACCOUNTING, Accounting
 from shardstage.cost.profile import Profile, UnitCost
 from shardstage.cost.setup import StepSetup
+from shardstage.graph.recompute import Recompute
 from shardstage.schedule import Action
 
 __all__ = ["MemoryModel", "MemoryUse", "rank_memory", "stage_elements", "stage_memory", "step_bytes"]
@@ -89,7 +90,13 @@ class MemoryModel:
         own = setup.units_of(stage, self.profile)
         following = units[own.stop].input_bytes if own.stop < len(units) else None
         held = setup.in_flight(stage)
-        key = (*(id(units[i]) for i in own), setup.recompute_of(stage), held, stage == 0, following)
+        key = (
+            *(id(units[i]) for i in own),
+            *setup.modes_of(stage, self.profile),
+            held,
+            stage == 0,
+            following,
+        )
         if key not in self._known:
             self._known[key] = stage_memory(self.profile, setup, stage, self.accounting)
         return self._known[key]
@@ -128,7 +135,7 @@ def stage_memory(
     by_size = sorted((unit.own_elements for unit in units), reverse=True)
     largest = max([by_size[0], shared])
     has_loss = stage == setup.num_stages - 1
-    works = _works(units, setup, stage, accounting, has_loss=has_loss)
+    works = _works(units, setup.modes_of(stage, profile), accounting, has_loss=has_loss)
     recomputed, transient = max(((work.recomputed, work.transient) for work in works), key=sum)
     level, c, w = setup.sharding_level, setup.compute_bytes, setup.master_bytes
     g = setup.gradient_bytes if accounting.gradient_bytes is None else accounting.gradient_bytes
@@ -180,10 +187,10 @@ class _Work(NamedTuple):
 
 
 def _works(
-    units: Sequence[UnitCost], setup: StepSetup, stage: int, accounting: Accounting, *, has_loss: bool
+    units: Sequence[UnitCost], modes: Sequence[Recompute], accounting: Accounting, *, has_loss: bool
 ) -> list[_Work]:
     """What each unit of a stage holds; the last of the last stage as the framework's loss does."""
-    kept = [unit.kept[setup.recompute_of(stage)] for unit in units]
+    kept = [unit.kept[mode] for unit, mode in zip(units, modes, strict=True)]
     works = [
         _Work(k.saved_bytes, k.extra_bytes, unit.transient_bytes) for k, unit in zip(kept, units, strict=True)
     ]

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from shardstage.cost.profile import Recompute, UnitCost
+from shardstage.cost.profile import UnitCost
+from shardstage.graph.recompute import Recompute
 
 __all__ = ["Parts", "compute_parts"]
 
@@ -32,18 +33,19 @@ class Parts(NamedTuple):
         return Parts(*(count * seconds for seconds in self))
 
 
-def compute_parts(units: Sequence[UnitCost], recompute: Recompute) -> Parts:
+def compute_parts(units: Sequence[UnitCost], modes: Sequence[Recompute]) -> Parts:
     """What one microbatch takes forward, backward and computed again: products, memory, host and tp.
 
-    What is computed again is the forward but for some products; of these and the host it keeps the forward's proportion.
+    ``modes`` say what of each unit is computed again: the forward but for some products; of these and the host it keeps the forward's
+    proportion.
     """
     total = Parts()
-    for unit in units:
+    for unit, mode in zip(units, modes, strict=True):
         talk_s = (unit.talk_s(forward=True), unit.talk_s(forward=False))
         memory_s, host_s = sum(unit.memory_s), sum(unit.host_s)
         products_s = max(0.0, unit.forward_s + unit.backward_s - memory_s - host_s)
         total = total.plus(Parts(products_s, memory_s, host_s, sum(talk_s)))
-        if again_s := unit.kept[recompute].recompute_s:
+        if again_s := unit.kept[mode].recompute_s:
             rest_s = max(0.0, again_s - unit.memory_s[0] - talk_s[0])
             launched_s = unit.forward_s - unit.memory_s[0]  # products and host in the forward
             again_host_s = rest_s * unit.host_s[0] / launched_s if launched_s > 0 else 0.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
-from typing import Final, Literal, NamedTuple
+from typing import Final, NamedTuple
 
 from shardstage.cluster import CollectiveKind
 from shardstage.cost.collective import calls_of, is_communication
@@ -15,12 +15,12 @@ from shardstage.graph import ModelGraph, Op
 from shardstage.graph.blocks import find_blocks
 from shardstage.graph.cuts import all_crossing_bytes
 from shardstage.graph.flops import backward_flops, forward_flops
+from shardstage.graph.recompute import Recompute
 from shardstage.graph.saved import extra_values, is_of_batch, recompute_flops, saved_values, working_sets
 
 __all__ = ["RECOMPUTES", "Bytes", "Reading", "Recompute", "Work", "fixed_values"]
 
 RECOMPUTES: Final = ("none", "selective", "full")
-Recompute = Literal["none", "selective", "full"]
 
 
 class Bytes(NamedTuple):

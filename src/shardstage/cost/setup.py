@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from shardstage.cost.execution import OURS, Execution
-from shardstage.cost.profile import Profile, Recompute
+from shardstage.cost.profile import Profile
+from shardstage.graph.recompute import Recompute, StageRecompute, layer_modes
 from shardstage.layout import Mesh
 from shardstage.schedule import (
     Schedule,
@@ -27,7 +28,8 @@ class StepSetup:
 
     ``microbatch`` is the size that the profile was made at, and ``num_microbatches`` run on each data-parallel rank. ``custom`` is a
     schedule that has no name. ``ep`` ranks deal the experts out among them, ``zero_ranks`` share what ZeRO cuts (default: all replicas);
-    ``recompute_of_stages`` says for each stage what ``recompute`` says for all. ``execution`` is how the framework at hand runs all that.
+    ``recompute_of_stages`` says for each stage what ``recompute`` says for all; ``layers`` are those of the units (``fold``), without
+    which every unit is one. ``execution`` is how the framework at hand runs all that.
     ``gradient_dtype`` is that of gradients' sums (default: the master weights'). ``is_offloaded``: the optimizer lives in the host's
     memory.
     """
@@ -39,14 +41,15 @@ class StepSetup:
     global_batch: int
     sequence: int | None
     zero: int
-    recompute: Recompute
+    recompute: StageRecompute
     schedule: str
     precision: str
     bucket_bytes: int
     custom: Schedule | None = None
     ep: int = 1
     zero_ranks: int | None = None
-    recompute_of_stages: tuple[Recompute, ...] = ()
+    recompute_of_stages: tuple[StageRecompute, ...] = ()
+    layers: tuple[int, ...] = ()
     execution: Execution = OURS
     gradient_dtype: str | None = None
     is_offloaded: bool = False
@@ -61,8 +64,13 @@ class StepSetup:
         """How many ranks share what ZeRO cuts."""
         return self.zero_ranks or self.mesh.num_replicas
 
-    def recompute_of(self, stage: int) -> Recompute:
+    def recompute_of(self, stage: int) -> StageRecompute:
         return self.recompute_of_stages[stage] if self.recompute_of_stages else self.recompute
+
+    def modes_of(self, stage: int, profile: Profile) -> tuple[Recompute, ...]:
+        """What each unit of a stage recomputes."""
+        own = self.units_of(stage, profile)
+        return layer_modes(self.recompute_of(stage), self.layers[own.start : own.stop] or own)
 
     def part_elements(self, elements: int, expert_elements: int) -> int:
         """Of a rank's elements those that it owns under ZeRO; the ranks that share experts are ``ep`` times fewer."""

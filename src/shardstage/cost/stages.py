@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from operator import mul
 
 from shardstage.cost.compute import dispatch_s, moved_s, optimizer_s
 from shardstage.cost.links import Links, exposed_s
@@ -13,6 +14,7 @@ from shardstage.cost.parts import Parts, compute_parts
 from shardstage.cost.pipeline import StageTime
 from shardstage.cost.profile import Profile, UnitCost
 from shardstage.cost.setup import StepSetup
+from shardstage.graph.recompute import Recompute
 
 __all__ = ["StageCost", "stage_costs"]
 
@@ -49,7 +51,7 @@ def stage_costs(profile: Profile, setup: StepSetup, links: Links) -> tuple[Stage
     for stage in range(setup.num_stages):
         units = [profile.units[index] for index in setup.units_of(stage, profile)]
         has_ties = any(unit.shared for unit in units)
-        key = (*map(id, units), setup.recompute_of(stage), stage == 0, stage if has_ties else -1)
+        key = (*map(id, units), *setup.modes_of(stage, profile), stage == 0, stage if has_ties else -1)
         if key not in known:
             known[key] = _stage_cost(profile, setup, links, stage, units)
         found.append(known[key])
@@ -61,12 +63,13 @@ def _stage_cost(
 ) -> StageCost:
     elements = stage_elements(profile, setup, stage)
     part = setup.part_elements(elements, sum(unit.expert_elements for unit in units))
-    plain = _plain_times(units, setup, stage)
-    waits = _waits(units, plain, setup, links, stage)
+    modes = setup.modes_of(stage, profile)
+    plain = _plain_times(units, modes)
+    waits = _waits(units, modes, plain, setup, links)
     added_s = _accumulation_s(elements, part, setup, links)
     time = _time(units, plain, waits, added_s, setup, links, stage)
     gather_s = _new_parameters_s(elements, setup, links)
-    parts = compute_parts(units, setup.recompute_of(stage))
+    parts = compute_parts(units, modes)
     return StageCost(
         num_elements=elements,
         time=time,
@@ -129,18 +132,22 @@ def _accumulation_s(elements: int, part: int, setup: StepSetup, links: Links) ->
     return moved_s(summed * setup.accumulation_bytes, links.cluster.device)
 
 
-def _plain_times(units: Sequence[UnitCost], setup: StepSetup, stage: int) -> tuple[float, float]:
+def _plain_times(units: Sequence[UnitCost], modes: Sequence[Recompute]) -> tuple[float, float]:
     """Seconds forward and backward of compute, talk that nothing hides, and recomputation."""
-    recompute = setup.recompute_of(stage)
     forward_s = sum(unit.forward_s + unit.talk_s(forward=True) for unit in units)
     backward_s = sum(
-        unit.backward_s + unit.talk_s(forward=False) + unit.kept[recompute].recompute_s for unit in units
+        unit.backward_s + unit.talk_s(forward=False) + unit.kept[mode].recompute_s
+        for unit, mode in zip(units, modes, strict=True)
     )
     return forward_s, backward_s
 
 
 def _waits(
-    units: Sequence[UnitCost], plain: tuple[float, float], setup: StepSetup, links: Links, stage: int
+    units: Sequence[UnitCost],
+    modes: Sequence[Recompute],
+    plain: tuple[float, float],
+    setup: StepSetup,
+    links: Links,
 ) -> tuple[float, float]:
     """Seconds forward and backward that a microbatch waits for ZeRO-2/3: the first gather, the last reduction, what does not hide."""
     if setup.sharding_level < 2:
@@ -150,23 +157,26 @@ def _waits(
     calls = [(unit, min(unit.num_parameters, how.gathers_apart) or 1) for unit in units]
     gathers = [links.shards_s("all_gather", u.own_elements * setup.compute_bytes, num) for u, num in calls]
     sums = [_scatter_s(links, unit.own_elements * setup.wire_bytes, num) for unit, num in calls]
-    again = _times_gathered_again(setup, stage)
+    times_again = [_times_gathered_again(setup, mode) for mode in modes]
+    again_s = sum(map(mul, times_again, gathers))
     is_ahead = all(unit.own_elements < num * how.live_elements for unit, num in calls)
     slowdown = links.overlap_slowdown if is_ahead else 1.0
-    copies_s = 0.0
+    copies_s, copied_again = 0.0, 0.0
     if how.gathers_apart:
-        copies_s = sum(num for _, num in calls) * setup.num_shards * dispatch_s(links.cluster.device)
+        counts = [num for _, num in calls]
+        copies_s = sum(counts) * setup.num_shards * dispatch_s(links.cluster.device)
+        copied_again = sum(map(mul, times_again, counts)) / sum(counts)
     return (
         copies_s + exposed_s(sum(gathers), forward_s, slowdown, gathers[0]),
-        (again + 1) * copies_s + exposed_s(again * sum(gathers) + sum(sums), backward_s, slowdown, sums[0]),
+        (copied_again + 1) * copies_s + exposed_s(again_s + sum(sums), backward_s, slowdown, sums[0]),
     )
 
 
-def _times_gathered_again(setup: StepSetup, stage: int) -> int:
-    """For the backward under ZeRO-3, and where parameters travel apart for recomputing before it."""
+def _times_gathered_again(setup: StepSetup, mode: Recompute) -> int:
+    """For a unit's backward under ZeRO-3, and where parameters travel apart for recomputing before it."""
     if setup.sharding_level < 3:
         return 0
-    return 2 if setup.execution.gathers_apart and setup.recompute_of(stage) != "none" else 1
+    return 2 if setup.execution.gathers_apart and mode != "none" else 1
 
 
 def _reduction_s(elements: int, tied: int, time: StageTime, setup: StepSetup, links: Links) -> float:

@@ -5,18 +5,20 @@
     selective    its inputs, and the results of products and attention        everything else
     full         its inputs                                                   everything
 
-Only layers are recomputed (``Block.is_layer``): the embedding and the head with its loss keep their few, large tensors. Bytes count
-storages, once each; parameters and buffers live anyway, and what carries no gradient of the batch is listed apart.
+Only layers are recomputed (``Block.is_layer``), all of a stage or its first ones (``recompute``): the embedding and the head with its loss
+keep their few, large tensors. Bytes count storages, once each; parameters and buffers live anyway, and what carries no gradient of the
+batch is listed apart.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Final, Literal
+from typing import Final
 
 from shardstage.graph.blocks import Block, find_blocks, within
 from shardstage.graph.flops import forward_flops
 from shardstage.graph.model_graph import ModelGraph, Op
+from shardstage.graph.recompute import Recompute, StageRecompute, block_modes
 
 __all__ = [
     "SELECTIVE_TARGETS",
@@ -30,8 +32,6 @@ __all__ = [
     "transient_bytes",
     "working_sets",
 ]
-
-Recompute = Literal["none", "selective", "full"]
 
 # What selective recomputation keeps the results of. Half of the names are those of a graph, the others what torch calls in their
 # place when an op runs, which is where its selective checkpoint decides.
@@ -52,7 +52,12 @@ SELECTIVE_TARGETS: Final = (
 
 
 def saved_bytes(
-    graph: ModelGraph, start: int, stop: int, recompute: Recompute, *, blocks: Sequence[Block] | None = None
+    graph: ModelGraph,
+    start: int,
+    stop: int,
+    recompute: StageRecompute,
+    *,
+    blocks: Sequence[Block] | None = None,
 ) -> int:
     """Bytes that ops[start:stop] keep of one microbatch until its backward, without parameters, buffers and the batch.
 
@@ -63,7 +68,12 @@ def saved_bytes(
 
 
 def saved_input_bytes(
-    graph: ModelGraph, start: int, stop: int, recompute: Recompute, *, blocks: Sequence[Block] | None = None
+    graph: ModelGraph,
+    start: int,
+    stop: int,
+    recompute: StageRecompute,
+    *,
+    blocks: Sequence[Block] | None = None,
 ) -> int:
     """Bytes of the batch's own tensors that ops[start:stop] keep, such as token ids and labels."""
     names = saved_values(graph, start, stop, recompute, blocks=blocks)
@@ -71,22 +81,32 @@ def saved_input_bytes(
 
 
 def saved_values(
-    graph: ModelGraph, start: int, stop: int, recompute: Recompute, *, blocks: Sequence[Block] | None = None
+    graph: ModelGraph,
+    start: int,
+    stop: int,
+    recompute: StageRecompute,
+    *,
+    blocks: Sequence[Block] | None = None,
 ) -> tuple[str, ...]:
     """The values whose storages ops[start:stop] keep, each storage once; parameters, buffers and constants left out.
 
     A view of a tensor that an earlier stage made counts by itself, for only the view has travelled.
     """
     owners: dict[str, None] = {}
-    for block in _parts(graph, start, stop, recompute, blocks):
-        for name in _kept_of(graph, block, recompute):
+    for block, mode in _parts(graph, start, stop, recompute, blocks):
+        for name in _kept_of(graph, block, mode):
             owners[_owner_from(graph, name, start)] = None
     stored = ("parameter", "buffer", "constant")
     return tuple(name for name in owners if graph.values[name].kind not in stored)
 
 
 def recompute_flops(
-    graph: ModelGraph, start: int, stop: int, recompute: Recompute, *, blocks: Sequence[Block] | None = None
+    graph: ModelGraph,
+    start: int,
+    stop: int,
+    recompute: StageRecompute,
+    *,
+    blocks: Sequence[Block] | None = None,
 ) -> int:
     """FLOPs of computing again what ops[start:stop] did not keep of one microbatch.
 
@@ -94,13 +114,18 @@ def recompute_flops(
     """
     return sum(
         forward_flops(graph, op)
-        for block in _parts(graph, start, stop, recompute, blocks)
-        for op in _recomputed_ops(graph, block, recompute)
+        for block, mode in _parts(graph, start, stop, recompute, blocks)
+        for op in _recomputed_ops(graph, block, mode)
     )
 
 
 def peak_extra_bytes(
-    graph: ModelGraph, start: int, stop: int, recompute: Recompute, *, blocks: Sequence[Block] | None = None
+    graph: ModelGraph,
+    start: int,
+    stop: int,
+    recompute: StageRecompute,
+    *,
+    blocks: Sequence[Block] | None = None,
 ) -> int:
     """The most that recomputing one layer of ops[start:stop] brings back at once, beyond what is kept anyway."""
     layers = extra_values(graph, start, stop, recompute, blocks=blocks)
@@ -108,14 +133,19 @@ def peak_extra_bytes(
 
 
 def extra_values(
-    graph: ModelGraph, start: int, stop: int, recompute: Recompute, *, blocks: Sequence[Block] | None = None
+    graph: ModelGraph,
+    start: int,
+    stop: int,
+    recompute: StageRecompute,
+    *,
+    blocks: Sequence[Block] | None = None,
 ) -> Iterator[tuple[str, ...]]:
     """For each layer of ops[start:stop] the values that recomputing it brings back, beyond what is kept anyway."""
     if recompute == "none":
         return
     kept = set(saved_values(graph, start, stop, recompute, blocks=blocks))
-    for block in _parts(graph, start, stop, recompute, blocks):
-        if block.is_layer:
+    for block, mode in _parts(graph, start, stop, recompute, blocks):
+        if mode != "none":
             names = saved_values(graph, block.start, block.stop, "none", blocks=())
             yield tuple(name for name in names if name not in kept and not is_of_batch(graph, name))
 
@@ -141,21 +171,23 @@ def is_of_batch(graph: ModelGraph, name: str) -> bool:
 
 
 def _parts(
-    graph: ModelGraph, start: int, stop: int, recompute: Recompute, blocks: Sequence[Block] | None
-) -> Sequence[Block]:
+    graph: ModelGraph, start: int, stop: int, recompute: StageRecompute, blocks: Sequence[Block] | None
+) -> Iterable[tuple[Block, Recompute]]:
+    """Blocks with what each recomputes."""
     if recompute == "none":
-        return (Block(start=start, stop=stop, module="", kind="", is_layer=False),)
-    return within(graph, find_blocks(graph) if blocks is None else blocks, start, stop)
+        return ((Block(start=start, stop=stop, module="", kind="", is_layer=False), "none"),)
+    own = within(graph, find_blocks(graph) if blocks is None else blocks, start, stop)
+    return zip(own, block_modes(recompute, own), strict=True)
 
 
-def _kept_of(graph: ModelGraph, block: Block, recompute: Recompute) -> Iterator[str]:
+def _kept_of(graph: ModelGraph, block: Block, mode: Recompute) -> Iterator[str]:
     ops = graph.ops[block.start : block.stop]
-    if recompute == "none" or not block.is_layer:
+    if mode == "none":
         yield from (name for op in ops for name in op.saved)
         return
     made = {name for op in ops for name in op.outputs}
     yield from (name for op in ops for name in op.inputs if name not in made)
-    if recompute == "selective":
+    if mode == "selective":
         for op in filter(_is_selected, ops):
             yield from (name for name in op.outputs if name is not None)
             yield from _kept_within(graph, op)
@@ -181,15 +213,15 @@ def _is_selected(op: Op) -> bool:
 _SELECTED: Final = frozenset(SELECTIVE_TARGETS)
 
 
-def _recomputed_ops(graph: ModelGraph, block: Block, recompute: Recompute) -> Iterator[Op]:
-    if recompute == "none" or not block.is_layer:
+def _recomputed_ops(graph: ModelGraph, block: Block, mode: Recompute) -> Iterator[Op]:
+    if mode == "none":
         return
     ops = graph.ops[block.start : block.stop]
     saving = [index for index, op in enumerate(ops) if op.saved]
     last = saving[-1] if saving else -1
     for index, op in enumerate(ops[: last + 1]):
         is_needed = index < last or not set(op.saved) <= set(op.inputs)
-        if is_needed and not (recompute == "selective" and _is_selected(op)):
+        if is_needed and not (mode == "selective" and _is_selected(op)):
             yield op
 
 

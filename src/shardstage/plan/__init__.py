@@ -19,7 +19,6 @@ from shardstage.plan.plan import (
     Offload,
     Plan,
     Precision,
-    Recompute,
     ScheduleName,
     StageRange,
 )
@@ -30,7 +29,6 @@ __all__ = [
     "Offload",
     "Plan",
     "Precision",
-    "Recompute",
     "Request",
     "ScheduleName",
     "StageRange",

@@ -13,9 +13,10 @@ from shardstage.cost.fold import Folded, fold
 from shardstage.errors import PlanError
 from shardstage.graph import ModelGraph
 from shardstage.graph.cuts import all_crossing_bytes, good_positions
+from shardstage.graph.recompute import StageRecompute
 from shardstage.layout import AXES, Mesh
 from shardstage.plan.order import with_optimal_order
-from shardstage.plan.plan import Plan, Precision, Recompute, StageRange
+from shardstage.plan.plan import Plan, Precision, StageRange
 from shardstage.plan.shorthand import Request
 
 __all__ = [
@@ -206,7 +207,7 @@ def _mesh(request: Request, num_ranks: int) -> Mesh:
     )
 
 
-def _for_each_stage(modes: tuple[Recompute, ...], num_stages: int) -> tuple[Recompute, ...]:
+def _for_each_stage(modes: tuple[StageRecompute, ...], num_stages: int) -> tuple[StageRecompute, ...]:
     if modes and len(modes) != num_stages:
         raise PlanError(
             f"stages= says what {len(modes)} stages recompute, and the plan has {num_stages}",

@@ -49,7 +49,7 @@ class _Priced:
         self.folded: Folded = fold(graph, boundaries=boundaries)
         custom = schedule_of(plan) if plan.schedule == "custom" else None
         starts = tuple(self.folded.unit_at(position) for position in boundaries)
-        self.setup = setup_of(plan, starts, custom)
+        self.setup = setup_of(plan, self.folded, starts, custom)
         self.profile: Profile = profile(
             self.folded,
             any_cluster(plan.mesh.world_size),

@@ -11,6 +11,7 @@ from typing import Any, Final, get_args
 
 from shardstage.cluster.table import to_toml
 from shardstage.errors import PlanError
+from shardstage.graph.recompute import Recompute, StageRecompute, parse_recompute
 from shardstage.layout import AXES, Mesh
 from shardstage.plan.plan import (
     PLAN_VERSION,
@@ -18,7 +19,6 @@ from shardstage.plan.plan import (
     Offload,
     Plan,
     Precision,
-    Recompute,
     ScheduleName,
     StageRange,
 )
@@ -47,8 +47,10 @@ def plan_to_toml(plan: Plan) -> str:
             "memory": {
                 "zero": plan.zero,
                 **({"zero_ranks": plan.zero_ranks} if plan.zero_ranks else {}),
-                "recompute": plan.recompute,
-                **({"stage_recompute": plan.stage_recompute} if plan.stage_recompute else {}),
+                "recompute": str(plan.recompute),
+                **(
+                    {"stage_recompute": tuple(map(str, plan.stage_recompute))} if plan.stage_recompute else {}
+                ),
                 "precision": plan.precision,
                 **({"gradients": plan.gradient_dtype} if plan.gradient_dtype else {}),
                 **({"offload": plan.offload} if plan.offload != "none" else {}),
@@ -87,7 +89,9 @@ def plan_from_toml(text: str, *, where: str = "plan.toml") -> Plan:
         mesh=_mesh(mesh),
         ep=mesh.whole("ep", least=1, default=1),
         zero_ranks=memory.whole("zero_ranks", least=1) if memory.has("zero_ranks") else None,
-        stage_recompute=tuple(_recompute_named(name, where) for name in memory.texts("stage_recompute")),
+        stage_recompute=tuple(
+            _recompute_named(name, "stage_recompute", where) for name in memory.texts("stage_recompute")
+        ),
         stages=tuple(
             StageRange(first=stage.text("first"), last=stage.text("last"))
             for stage in pipeline.sections("stage", ("first", "last"))
@@ -97,7 +101,7 @@ def plan_from_toml(text: str, *, where: str = "plan.toml") -> Plan:
         microbatch=batch.whole("microbatch", least=1),
         shares=batch.wholes("shares"),
         zero=memory.choice("zero", (0, 1, 2, 3), default=0),
-        recompute=memory.choice("recompute", get_args(Recompute), default="none"),
+        recompute=_recompute_named(memory.text("recompute", default="none"), "recompute", where),
         precision=memory.choice("precision", get_args(Precision), default="float32"),
         gradient_dtype=memory.choice("gradients", get_args(GradientDtype), default="float32")
         if memory.has("gradients")
@@ -165,14 +169,14 @@ def _mesh(section: _Section) -> Mesh:
     )
 
 
-def _recompute_named(name: str, where: str) -> Recompute:
-    for known in get_args(Recompute):
-        if name == known:
-            return known  # type: ignore[no-any-return]
-    raise PlanError(
-        f"{where}: stage_recompute has {name!r}, which is not one of {', '.join(get_args(Recompute))}",
-        hint='stage_recompute = ["full", "none"]',
-    )
+def _recompute_named(name: str, key: str, where: str) -> StageRecompute:
+    found = parse_recompute(name)
+    if found is None:
+        raise PlanError(
+            f"{where}: {key} has {name!r}, which is not one of {', '.join(get_args(Recompute))}, nor a number of layers such as 'full:3'",
+            hint='recompute = "full:3"' if key == "recompute" else 'stage_recompute = ["full:3", "none"]',
+        )
+    return found
 
 
 class _Section:

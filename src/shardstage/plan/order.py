@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from shardstage.cluster import Cluster, LinkLevel
-from shardstage.cost import Links, Profile, StepSetup, fold, profile, rank_memory, stage_times
+from shardstage.cost import Folded, Links, Profile, StepSetup, fold, profile, rank_memory, stage_times
 from shardstage.cost.compute import RELATIVE
 from shardstage.cost.pipeline import halved
 from shardstage.graph import ModelGraph
@@ -28,7 +28,7 @@ def with_optimal_order(plan: Plan, graph: ModelGraph, cluster: Cluster | None = 
     machine = cluster or any_cluster(plan.mesh.world_size)
     boundaries = _boundaries(plan, graph)
     folded = fold(graph, boundaries=boundaries)
-    setup = setup_of(named, tuple(folded.unit_at(position) for position in boundaries))
+    setup = setup_of(named, folded, tuple(folded.unit_at(position) for position in boundaries))
     priced = profile(
         folded,
         machine,
@@ -49,8 +49,10 @@ def with_optimal_order(plan: Plan, graph: ModelGraph, cluster: Cluster | None = 
     return _written(plan, found.schedule)
 
 
-def setup_of(plan: Plan, starts: tuple[int, ...], custom: Schedule | None = None) -> StepSetup:
-    """What of a plan its price depends on, with stages that begin at the units ``starts`` and its schedule where that has no name.
+def setup_of(
+    plan: Plan, folded: Folded, starts: tuple[int, ...], custom: Schedule | None = None
+) -> StepSetup:
+    """What of a plan its price depends on, with stages that begin at the folded units ``starts`` and its schedule where that has no name.
 
     Priced is the data-parallel rank with the largest share, which the others wait for.
     """
@@ -64,6 +66,7 @@ def setup_of(plan: Plan, starts: tuple[int, ...], custom: Schedule | None = None
         zero=plan.zero,
         recompute=plan.recompute,
         recompute_of_stages=plan.stage_recompute,
+        layers=folded.layers,
         ep=plan.ep,
         zero_ranks=plan.zero_ranks,
         schedule=plan.schedule,
@@ -91,7 +94,8 @@ def _held(priced: Profile, setup: StepSetup) -> list[StageBytes]:
     found = []
     for stage in range(setup.num_stages):
         units = [priced.units[index] for index in setup.units_of(stage, priced)]
-        saved = sum(unit.kept[setup.recompute_of(stage)].saved_bytes for unit in units)
+        modes = setup.modes_of(stage, priced)
+        saved = sum(unit.kept[mode].saved_bytes for unit, mode in zip(units, modes, strict=True))
         found.append(StageBytes(held_bytes=saved + (units[0].input_bytes if stage else 0)))
     return found
 

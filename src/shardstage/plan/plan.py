@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from shardstage.graph.recompute import StageRecompute
 from shardstage.layout import Mesh, balanced_sizes
 
-__all__ = ["GradientDtype", "Offload", "Plan", "Precision", "Recompute", "ScheduleName", "StageRange"]
+__all__ = ["GradientDtype", "Offload", "Plan", "Precision", "ScheduleName", "StageRange"]
 
-Recompute = Literal["none", "selective", "full"]
 ScheduleName = Literal[
     "gpipe", "1f1b", "interleaved-1f1b", "looped-bfs", "zb-h1", "zb-v", "dualpipe-v", "custom"
 ]
@@ -52,8 +52,8 @@ class Plan:
     microbatch: int
     shares: tuple[int, ...]
     zero: Literal[0, 1, 2, 3] = 0
-    recompute: Recompute = "none"
-    stage_recompute: tuple[Recompute, ...] = ()
+    recompute: StageRecompute = "none"
+    stage_recompute: tuple[StageRecompute, ...] = ()
     schedule: ScheduleName = "1f1b"
     actions: tuple[str, ...] = ()
     precision: Precision = "float32"
@@ -68,7 +68,7 @@ class Plan:
     gradient_dtype: GradientDtype | None = None
     offload: Offload = "none"
 
-    def recompute_of(self, stage: int) -> Recompute:
+    def recompute_of(self, stage: int) -> StageRecompute:
         """What a stage computes again in its backward."""
         return self.stage_recompute[stage] if self.stage_recompute else self.recompute
 

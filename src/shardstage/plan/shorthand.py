@@ -10,7 +10,8 @@ from types import MappingProxyType
 from typing import Any, Final, Literal, get_args
 
 from shardstage.errors import PlanError
-from shardstage.plan.plan import GradientDtype, Offload, Plan, Precision, Recompute, ScheduleName
+from shardstage.graph.recompute import PartialRecompute, Recompute, StageRecompute, parse_recompute
+from shardstage.plan.plan import GradientDtype, Offload, Plan, Precision, ScheduleName
 
 __all__ = ["Request", "format_request", "named_decisions", "parse_request", "shorthand"]
 
@@ -22,7 +23,7 @@ class Request:
     """What somebody asked of a plan; ``None`` leaves a decision to ``complete``.
 
     ``shares`` are relative: 5/3 gives the first data-parallel rank five samples for the second's three. ``stage_recompute`` may name runs
-    of stages, ``full*3/none``. ``dp_outside`` puts data parallelism outside the pipeline.
+    of stages, ``full:2*3/none``. ``dp_outside`` puts data parallelism outside the pipeline.
     """
 
     dp: int | None = None
@@ -31,8 +32,8 @@ class Request:
     is_sequence_parallel: bool = False
     zero: Literal[0, 1, 2, 3] = 0
     microbatch: int | None = None
-    recompute: Recompute = "none"
-    stage_recompute: tuple[Recompute, ...] = ()
+    recompute: StageRecompute = "none"
+    stage_recompute: tuple[StageRecompute, ...] = ()
     cp: int = 1
     ep: int = 1
     zero_ranks: int | None = None
@@ -110,10 +111,14 @@ def shorthand(plan: Plan, *, default_precision: Precision | None = None) -> str:
 
 
 def _as_text(value: Any) -> str:
-    if isinstance(value, tuple) and value and all(each in get_args(Recompute) for each in value):
-        runs = [(name, len(list(same))) for name, same in groupby(value)]
+    if isinstance(value, tuple) and value and all(map(_is_recompute, value)):
+        runs = [(str(mode), len(list(same))) for mode, same in groupby(value)]
         return "/".join(name if times == 1 else f"{name}*{times}" for name, times in runs)
     return "/".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _is_recompute(value: Any) -> bool:
+    return isinstance(value, PartialRecompute) or value in get_args(Recompute)
 
 
 def _unknown_key(key: str, text: str) -> PlanError:
@@ -158,17 +163,32 @@ def _counts(key: str, value: str | None) -> tuple[int, ...]:
     return tuple(int(part) for part in parts)
 
 
-def _modes(key: str, value: str | None) -> tuple[str, ...]:
-    """What each stage recomputes: ``full*3/none``."""
-    found: list[str] = []
+def _mode(key: str, value: str | None) -> StageRecompute:
+    """What every stage recomputes: ``full``, or a part of its layers, ``full:3``."""
+    found = parse_recompute({"1": "full", "0": "none"}.get(value or "", value or ""))
+    if found is None:
+        near = get_close_matches(value or "", get_args(Recompute), n=1) or get_args(Recompute)[:1]
+        raise PlanError(
+            f"{key}={value or ''} is not one of {', '.join(get_args(Recompute))}, nor a number of layers such as full:3, "
+            "selective:3 or full:3+selective",
+            hint=f'--plan "...,{key}={near[0]}"',
+        )
+    return found
+
+
+def _modes(key: str, value: str | None) -> tuple[StageRecompute, ...]:
+    """What each stage recomputes: ``full*3/full:2/none``."""
+    found: list[StageRecompute] = []
     for part in (value or "").split("/"):
         name, _, times = part.partition("*")
-        if name not in get_args(Recompute) or (times and not times.isdigit()):
+        mode = parse_recompute(name)
+        if mode is None or (times and not times.isdigit()):
             raise PlanError(
-                f"{key}={value or ''} must be {', '.join(get_args(Recompute))} for each stage, a run of equal ones as full*3",
-                hint=f'--plan "pp=4,{key}=full*2/none*2"',
+                f"{key}={value or ''} must be {', '.join(get_args(Recompute))}, or a number of layers such as full:3, for each stage, "
+                "a run of equal ones as full*3",
+                hint=f'--plan "pp=4,{key}=full:2*3/none"',
             )
-        found += [name] * int(times or 1)
+        found += [mode] * int(times or 1)
     return tuple(found)
 
 
@@ -207,7 +227,7 @@ _KEYS: Final[Mapping[str, tuple[str, Callable[[str, str | None], Any]]]] = Mappi
         "zero": ("zero", _level),
         "mb": ("microbatch", _count),
         "microbatch": ("microbatch", _count),
-        "recompute": ("recompute", _choice(get_args(Recompute), {"1": "full", "0": "none"})),
+        "recompute": ("recompute", _mode),
         "stages": ("stage_recompute", _modes),
         "cp": ("cp", _count),
         "ep": ("ep", _count),

@@ -14,8 +14,11 @@ import numpy as np
 
 from shardstage.cost.accounting import OUR_ACCOUNTING
 from shardstage.cost.memory import GATHERED_UNITS, MOMENTS
-from shardstage.cost.profile import RECOMPUTES, Profile, Recompute, UnitCost
+from shardstage.cost.profile import RECOMPUTES, Profile, UnitCost
 from shardstage.cost.setup import StepSetup
+from shardstage.graph.recompute import Recompute, StageRecompute
+from shardstage.planner.recompute import Layers
+from shardstage.planner.stages import Fitted
 
 __all__ = ["Chain", "ChainCosts"]
 
@@ -23,11 +26,16 @@ __all__ = ["Chain", "ChainCosts"]
 class Chain:
     """Sums over the units of one profile: the same for all choices of a group.
 
-    ``kinds`` are its different units and ``twins`` the kind of each; by default every unit is of its own kind.
+    ``kinds`` are its different units and ``twins`` the kind of each; by default every unit is of its own kind. ``layers`` names the layer
+    that each belongs to; by default every unit is one.
     """
 
     def __init__(
-        self, profile: Profile, kinds: Sequence[UnitCost] = (), twins: Sequence[int] | None = None
+        self,
+        profile: Profile,
+        kinds: Sequence[UnitCost] = (),
+        twins: Sequence[int] | None = None,
+        layers: Sequence[int] | None = None,
     ) -> None:
         units = profile.units
         self.profile = profile
@@ -36,8 +44,12 @@ class Chain:
         self._twins = np.arange(len(units)) if twins is None else np.asarray(twins)
         self.forward_s = self._sums(unit.forward_s + unit.talk_s(forward=True) for unit in self.kinds)
         self.backward_s = self._sums(unit.backward_s + unit.talk_s(forward=False) for unit in self.kinds)
-        self.recompute_s = {m: self._sums(u.kept[m].recompute_s for u in self.kinds) for m in RECOMPUTES}
-        self.saved = {m: self._sums(u.kept[m].saved_bytes for u in self.kinds) for m in RECOMPUTES}
+        self.recompute_s: dict[Recompute, list[float]] = {
+            m: self._sums(u.kept[m].recompute_s for u in self.kinds) for m in RECOMPUTES
+        }
+        self.saved: dict[Recompute, list[float]] = {
+            m: self._sums(u.kept[m].saved_bytes for u in self.kinds) for m in RECOMPUTES
+        }
         self.own = self._sums(unit.own_elements for unit in self.kinds)
         self.experts = self._sums(unit.expert_elements for unit in self.kinds)
         self.received = [unit.input_bytes for unit in units]
@@ -48,8 +60,12 @@ class Chain:
         self.both_s = [f + b for f, b in zip(self.forward_s, self.backward_s, strict=True)]
         self._shared = [(i, name) for i, unit in enumerate(units) for name in unit.shared]
         self._sharing = [i for i, _ in self._shared]
+        self._passing_of: dict[Recompute, list[int]] = {}
         self._most: dict[tuple[Recompute, int], list[int]] = {}
         self._largest: dict[tuple[int, int], list[int]] = {}
+        self.layers = Layers(
+            range(len(units)) if layers is None else layers, self.saved, self.recompute_s, self.most_passing
+        )
 
     def _sums(self, of_kinds: Iterable[float]) -> list[float]:
         """What the units before each one add up to, and all."""
@@ -58,9 +74,10 @@ class Chain:
         return sums
 
     def _passing(self, mode: Recompute) -> list[int]:
-        each = np.array([unit.kept[mode].extra_bytes + unit.transient_bytes for unit in self.kinds])
-        passing: list[int] = each[self._twins].tolist()
-        return passing
+        if mode not in self._passing_of:
+            each = np.array([unit.kept[mode].extra_bytes + unit.transient_bytes for unit in self.kinds])
+            self._passing_of[mode] = each[self._twins].tolist()
+        return self._passing_of[mode]
 
     def most_passing(self, mode: Recompute, start: int, stop: int) -> int:
         """The most that a unit of a run brings back and works with."""
@@ -86,7 +103,8 @@ class Chain:
 class ChainCosts:
     """The runs of a chain under one setup with one stage a rank: what ``best_cut`` asks.
 
-    ``waits_s`` are the seconds that ZeRO-2/3 adds to a run for each microbatch, ``accumulation_s`` those of adding one element's gradient.
+    ``waits_s`` (start, stop, seconds of recomputation) are the seconds that ZeRO-2/3 adds to a run for each microbatch, ``accumulation_s``
+    those of adding one element's gradient. Every stage recomputes what is ``asked``, or the least that it must to fit.
     """
 
     def __init__(
@@ -95,7 +113,8 @@ class ChainCosts:
         setup: StepSetup,
         limit_bytes: int,
         accumulation_s: float,
-        waits_s: Callable[[int, int, Recompute], float] | None = None,
+        waits_s: Callable[[int, int, float], float] | None = None,
+        asked: StageRecompute | None = None,
     ) -> None:
         self.chain = chain
         self.limit_bytes = limit_bytes
@@ -104,34 +123,52 @@ class ChainCosts:
         self._waits_s = waits_s
         self._in_flight = [setup.in_flight(stage) for stage in range(setup.mesh.pp)]
         self._state_bytes = _state_bytes_of(chain, setup)
+        self._asked = asked
+        self._known: dict[tuple[int, int, int], Fitted | None] = {}
 
-    def seconds(self, stage: int, start: int, stop: int, mode: Recompute) -> float:
+    def plain_s(self, stage: int, start: int, stop: int) -> float:
+        return self.seconds(start, stop, self._asked or "none")
+
+    def fitted(self, stage: int, start: int, stop: int) -> Fitted | None:
+        key = (stage, start, stop)
+        if key not in self._known:
+            recompute = self._least(stage, start, stop)
+            self._known[key] = (
+                None if recompute is None else Fitted(self.seconds(start, stop, recompute), recompute)
+            )
+        return self._known[key]
+
+    def seconds(self, start: int, stop: int, recompute: StageRecompute) -> float:
+        """Of a run that recomputes so."""
         chain = self.chain
-        both, again = chain.both_s, chain.recompute_s[mode]
-        seconds = both[stop] - both[start] + again[stop] - again[start]
+        again_s = (
+            0.0 if recompute == "none" else chain.layers.again_s(chain.layers.runs(recompute, start, stop))
+        )
+        seconds = chain.both_s[stop] - chain.both_s[start] + again_s
         if self._accumulation_s:
             seconds += self._accumulation_s * (
                 chain.own[stop] - chain.own[start] + chain.shared_elements(start, stop)
             )
         if self._waits_s is not None:
-            seconds += self._waits_s(start, stop, mode)
+            seconds += self._waits_s(start, stop, again_s)
         return seconds
 
-    def fits(self, stage: int, start: int, stop: int, mode: Recompute) -> bool:
-        return self.peak_bytes(stage, start, stop, mode) <= self.limit_bytes
-
-    def peak_bytes(self, stage: int, start: int, stop: int, mode: Recompute) -> float:
-        """``cost.memory.stage_memory`` of the run, at most a posted receive more."""
-        chain = self.chain
+    def _least(self, stage: int, start: int, stop: int) -> StageRecompute | None:
+        """The least recomputation that fits, by ``cost.memory.stage_memory`` of the run or at most a posted receive more."""
+        chain, held = self.chain, self._in_flight[stage]
         received = chain.received[start] if stage else 0
-        kept = chain.saved[mode][stop] - chain.saved[mode][start] + received
         posted = received + (chain.received[stop] if stop < chain.num_units else 0)
-        return (
-            self._state_bytes(start, stop)
-            + self._in_flight[stage] * kept
-            + chain.most_passing(mode, start, stop)
-            + OUR_ACCOUNTING.num_posted_receives * posted
+        room_bytes = (
+            self.limit_bytes
+            - self._state_bytes(start, stop)
+            - held * received
+            - OUR_ACCOUNTING.num_posted_receives * posted
         )
+        if self._asked is None:
+            return chain.layers.least(start, stop, held, room_bytes)
+        runs = chain.layers.runs(self._asked, start, stop)
+        fits = held * chain.layers.kept_bytes(runs) + chain.layers.passing_bytes(runs) <= room_bytes
+        return self._asked if fits else None
 
 
 def _state_bytes_of(chain: Chain, setup: StepSetup) -> Callable[[int, int], float]:

@@ -16,9 +16,10 @@ from dataclasses import dataclass, replace
 from shardstage.cluster import Cluster, DeviceClass
 from shardstage.cost import Links, Prediction, Profile, StepSetup, fold, predict_step
 from shardstage.cost.compute import moved_s
-from shardstage.cost.profile import RECOMPUTES, Profiler, Recompute
+from shardstage.cost.profile import RECOMPUTES, Profiler
 from shardstage.errors import PlanError
 from shardstage.graph import ModelGraph
+from shardstage.graph.recompute import StageRecompute
 from shardstage.layout import Mesh
 from shardstage.plan import Plan, Precision, Request, shorthand
 from shardstage.plan.complete import proportional_shares, ranges
@@ -26,7 +27,7 @@ from shardstage.plan.order import setup_of
 from shardstage.planner.certificate import Certificate, Counts, cluster_hash
 from shardstage.planner.chain import Chain, ChainCosts
 from shardstage.planner.space import ZeroLevel
-from shardstage.planner.stages import best_cut
+from shardstage.planner.stages import Fitted, best_cut
 from shardstage.units import dtype_bytes, format_bytes
 
 __all__ = ["MixedResult", "predict_mixed", "search_mixed"]
@@ -87,7 +88,7 @@ class _Pricer:
     def predict(self, plan: Plan) -> Prediction:
         positions = {op.name: index for index, op in enumerate(self.graph.ops)}
         starts = tuple(self.folded.unit_at(positions[stage.first]) for stage in plan.stages)
-        setup = setup_of(plan, starts)
+        setup = setup_of(plan, self.folded, starts)
         pipelines = {
             (self._classes_of(plan, dp), max(plan.microbatches(dp))): None for dp in range(plan.mesh.dp)
         }
@@ -110,7 +111,7 @@ class _Pricer:
         """For each class that a pipeline rank lies on its number and the rank's peak bytes."""
         positions = {op.name: index for index, op in enumerate(self.graph.ops)}
         starts = tuple(self.folded.unit_at(positions[stage.first]) for stage in plan.stages)
-        setup = setup_of(plan, starts)
+        setup = setup_of(plan, self.folded, starts)
         told = []
         for dp in range(plan.mesh.dp):
             classes = self._classes_of(plan, dp)
@@ -307,7 +308,7 @@ class _StagesOfClasses:
         tp = setup.mesh.tp
         self._of = [
             ChainCosts(
-                Chain(pricer.profile(number, tp, tp > 1, setup.microbatch)),
+                Chain(pricer.profile(number, tp, tp > 1, setup.microbatch), layers=pricer.folded.layers),
                 setup,
                 limits[number],
                 moved_s(setup.accumulation_bytes, each.device) if setup.num_microbatches > 1 else 0.0,
@@ -320,18 +321,18 @@ class _StagesOfClasses:
     def num_units(self) -> int:
         return self._of[0].num_units
 
-    def seconds(self, stage: int, start: int, stop: int, mode: Recompute) -> float:
-        return self._of[self._class_of[stage]].seconds(stage, start, stop, mode)
+    def plain_s(self, stage: int, start: int, stop: int) -> float:
+        return self._of[self._class_of[stage]].plain_s(stage, start, stop)
 
-    def fits(self, stage: int, start: int, stop: int, mode: Recompute) -> bool:
-        return self._of[self._class_of[stage]].fits(stage, start, stop, mode)
+    def fitted(self, stage: int, start: int, stop: int) -> Fitted | None:
+        return self._of[self._class_of[stage]].fitted(stage, start, stop)
 
 
 def _plan(
     pricer: _Pricer,
     mesh: Mesh,
     starts: tuple[int, ...],
-    modes: tuple[Recompute, ...],
+    modes: tuple[StageRecompute, ...],
     zero: ZeroLevel,
     shares: tuple[int, ...],
     microbatch: int,

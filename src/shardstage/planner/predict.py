@@ -31,7 +31,7 @@ def predict(graph: ModelGraph, plan: Plan, cluster: Cluster) -> Prediction:
     boundaries = tuple(positions[stage.first] for stage in plan.stages)
     folded = fold(graph, boundaries=boundaries)
     custom = schedule_of(plan) if plan.schedule == "custom" else None
-    setup = setup_of(plan, tuple(folded.unit_at(position) for position in boundaries), custom)
+    setup = setup_of(plan, folded, tuple(folded.unit_at(position) for position in boundaries), custom)
     profiler = Profiler(
         folded,
         cluster,

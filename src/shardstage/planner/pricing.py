@@ -32,9 +32,11 @@ from shardstage.cost.profile import RECOMPUTES, Recompute
 from shardstage.cost.units import Cases
 from shardstage.graph import ModelGraph
 from shardstage.graph.cuts import good_positions
+from shardstage.graph.recompute import StageRecompute
 from shardstage.layout import Mesh
 from shardstage.plan import Precision
 from shardstage.plan.plan import Plan
+from shardstage.planner.alike import Alike
 from shardstage.planner.chain import Chain, ChainCosts
 from shardstage.planner.even import EvenCuts
 from shardstage.planner.figures import Figures
@@ -77,12 +79,13 @@ class Pricing:
         sequence: int | None,
         precision: Precision,
         is_compiled: bool = False,
-        modes: tuple[Recompute, ...] = RECOMPUTES,
+        modes: tuple[StageRecompute, ...] = RECOMPUTES,
     ) -> None:
         self.cluster = cluster
         self.costs = LinkCosts(cluster)
         self.folded: Folded = _fold_for(graph, num_ranks)
-        self.modes = modes
+        self.modes: tuple[Recompute, ...] = tuple(m for m in RECOMPUTES if m in modes) or RECOMPUTES
+        self._asked = modes[0] if len(modes) == 1 else None
         self.savers = Savers()
         self._global_batch = global_batch
         self._sequence = sequence
@@ -120,7 +123,7 @@ class Pricing:
             profiler = self.profiler(group.tp, group.is_sequence_parallel)
             profile, twins = profiler.at(group.microbatch, self._unit_links(group)), self._twins
             kinds = [profile.units[twins.index(twin)] for twin in range(max(twins) + 1)]
-            self._chains[group] = Chain(profile, kinds, twins)
+            self._chains[group] = Chain(profile, kinds, twins, self.folded.layers)
         return self._chains[group]
 
     def figures(self, groups: Sequence[Group]) -> Figures:
@@ -211,6 +214,7 @@ class Pricing:
             zero_ranks=choice.zero.num_ranks,
             gradient_dtype=self.savers.gradient_dtype,
             is_offloaded=self.savers.offload == "optimizer",
+            layers=self.folded.layers,
         )
 
     def _cut(self, uncut: _Uncut, limit_bytes: int, below_s: float) -> StepSetup | None:
@@ -224,12 +228,12 @@ class Pricing:
             limit_bytes,
             element_s / (setup.num_shards if setup.sharding_level >= 2 else 1),
             None if setup.sharding_level < 2 else self._waits(chain, setup, links),
+            self._asked,
         )
         cut = best_cut(
             costs,
             setup.mesh.pp,
             setup.num_microbatches,
-            self.modes,
             below_s=self.cluster.device.alone_ratio
             * (below_s / self.least_factor - self._beside_s(chain, setup, links)),
             counts_sum=setup.schedule in ("1f1b", "gpipe"),
@@ -251,7 +255,7 @@ class Pricing:
             beside_s += bubble / self.cluster.device.alone_ratio
         return beside_s
 
-    def _waits(self, chain: Chain, setup: StepSetup, links: Links) -> Callable[[int, int, Recompute], float]:
+    def _waits(self, chain: Chain, setup: StepSetup, links: Links) -> Callable[[int, int, float], float]:
         """Seconds that ZeRO-2/3 adds to a run of units for each microbatch, in ``cost.step``'s way."""
         gather = [
             links.shards_s("all_gather", u.own_elements * setup.compute_bytes) for u in chain.profile.units
@@ -265,12 +269,11 @@ class Pricing:
         again = 1.0 if setup.sharding_level == 3 else 0.0
         slowdown = links.overlap_slowdown
 
-        def waits(start: int, stop: int, mode: Recompute) -> float:
+        def waits(start: int, stop: int, again_s: float) -> float:
             gathered = gathers[stop] - gathers[start]
             scattered = again * gathered + scatters[stop] - scatters[start]
             forward_s = chain.forward_s[stop] - chain.forward_s[start]
-            backward_s = chain.backward_s[stop] - chain.backward_s[start]
-            backward_s += chain.recompute_s[mode][stop] - chain.recompute_s[mode][start]
+            backward_s = chain.backward_s[stop] - chain.backward_s[start] + again_s
             return exposed_s(gathered, forward_s, slowdown, gather[start]) + exposed_s(
                 scattered, backward_s, slowdown, scatter[start]
             )
@@ -280,17 +283,20 @@ class Pricing:
     def _even(
         self, uncut: _Uncut, limit_bytes: int, below_s: float
     ) -> tuple[StepSetup | None, MemoryModel | None]:
-        """Several stages a rank: cut for balance, all recomputing alike, as little as fits; and what the ranks hold."""
-        choice, chain, setup, _ = uncut
-        starts = self.even.starts(setup.num_stages)
-        for mode in self.modes:
-            if self._least_s(setup, _stage_times(chain, starts, (mode,) * len(starts))) >= below_s:
-                raise TooSlow(choice)
-            made = _with_stages(setup, starts, (mode,) * setup.num_stages)
+        """Several stages a rank: cut for balance, all recomputing as many layers, as few as fit; and what the ranks hold."""
+        setup = replace(uncut.setup, starts=self.even.starts(uncut.setup.num_stages))
+        alike = Alike(uncut.chain.profile, setup, limit_bytes)
+        recompute: StageRecompute | None = self._asked or "none"
+        while recompute is not None:
+            made = alike.setup(recompute)
+            times = _stage_times(uncut.chain, made.starts, (recompute,) * made.num_stages)
+            if self._least_s(made, times) >= below_s:
+                raise TooSlow(uncut.choice)
             _check_seconds(uncut, made, below_s)
-            memory = _memory_within(chain.profile, made, limit_bytes)
+            memory = alike.within(recompute)
             if memory is not None:
                 return made, memory
+            recompute = alike.least(uncut.chain.layers) if recompute == "none" and not self._asked else None
         return None, None
 
     def _least_s(self, setup: StepSetup, times: list[StageTime]) -> float:
@@ -336,27 +342,20 @@ class TooSlow(Exception):
         self.seconds = seconds
 
 
-def _memory_within(profile: Profile, setup: StepSetup, limit_bytes: int) -> MemoryModel | None:
-    """What each rank holds; None as soon as one of them exceeds the limit, those at the ends first."""
-    memory, last = MemoryModel(profile, setup), setup.mesh.pp - 1
-    fits = all(memory.rank(rank).total_bytes <= limit_bytes for rank in (last, 0, *range(1, last)))
-    return memory if fits else None
-
-
-def _stage_times(chain: Chain, starts: tuple[int, ...], modes: tuple[Recompute, ...]) -> list[StageTime]:
+def _stage_times(chain: Chain, starts: tuple[int, ...], modes: tuple[StageRecompute, ...]) -> list[StageTime]:
     """Seconds of stages without what ZeRO waits for and the sums of gradients."""
     stops = (*starts[1:], chain.num_units)
-    forward, backward, again = chain.forward_s, chain.backward_s, chain.recompute_s
+    forward, backward, layers = chain.forward_s, chain.backward_s, chain.layers
     return [
         StageTime(
             forward[stop] - forward[start],
-            backward[stop] - backward[start] + again[mode][stop] - again[mode][start],
+            backward[stop] - backward[start] + layers.again_s(layers.runs(mode, start, stop)),
         )
         for start, stop, mode in zip(starts, stops, modes, strict=True)
     ]
 
 
-def _with_stages(setup: StepSetup, starts: tuple[int, ...], modes: tuple[Recompute, ...]) -> StepSetup:
+def _with_stages(setup: StepSetup, starts: tuple[int, ...], modes: tuple[StageRecompute, ...]) -> StepSetup:
     if len(set(modes)) == 1:
         return replace(setup, starts=starts, recompute=modes[0])
     return replace(setup, starts=starts, recompute_of_stages=modes)

@@ -1,6 +1,7 @@
 """``best_cut``: the fastest cut of a chain of units into pipeline stages, with what each stage recomputes, under a memory limit.
 
     n units, p stages; t(s, i, j) are the seconds of units i..j-1 as stage s for one microbatch, by the least that it must recompute to fit
+    (``planner.recompute``)
 
     minimise   (m - 1) max_s t_s + Σ_s t_s                     1F1B and GPipe with m microbatches (``cost.pipeline``)
 
@@ -17,12 +18,12 @@ objective: the optimizer, exposed reductions and transfers, which come on top of
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Final, NamedTuple, Protocol
 
-from shardstage.cost.profile import RECOMPUTES, Recompute
+from shardstage.graph.recompute import StageRecompute
 
-__all__ = ["Cut", "StageCosts", "best_cut"]
+__all__ = ["Cut", "Fitted", "StageCosts", "best_cut"]
 
 CAP_PRECISION: Final = 1e-4
 """Relative precision of the bisection; the last step to the least cap goes from cut to cut."""
@@ -32,7 +33,7 @@ class Cut(NamedTuple):
     """First units of the stages, what each recomputes, the slowest stage's seconds and those of all."""
 
     starts: tuple[int, ...]
-    recompute: tuple[Recompute, ...]
+    recompute: tuple[StageRecompute, ...]
     slowest_s: float
     total_s: float
 
@@ -40,17 +41,25 @@ class Cut(NamedTuple):
         return (num_microbatches - 1) * self.slowest_s + self.total_s
 
 
+class Fitted(NamedTuple):
+    """Seconds of a run of units for one microbatch, and what it recomputes."""
+
+    seconds: float
+    recompute: StageRecompute
+
+
 class StageCosts(Protocol):
-    """Seconds and bytes of any run of units as any stage."""
+    """Seconds and memory of any run of units as any stage."""
 
     @property
     def num_units(self) -> int: ...
-    def seconds(self, stage: int, start: int, stop: int, mode: Recompute) -> float:
-        """Of one microbatch; never less with more units."""
+    def plain_s(self, stage: int, start: int, stop: int) -> float:
+        """Seconds of one microbatch if memory were no matter; never less with more units."""
         ...
 
-    def fits(self, stage: int, start: int, stop: int, mode: Recompute) -> bool:
-        """Whether the stage's rank has the memory; never with more units if not with fewer."""
+    def fitted(self, stage: int, start: int, stop: int) -> Fitted | None:
+        """The least that the stage's rank must recompute; None without the memory. Never quicker with more units, nor fitting if not with
+        fewer."""
         ...
 
 
@@ -58,7 +67,6 @@ def best_cut(
     costs: StageCosts,
     num_stages: int,
     num_microbatches: int,
-    modes: Sequence[Recompute] = RECOMPUTES,
     *,
     below_s: float = math.inf,
     counts_sum: bool = True,
@@ -67,80 +75,71 @@ def best_cut(
 
     ``counts_sum``: the formula above; without it only the slowest stage counts, ``m max t``, as under schedules that split backwards.
     """
-    unavoidable_s = _unavoidable_s(costs, num_stages, modes)
+    unavoidable_s = _unavoidable_s(costs, num_stages)
     most_s = math.inf
     if below_s != math.inf:
         if not counts_sum:
             most_s = below_s / num_microbatches
         elif num_microbatches > 1:
             most_s = (below_s - unavoidable_s) / (num_microbatches - 1)
-    found = _least_cap(costs, num_stages, modes, most_s)
+    found = _least_cap(costs, num_stages, most_s)
     if found is None:
         return None
     least_s = (num_microbatches - 1) * found.slowest_s + min(unavoidable_s, found.total_s)
     if not counts_sum or least_s >= below_s or found.total_s <= unavoidable_s * (1 + 1e-12):
         return found
-    return _with_least_sum(costs, num_stages, num_microbatches, modes, found, unavoidable_s)
+    return _with_least_sum(costs, num_stages, num_microbatches, found, unavoidable_s)
 
 
-def _unavoidable_s(costs: StageCosts, num_stages: int, modes: Sequence[Recompute]) -> float:
-    """What all stages take together at least: one stage of all units where nothing is recomputed, on the quicker end of the pipeline.
+def _unavoidable_s(costs: StageCosts, num_stages: int) -> float:
+    """What all stages take together at least: one stage of all units where nothing must be recomputed, on the quicker end of the pipeline.
 
     Cutting it only adds: each stage waits for a first gather of its own.
     """
-    return min(costs.seconds(stage, 0, costs.num_units, modes[0]) for stage in {0, num_stages - 1})
+    return min(costs.plain_s(stage, 0, costs.num_units) for stage in {0, num_stages - 1})
 
 
-def _least_cap(costs: StageCosts, num_stages: int, modes: Sequence[Recompute], most_s: float) -> Cut | None:
+def _least_cap(costs: StageCosts, num_stages: int, most_s: float) -> Cut | None:
     """The cut whose slowest stage is fastest, and at most ``most_s``."""
-    best = _reach(costs, num_stages, most_s, modes)
+    best = _reach(costs, num_stages, most_s)
     if best is None:
         return None
-    least_s = min(costs.seconds(stage, 0, costs.num_units, modes[0]) for stage in range(num_stages))
+    least_s = min(costs.plain_s(stage, 0, costs.num_units) for stage in range(num_stages))
     low, high = least_s / num_stages, best.slowest_s
-    exact = _reach(costs, num_stages, low * (1 + 1e-12), modes)
+    exact = _reach(costs, num_stages, low * (1 + 1e-12))
     if exact is not None:
         return exact
     while high - low > CAP_PRECISION * high:
         middle = (low + high) / 2
-        cut = _reach(costs, num_stages, middle, modes)
+        cut = _reach(costs, num_stages, middle)
         if cut is None:
             low = middle
         else:
             best, high = cut, min(middle, cut.slowest_s)
-    while (cut := _reach(costs, num_stages, best.slowest_s * (1 - 1e-12), modes)) is not None:
+    while (cut := _reach(costs, num_stages, best.slowest_s * (1 - 1e-12))) is not None:
         best = cut
     return best
 
 
-def _reach(costs: StageCosts, num_stages: int, cap: float, modes: Sequence[Recompute]) -> Cut | None:
+def _reach(costs: StageCosts, num_stages: int, cap: float) -> Cut | None:
     """Stages that take as many units as the cap and memory let them, leaving one for each stage after; None where that is not all."""
     start, starts, recompute = 0, [], []
     slowest = total = 0.0
     for stage in range(num_stages):
         last = costs.num_units - (num_stages - stage - 1)
-        stop, mode = start, modes[0]
-        for each in modes:
-            reached = _farthest(costs, stage, start, last, cap, each)
-            if reached > stop:
-                stop, mode = reached, each
-        if stop == start:
+        stop = _farthest(costs, stage, start, last, cap)
+        fitted = None if stop == start else costs.fitted(stage, start, stop)
+        if fitted is None:
             return None
-        mode = next(m for m in modes if m == mode or _is_possible(costs, stage, start, stop, cap, m))
-        seconds = costs.seconds(stage, start, stop, mode)
-        slowest, total = max(slowest, seconds), total + seconds
+        slowest, total = max(slowest, fitted.seconds), total + fitted.seconds
         starts.append(start)
-        recompute.append(mode)
+        recompute.append(fitted.recompute)
         start = stop
     return Cut(tuple(starts), tuple(recompute), slowest, total) if start == costs.num_units else None
 
 
-def _is_possible(costs: StageCosts, stage: int, start: int, stop: int, cap: float, mode: Recompute) -> bool:
-    return costs.seconds(stage, start, stop, mode) <= cap and costs.fits(stage, start, stop, mode)
-
-
-def _farthest(costs: StageCosts, stage: int, start: int, last: int, cap: float, mode: Recompute) -> int:
-    """The farthest end of a stage, by bisection over what is monotone: time first, which is cheaper to ask for than memory."""
+def _farthest(costs: StageCosts, stage: int, start: int, last: int, cap: float) -> int:
+    """The farthest end of a stage, by bisection over what is monotone: plain time first, which is cheaper to ask for than memory."""
 
     def bisect(is_possible: Callable[[int], bool], most: int) -> int:
         low, high = start, most + 1  # possible up to low
@@ -152,25 +151,28 @@ def _farthest(costs: StageCosts, stage: int, start: int, last: int, cap: float, 
                 high = middle
         return low
 
+    def is_possible(stop: int) -> bool:
+        fitted = costs.fitted(stage, start, stop)
+        return fitted is not None and fitted.seconds <= cap
+
     in_time = last
     if cap != math.inf:
-        in_time = bisect(lambda stop: costs.seconds(stage, start, stop, mode) <= cap, last)
-    if in_time == start or costs.fits(stage, start, in_time, mode):
+        in_time = bisect(lambda stop: costs.plain_s(stage, start, stop) <= cap, last)
+    if in_time == start or is_possible(in_time):
         return in_time
-    return bisect(lambda stop: costs.fits(stage, start, stop, mode), in_time - 1)
+    return bisect(is_possible, in_time - 1)
 
 
 def _with_least_sum(
     costs: StageCosts,
     num_stages: int,
     num_microbatches: int,
-    modes: Sequence[Recompute],
     found: Cut,
     unavoidable_s: float,
 ) -> Cut:
     """The best of all caps: a larger one may let stages recompute less."""
     most = (found.pipeline_s(num_microbatches) - unavoidable_s) / max(1, num_microbatches - 1)
-    table = _table(costs, num_stages, modes, most if num_microbatches > 1 else math.inf)
+    table = _table(costs, num_stages, most if num_microbatches > 1 else math.inf)
     best, best_s = found, found.pipeline_s(num_microbatches)
     caps = sorted({s for rows in table for row in rows for s, _ in row.values() if s >= found.slowest_s})
     for cap in caps:
@@ -182,10 +184,10 @@ def _with_least_sum(
     return best
 
 
-_Row = dict[int, tuple[float, Recompute]]
+_Row = dict[int, Fitted]
 
 
-def _table(costs: StageCosts, num_stages: int, modes: Sequence[Recompute], most_s: float) -> list[list[_Row]]:
+def _table(costs: StageCosts, num_stages: int, most_s: float) -> list[list[_Row]]:
     """For each stage and reachable start the seconds, at most ``most_s``, of every end that fits, by the least recomputation."""
     n = costs.num_units
     table, reached = [], {0}
@@ -195,13 +197,10 @@ def _table(costs: StageCosts, num_stages: int, modes: Sequence[Recompute], most_
         following: set[int] = set()
         for start in sorted(reached):
             for stop in range(start + 1, last + 1):
-                mode = next((m for m in modes if costs.fits(stage, start, stop, m)), None)
-                if mode is None:
+                fitted = costs.fitted(stage, start, stop)
+                if fitted is None or fitted.seconds > most_s * (1 + 1e-12):
                     break
-                seconds = costs.seconds(stage, start, stop, mode)
-                if seconds > most_s * (1 + 1e-12):
-                    break
-                rows[start][stop] = (seconds, mode)
+                rows[start][stop] = fitted
                 following.add(stop)
         table.append(rows)
         reached = following

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from shardstage.cost.collective import calls_of
 from shardstage.graph.blocks import Block
 from shardstage.graph.cuts import Segment
-from shardstage.plan.plan import Plan, Recompute
+from shardstage.graph.recompute import Recompute, block_modes
+from shardstage.plan.plan import Plan
 from shardstage.program.program import Collective
 from shardstage.program.stage_parameters import Unit
 
@@ -46,15 +47,14 @@ def stage_calls(segment: Segment, plan: Plan, units: Sequence[Unit]) -> StageCal
     ends = {n for n in by_block if not _reads_gradients(segment, segment.blocks[n])}
     backward: list[Collective] = []
     waiting = sorted(gathering, reverse=True)
+    modes = block_modes(plan.recompute_of(segment.index), segment.blocks)
     for number in reversed(range(len(segment.blocks))):
         block = segment.blocks[number]
         if number in gathering:
             # FSDP2 gathers what comes next while this block computes.
             while waiting and waiting[0] >= max((n for n in gathering if n < number), default=0):
                 backward.append(gathering[waiting.pop(0)].gather())
-        recompute = plan.recompute_of(segment.index)
-        again = _again(segment, block, recompute)
-        backward += _backward(segment, block, recompute, again)
+        backward += _backward(segment, block, modes[number])
         if number in by_block and by_block[number].is_trained and number not in ends:
             backward.append(by_block[number].reduce())
     backward += [unit.reduce() for unit in units if unit.block is None and unit.is_trained]
@@ -81,20 +81,13 @@ def _forward(segment: Segment, start: int, stop: int) -> list[Collective]:
     ]
 
 
-def _backward(
-    segment: Segment, block: Block, recompute: Recompute, again: Sequence[Collective]
-) -> list[Collective]:
-    if recompute == "none" or not block.is_layer:
+def _backward(segment: Segment, block: Block, recompute: Recompute) -> list[Collective]:
+    """A block that is recomputed says again what it said up to the last op that keeps something for backward."""
+    if recompute == "none":
         return _reversed(segment, block.start, block.stop)
     kept = _stop_of_kept(segment, block)
+    again = _forward(segment, block.start, kept)
     return [*_reversed(segment, kept, block.stop), *again, *_reversed(segment, block.start, kept)]
-
-
-def _again(segment: Segment, block: Block, recompute: Recompute) -> list[Collective]:
-    """What a block that is recomputed says again: up to the last op that keeps something for backward."""
-    if recompute == "none" or not block.is_layer:
-        return []
-    return _forward(segment, block.start, _stop_of_kept(segment, block))
 
 
 def _stop_of_kept(segment: Segment, block: Block) -> int:

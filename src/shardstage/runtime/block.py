@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from shardstage.graph.recompute import Recompute
 from shardstage.graph.saved import SELECTIVE_TARGETS
 from shardstage.operators import OperatorContext
-from shardstage.plan.plan import Recompute
 from shardstage.runtime.block_code import BlockCode
 
 __all__ = ["Block"]

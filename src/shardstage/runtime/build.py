@@ -11,6 +11,7 @@ from torch import Tensor
 from shardstage.graph import ModelGraph
 from shardstage.graph.cuts import Segment
 from shardstage.graph.fallback import module_library
+from shardstage.graph.recompute import is_selective
 from shardstage.graph.source import ModelSource
 from shardstage.operators import OperatorContext, RandomState, library
 from shardstage.plan.plan import Plan
@@ -146,7 +147,7 @@ def _context(
         tp_rank=groups.tp,
         tp_size=plan.mesh.tp,
         random=RandomState(seed=seed),
-        may_overwrite=all(plan.recompute_of(stage) != "selective" for stage in own),
+        may_overwrite=not any(is_selective(plan.recompute_of(stage)) for stage in own),
         device_kind=device_kind,
     )
 

@@ -99,7 +99,7 @@ def join_world(
     timeout_s: float = 600,
 ) -> None:
     """Make the default process group, choose the CUDA device and the number of threads, and die with the
-    parent.
+    parent. CPU ranks keep freed memory.
 
     ``backend`` defaults to gloo for CPU tensors and NCCL for CUDA tensors; ``"shardstage"`` is the
     shared-memory group of ``process_group.py``. A collective that waits longer than ``timeout_s`` raises on
@@ -107,6 +107,8 @@ def join_world(
     """
     import torch
     import torch.distributed as dist
+
+    from shardstage.runtime.peak_memory import keep_freed_memory
 
     _watch_parent(environment)
     torch.set_num_threads(_num_threads(environment, os.environ))
@@ -118,6 +120,8 @@ def join_world(
         from shardstage.runtime.process_group import register_backend
 
         register_backend()
+    if device == "cpu":
+        keep_freed_memory()
     timeout = timedelta(seconds=timeout_s)
     dist.init_process_group(
         backend or ("gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"),

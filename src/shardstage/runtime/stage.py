@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from shardstage.graph.cuts import Segment
+from shardstage.graph.recompute import StageRecompute, block_modes
 from shardstage.operators import OperatorContext
-from shardstage.plan.plan import Recompute
 from shardstage.runtime.block import Block
 from shardstage.runtime.block_code import BlockCode, BlockWriter
 from shardstage.runtime.leaves import ParameterInfo
@@ -40,17 +40,21 @@ class Stage(nn.Module):
         self.outputs = outputs
         self.blocks = nn.ModuleList()
         self._codes: list[Mapping[int, BlockCode]] = []
+        self._last_uses: dict[int, tuple[tuple[str, ...], ...]] = {}
 
     def add(self, block: Block, codes: Mapping[int, BlockCode]) -> None:
         self.blocks.append(block)
         self._codes.append(codes)
+        self._last_uses.clear()
 
     def forward(
         self, size: int, positions: tuple[int, ...], values: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
         """The values that others need (``outputs``) for a microbatch of ``size`` samples at ``positions`` of the global batch."""
         known = dict(values)
-        last_use = self._last_uses(size)
+        if size not in self._last_uses:
+            self._last_uses[size] = self._find_last_uses(size)
+        last_use = self._last_uses[size]
         for number, (block, codes) in enumerate(zip(self.blocks, self._codes, strict=True)):
             code = codes[size]
             results = block(size, positions, tuple(known[name] for name in code.inputs))
@@ -79,7 +83,7 @@ class Stage(nn.Module):
         held = self.get_buffer(name)
         self._buffers[name] = tensor.to(held.dtype)
 
-    def _last_uses(self, size: int) -> tuple[tuple[str, ...], ...]:
+    def _find_last_uses(self, size: int) -> tuple[tuple[str, ...], ...]:
         last: dict[str, int] = {}
         for number, codes in enumerate(self._codes):
             last.update(dict.fromkeys((*codes[size].inputs, *codes[size].outputs), number))
@@ -96,7 +100,7 @@ def build_stage(
     *,
     context: OperatorContext,
     writer: BlockWriter,
-    recompute: Recompute,
+    recompute: StageRecompute,
     parameter_dtype: torch.dtype | None,
 ) -> Stage:
     """The stage with its parameters and buffers on meta.
@@ -119,7 +123,8 @@ def build_stage(
     ]
     uses = Counter(name for by_size in codes for name in by_size[next(iter(by_size))].parameters)
     _hold_shared(stage, first, uses, parameter_dtype)
-    for block, by_size in zip(blocks, codes, strict=True):
+    modes = block_modes(recompute, blocks)
+    for block, by_size, mode in zip(blocks, codes, modes, strict=True):
         own = {
             name: _meta_parameter(first, name, parameter_dtype)
             for name in by_size[next(iter(by_size))].parameters
@@ -132,7 +137,7 @@ def build_stage(
                 own=own,
                 shared=stage,
                 context=context,
-                recompute=recompute if block.is_layer else "none",
+                recompute=mode,
             ),
             by_size,
         )

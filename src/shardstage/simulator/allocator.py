@@ -13,9 +13,10 @@ the default ``PYTORCH_CUDA_ALLOC_CONF``; the PyTorch notes on CUDA semantics, "M
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, TypeAlias
 
 from shardstage.errors import ProgramError
 from shardstage.units import MIB
@@ -94,12 +95,16 @@ class _Block:
         return self.before is None and self.after is None
 
 
+_Sorted: TypeAlias = tuple[int, int, _Block]
+"""A block behind its size and its order, which no other has."""
+
+
 class _Allocator:
     def __init__(self, capacity_bytes: int | None) -> None:
         self.capacity_bytes = capacity_bytes
         self.reserved_bytes = 0
         self.allocated_bytes = 0
-        self._free: list[_Block] = []
+        self._free: tuple[list[_Sorted], list[_Sorted]] = ([], [])  # of the large pool and the small one
         self._used: dict[str, _Block] = {}
         self._num_blocks = 0
 
@@ -112,7 +117,7 @@ class _Allocator:
         block = self._best_fit(size, is_small) or self._new_segment(size, is_small)
         if block is None:
             return False
-        self._free.remove(block)
+        self._take(block)
         block.is_free = False
         self._split(block, size)
         self._used[event.name] = block
@@ -128,20 +133,22 @@ class _Allocator:
         before, after = block.before, block.after
         for neighbour in (before, after):
             if neighbour is not None and neighbour.is_free:
-                self._free.remove(neighbour)
+                self._take(neighbour)
                 block = _joined(block, neighbour)
-        self._free.append(block)
+        self._add_free(block)
 
     def _best_fit(self, size: int, is_small: bool) -> _Block | None:
-        fitting = (block for block in self._free if block.is_small == is_small and block.size >= size)
-        return min(fitting, key=lambda block: (block.size, block.order), default=None)
+        pool = self._free[is_small]
+        place = bisect_left(pool, (size, 0))
+        return pool[place][2] if place < len(pool) else None
 
     def _new_segment(self, size: int, is_small: bool) -> _Block | None:
         """A segment as one free block; where there is no memory, after wholly free segments were given back."""
         num_bytes = _segment_bytes(size, is_small)
         if not self._fits(num_bytes):
-            for block in [block for block in self._free if block.is_whole_segment]:
-                self._free.remove(block)
+            whole = [block for pool in self._free for *_, block in pool if block.is_whole_segment]
+            for block in whole:
+                self._take(block)
                 self.reserved_bytes -= block.size
             if not self._fits(num_bytes):
                 return None
@@ -163,8 +170,12 @@ class _Allocator:
         self._add_free(rest)
 
     def _add_free(self, block: _Block) -> _Block:
-        self._free.append(block)
+        insort(self._free[block.is_small], (block.size, block.order, block))
         return block
+
+    def _take(self, block: _Block) -> None:
+        pool = self._free[block.is_small]
+        del pool[bisect_left(pool, (block.size, block.order))]
 
     def _next(self) -> int:
         self._num_blocks += 1

@@ -17,6 +17,7 @@ from shardstage.cost.compute import gradient_sums_s, moved_s, op_time
 from shardstage.graph import ModelGraph, Op
 from shardstage.graph.cuts import Segment
 from shardstage.graph.flops import backward_flops, forward_flops
+from shardstage.graph.recompute import block_modes
 from shardstage.graph.saved import peak_extra_bytes, recompute_flops, saved_values, transient_bytes
 from shardstage.plan import Plan
 from shardstage.program import StageGraphs
@@ -112,15 +113,16 @@ class StageCosts:
 
     def _recompute_s(self, segment: Segment) -> float:
         """Seconds of computing layers again: products by their FLOPs, all else whole."""
-        graph, recompute = segment.graph, self.plan.recompute_of(segment.index)
+        graph = segment.graph
+        modes = block_modes(self.plan.recompute_of(segment.index), segment.blocks)
         total_s = 0.0
-        for block in segment.blocks:
-            if recompute == "none" or not block.is_layer:
+        for block, mode in zip(segment.blocks, modes, strict=True):
+            if mode == "none":
                 continue
             ops = [op for op in graph.ops[block.start : block.stop] if not is_communication(op)]
             times = [(op_time(graph, op, self._device).forward_s, forward_flops(graph, op)) for op in ops]
             flops = sum(count for _, count in times)
-            again = recompute_flops(graph, block.start, block.stop, recompute, blocks=segment.blocks)
+            again = recompute_flops(graph, block.start, block.stop, mode, blocks=segment.blocks)
             products_s = sum(seconds for seconds, count in times if count)
             total_s += sum(seconds for seconds, _ in times) - products_s * (
                 1 - again / flops if flops else 0.0

@@ -78,7 +78,7 @@ def _details(plan: Plan) -> Iterator[str]:
     yield f"dp={mesh.dp}, tp={mesh.tp}, pp={mesh.pp} on {_counted(mesh.world_size, 'rank')}"
     yield f"zero={plan.zero}"
     if plan.recompute != "none" or plan.stage_recompute:
-        yield f"recompute={'/'.join(plan.stage_recompute) or plan.recompute}"
+        yield f"recompute={'/'.join(map(str, plan.stage_recompute)) or plan.recompute}"
     yield f"{_counted(plan.num_microbatches, 'microbatch', 'microbatches')} of {plan.microbatch}"
     if mesh.pp > 1:
         yield plan.schedule
