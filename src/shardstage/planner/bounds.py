@@ -28,7 +28,7 @@ from shardstage.cost.memory import MOMENTS
 from shardstage.cost.offload import offloaded_update_s
 from shardstage.cost.pipeline import LATE_BUBBLES, SPLITTING
 from shardstage.cost.profile import RECOMPUTES, Recompute
-from shardstage.planner.even import EvenCuts, RankTable
+from shardstage.planner.even import COUNTED_LAYERS, EvenCuts, RankTable
 from shardstage.planner.figures import Figures
 from shardstage.planner.lattice import Lattice, Rows
 from shardstage.planner.space import MAX_STAGES_PER_RANK, Choice
@@ -169,6 +169,7 @@ class _Shared:
         def of_most(values: Any) -> Any:
             return np.take_along_axis(values, most, axis=0)
 
+        self.layer_trade = self._layer_trade()
         self.num_groups = len(groups)
         self._of_ranks: dict[tuple[str, str, Recompute], Array] = {}
         self.most_number = f.whole[most[0]]
@@ -184,6 +185,18 @@ class _Shared:
             np.array([of_most(each) for each in saved]),
             np.ones_like(most, dtype=np.float64),
         )
+
+    def _layer_trade(self) -> Trade | None:
+        """Of a layer that spares as much as any and costs as little as any; None where layers cannot be told from units, or nothing may
+        be chosen."""
+        f, kinds, modes = self.figures, self.even.layer_kinds, self.settings.modes
+        if not len(kinds) or len(modes) < len(RECOMPUTES):
+            return None
+        spared = np.array([(kinds @ (f.saved["none"] - f.saved[mode])).max(axis=0) for mode in modes])
+        seconds = np.array([(kinds @ f.again_s[mode]).min(axis=0) for mode in modes])
+        self.layer_passing = np.min([(kinds @ f.passing[mode]).min(axis=0) for mode in modes[1:]], axis=0)
+        self.layer_seconds, self.layer_bytes = seconds[1:], spared[1:]
+        return Trade(seconds[:, None], -spared[:, None], np.ones((1, 1)))
 
     def of_ranks(self, schedule: str, figure: str, mode: Recompute) -> Array:
         """A figure of ranks of even cuts, for each row of their table and each group, flat."""
@@ -375,7 +388,8 @@ class _Table:
         shared, group, limit_bytes = self.shared, self.group, self.settings.limit_bytes
         own = shared.most_own[group]
         state = self.rank_state_bytes(own, shared.most_experts[group], own)
-        seconds, least_bytes = np.inf, np.inf
+        seconds: Any = np.inf
+        least_bytes: Any = np.inf
         for again, saved, passing in shared.most_modes:
             num_bytes = state + held * saved[group] + passing[group]
             seconds = np.where(num_bytes <= limit_bytes, np.minimum(seconds, again[group]), seconds)
@@ -385,21 +399,47 @@ class _Table:
         return shared.most_both[group] + again_s + summing_s, least_bytes
 
     def _of_even_cuts(self, name: str, v: Any) -> tuple[Any, Any]:
-        """Several stages a rank, which recompute alike: by the first mode that does not surely exceed the memory."""
+        """Several stages a rank, which recompute alike: all of the layers where one way is asked for, else as few as they need to."""
         m, p, ranks = self.m, self.p, self._ranks_of(name, v)
+        first, *others = self.settings.modes
+        if others:
+            mean_again, least_again, least_bytes = self._alike(ranks)
+        else:
+            mean_again, least_again = self.shared.again_whole[first][self.group] / p, 0.0
+            least_bytes = ranks.num_bytes(first)
+        forward, backward = self.stage_s(mean_again, ranks.mean_first_s)
+        heaviest = np.where(
+            self._is_summed_whole, ranks.of("slowest, summing", first), ranks.of("slowest", first)
+        )
+        heaviest = heaviest + least_again + ranks.least_first_s
+        slowest = np.maximum(forward + backward, np.maximum(heaviest, self._slowest_unit_s))
+        bubble = self._bubble_s(name, v, forward / v, backward / v)
+        return self._seconds(m * slowest + bubble, forward + backward), least_bytes
 
-        def seconds(mode: Recompute) -> Any:
-            again = self.shared.again_whole[mode][self.group] / p
-            forward, backward = self.stage_s(again, ranks.mean_first_s)
-            slowest = np.where(
-                self._is_summed_whole, ranks.of("slowest, summing", mode), ranks.of("slowest", mode)
-            )
-            heaviest = slowest + ranks.least_first_s
-            slowest = np.maximum(forward + backward, np.maximum(heaviest, self._slowest_unit_s))
-            bubble = self._bubble_s(name, v, forward / v, backward / v)
-            return self._seconds(m * slowest + bubble, forward + backward)
+    def _alike(self, ranks: _EvenRanks) -> tuple[Any, Any, Any]:
+        """Seconds of recomputation of a mean rank and of any rank at least, and bytes, where stages recompute equally many layers.
 
-        return self._first_that_fits(seconds, ranks.num_bytes)
+        What the fullest rank lacks, each of its stages spares.
+        """
+        shared, limit_bytes, held = self.shared, self.settings.limit_bytes, ranks.held
+        none, *others = self.settings.modes
+        whole_bytes = ranks.num_bytes(none)
+        saved = np.minimum.reduce([ranks.of("saved", mode) for mode in others])
+        passing = np.minimum.reduce([ranks.of("passing", mode) for mode in self.settings.modes])
+        trade = shared.layer_trade
+        if trade is not None:
+            passing = np.maximum(passing, shared.layer_passing[self.group])
+        least_bytes = np.minimum(whole_bytes, ranks.state + held * saved + passing)
+        if trade is None:
+            return 0.0, 0.0, least_bytes
+        room = (limit_bytes - ranks.state - passing) / held
+        missing = np.where(whole_bytes > limit_bytes, np.maximum(0.0, ranks.of("saved", none) - room), 0.0)
+        mean_again, least_again = np.zeros_like(missing), np.zeros_like(missing)
+        at = np.nonzero(missing > 0)
+        if len(at[0]):
+            group = np.broadcast_to(self.group, missing.shape)[at]
+            mean_again[at], least_again[at] = ranks.again_s(at, missing[at], group, trade)
+        return mean_again, least_again, least_bytes
 
     def _ranks_of(self, name: str, v: Any) -> _EvenRanks:
         """What even cuts make of ranks: the same under both schedules that lay stages in a V."""
@@ -407,19 +447,6 @@ class _Table:
         if places not in self._ranks:
             self._ranks[places] = _EvenRanks(self, name, v)
         return self._ranks[places]
-
-    def _first_that_fits(
-        self, seconds: Callable[[Recompute], Any], num_bytes: Callable[[Recompute], Any]
-    ) -> tuple[Any, Any]:
-        """Seconds by the first mode that does not surely exceed the limit, or the last one, and the least bytes of all modes."""
-        first, *others = self.settings.modes
-        found_s, least_bytes = seconds(first), num_bytes(first)
-        for mode in others:
-            is_open = least_bytes > self.settings.limit_bytes
-            if is_open.any():
-                found_s = np.where(is_open, seconds(mode), found_s)
-            least_bytes = np.minimum(least_bytes, num_bytes(mode))
-        return found_s, least_bytes
 
     def rank_state_bytes(self, own: Any, experts: Any, largest_unit: Any) -> Any:
         """Of a rank with so many elements, and under ZeRO-2/3 the gradients of its largest unit while they are reduced."""
@@ -461,8 +488,8 @@ class _EvenRanks:
         p, v_ = table.p.astype(np.int64), v.astype(np.int64)
         place = shared.even.ranks(name).place
         self._places = place[p, np.minimum(v_, place.shape[1] - 1)] * shared.num_groups + table.group
-        self._held = table.held(name, v)
-        self._state = table.rank_state_bytes(self.of("own"), self.of("experts"), self.of("largest"))
+        self.held = table.held(name, v)
+        self.state = table.rank_state_bytes(self.of("own"), self.of("experts"), self.of("largest"))
         self.mean_first_s = table.first_s(self.of("mean first own"), self.of("mean first calls"))
         self.least_first_s = sum(table.first_s(self.of("least first own"), self.of("least first calls")))
 
@@ -471,9 +498,33 @@ class _EvenRanks:
             self._known[figure, mode] = self._shared.of_ranks(self._name, figure, mode)[self._places]
         return self._known[figure, mode]
 
+    def again_s(self, at: Any, missing: Any, group: Any, trade: Trade) -> tuple[Any, Any]:
+        """Seconds of recomputation of a mean rank and of any rank, at least, where a stage of the fullest lacks so many bytes.
+
+        Short stages recompute whole layers: f in full and some selectively, as few as spare enough; of a long one a fraction.
+        """
+        table, row = self._shared.even.ranks(self._name), self._places[at] // self._shared.num_groups
+        most = table.most_layers[row]
+        of_long = trade.again_s(-missing / most, group) * (table.layers[:, row, -1])
+        selective, full = (each[group] for each in self._shared.layer_seconds)
+        spared, spared_full = (each[group] for each in self._shared.layer_bytes)
+        found = np.full((2, len(most)), np.inf)
+        for number in range(COUNTED_LAYERS + 1):
+            left = np.maximum(0.0, missing - number * spared_full)
+            with np.errstate(divide="ignore", invalid="ignore"):
+                end = number + np.where(left > 0, np.ceil(left / spared - 1e-9), 0.0)
+            is_possible = np.isfinite(end) & (end <= most) & (end <= COUNTED_LAYERS)
+            last = np.where(is_possible, end, 0.0).astype(np.int64)
+            in_full, in_all = table.layers[:, row, number], table.layers[:, row, last]
+            seconds = in_full * full + (in_all - in_full) * selective
+            found = np.where(is_possible, np.minimum(found, seconds), found)
+        is_long = (most > COUNTED_LAYERS) | ~np.isfinite(found[0])
+        found = np.where(is_long, of_long, found)
+        return found[0], found[1]
+
     def num_bytes(self, mode: Recompute) -> Any:
         """What the fullest rank holds at least."""
-        return self._state + self._held * self.of("saved", mode) + self.of("passing", mode)
+        return self.state + self.held * self.of("saved", mode) + self.of("passing", mode)
 
 
 _OF_RANKS: Final[Mapping[str, Callable[[RankTable, _Shared, Recompute], Array]]] = MappingProxyType(

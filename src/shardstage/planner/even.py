@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from itertools import pairwise
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -16,16 +17,23 @@ import numpy.typing as npt
 from shardstage.cost import balanced
 from shardstage.schedule import SCHEDULES, stages_of_rank
 
-__all__ = ["EvenCuts", "RankTable"]
+__all__ = ["COUNTED_LAYERS", "EvenCuts", "RankTable"]
 
 Array = npt.NDArray[np.float64]
 
+COUNTED_LAYERS: Final = 4
+"""Stages of more layers than this are long: how many of them recompute is taken for a fraction."""
+
 
 class EvenCuts:
-    """``kinds`` are those of the units, numbered from 0, ``seconds`` what each takes; a rank has ``most_per_rank`` stages at most."""
+    """``kinds`` are those of the units, numbered from 0, ``layers`` the layer of each, -1 outside of layers, ``seconds`` what each takes;
+    a rank has ``most_per_rank`` stages at most."""
 
-    def __init__(self, kinds: Sequence[int], seconds: Sequence[float], most_per_rank: int) -> None:
+    def __init__(
+        self, kinds: Sequence[int], layers: Sequence[int], seconds: Sequence[float], most_per_rank: int
+    ) -> None:
         self._seconds = seconds
+        self._layers = layers
         self._kinds = kinds
         self._most_per_rank = most_per_rank
         self._starts: dict[int, tuple[int, ...]] = {}
@@ -61,6 +69,8 @@ class EvenCuts:
         stages = np.zeros((len(sizes) + 1, most, num_kinds))
         is_stage = np.zeros((len(sizes) + 1, most))
         mean_firsts = np.zeros((len(sizes) + 1, num_kinds))
+        most_layers = np.ones(len(sizes) + 1)
+        layers = np.zeros((2, len(sizes) + 1, COUNTED_LAYERS + 2))
         for row, (p, v) in enumerate(sizes, start=1):
             place[p, v] = row
             of_rank = [list(stages_of_rank(schedule, p * v, p, rank)) for rank in range(p)]
@@ -68,9 +78,34 @@ class EvenCuts:
             each.append(list(dict.fromkeys(map(tuple, of_ranks.sum(axis=1).tolist()))))
             firsts.append(list(dict.fromkeys(map(tuple, of_firsts.sum(axis=1).tolist()))))
             mean_firsts[row] = of_firsts.sum(axis=(0, 1)) / p
+            of_stages = self._num_layers(p * v)
+            most_layers[row] = of_stages.max()
+            for number in range(COUNTED_LAYERS + 2):
+                limit = number if number <= COUNTED_LAYERS else len(self._layers)
+                counted = np.minimum(of_stages, limit)[of_rank].sum(axis=1)
+                layers[:, row, number] = counted.mean(), counted.min()
             stages[row] = of_ranks[p - 1 if is_v else 0, [*range(v), *([0] * (most - v))]]
             is_stage[row, :v] = 1.0
-        return RankTable(place, _padded(each), stages, is_stage, _padded(firsts), mean_firsts)
+        return RankTable(
+            place, _padded(each), stages, is_stage, _padded(firsts), mean_firsts, most_layers, layers
+        )
+
+    def _num_layers(self, num_stages: int) -> Array:
+        """[stage]: how many layers each has, a part of one counting as one."""
+        starts = [*self.starts(num_stages), len(self._layers)]
+        numbers = [len({*self._layers[a:b]} - {-1}) for a, b in pairwise(starts)]
+        return np.array(numbers, dtype=np.float64)
+
+    @cached_property
+    def layer_kinds(self) -> Array:
+        """[kind of layer, kind of unit]: of which units layers are made. None where a layer has several, of which a stage may have some."""
+        kinds = {kind for kind, layer in zip(self._kinds, self._layers, strict=True) if layer >= 0}
+        inside = [layer for layer in self._layers if layer >= 0]
+        is_cut = len(inside) > len(set(inside))
+        found = np.zeros((0 if is_cut else len(kinds), len(self.whole)))
+        for row in range(len(found)):
+            found[row, sorted(kinds)[row]] = 1.0
+        return found
 
     def _stage_counts(self, num_stages: int) -> Array:
         """[stage, kind]"""
@@ -100,7 +135,9 @@ class RankTable:
 
     ``each`` are the ways in which ranks are made, each once; what is missing repeats the first. ``stages`` are those of the rank that
     surely holds most microbatches at once, the first where stages go round, the last in a V; ``is_stage`` tells them from repeated ones.
-    ``firsts`` are the first units of the stages of each rank, in all ways, and ``mean_firsts`` those of a mean rank.
+    ``firsts`` are the first units of the stages of each rank, in all ways, and ``mean_firsts`` those of a mean rank. ``most_layers`` are
+    those of a stage, and ``layers`` [2, row, number] those of a mean rank, and of the one that has fewest, where of each stage at most so
+    many count; in the last column all do.
     """
 
     place: Any
@@ -109,6 +146,8 @@ class RankTable:
     is_stage: Array
     firsts: Array
     mean_firsts: Array
+    most_layers: Array
+    layers: Array
 
     def least_first(self, of_kinds: Array) -> Array:
         """[row, group]: the least that the first units of a rank's stages add up to, of a figure [kind, group]."""

@@ -17,7 +17,6 @@ from shardstage.cost import (
     Links,
     MemoryModel,
     Prediction,
-    Profile,
     Profiler,
     StepSetup,
     fold,
@@ -312,7 +311,7 @@ class Pricing:
         """Stages of equal seconds, for all choices alike: of what the units take one rank for one sample."""
         units = self.profiler(1, False).at(self._reference).units
         seconds = [unit.forward_s + unit.backward_s for unit in units]
-        return EvenCuts(self._twins, seconds, MAX_STAGES_PER_RANK)
+        return EvenCuts(self._twins, self.folded.layers, seconds, MAX_STAGES_PER_RANK)
 
 
 class _Uncut(NamedTuple):

@@ -20,7 +20,7 @@ Array = npt.NDArray[np.float64]
 class Trade:
     """Saved bytes of a microbatch with the least seconds of recomputation for them, in each group: between corners it is linear.
 
-    ``seconds`` and ``saved`` [mode, kind, group] are those of each way to run a unit, ``numbers`` [kind, 1 or group] say how many there are.
+    ``seconds`` and ``saved`` [mode, kind, group] are those of each way to run a unit, ``numbers`` [kind, 1 or group] how many there are.
     """
 
     def __init__(self, seconds: Array, saved: Array, numbers: Array) -> None:
