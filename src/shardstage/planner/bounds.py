@@ -195,6 +195,7 @@ class _Shared:
         spared = np.array([(kinds @ (f.saved["none"] - f.saved[mode])).max(axis=0) for mode in modes])
         seconds = np.array([(kinds @ f.again_s[mode]).min(axis=0) for mode in modes])
         self.layer_passing = np.min([(kinds @ f.passing[mode]).min(axis=0) for mode in modes[1:]], axis=0)
+        spared = np.maximum(0.0, spared)
         self.layer_seconds, self.layer_bytes = seconds[1:], spared[1:]
         return Trade(seconds[:, None], -spared[:, None], np.ones((1, 1)))
 
