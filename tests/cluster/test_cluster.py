@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.cluster.machines import curve, device, gemm_curve, two_level
 
-from shardstage.cluster import Cluster, load, preset_names, save
+from shardstage.cluster import Cluster, LinearCost, load, preset_names, save
 from shardstage.cluster.table import to_toml
 from shardstage.errors import ClusterError
 
@@ -22,6 +22,7 @@ def full_cluster() -> Cluster:
         gemm=(gemm_curve((10.0, 20.0), (1000.0, 40.0)),),
         op_latency_s=1e-6,
         alone_ratio=1.5,
+        message=LinearCost(1e-3, 2e9),
         name='a "quoted" name',
     )
     return Cluster(
@@ -42,6 +43,12 @@ def test_a_preset_is_written_exactly_as_it_is_read(name: str) -> None:
     cluster = load(name)
     assert cluster.name == name
     assert Cluster.from_toml(cluster.to_toml()) == cluster
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_the_devices_of_a_preset_share_no_cores(name: str) -> None:
+    device = load(name).device
+    assert (device.alone_ratio, device.message) == (1.0, None)
 
 
 @pytest.mark.parametrize("name", preset_names())

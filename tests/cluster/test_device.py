@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.cluster.machines import device, gemm_curve
 
-from shardstage.cluster import Cluster, GemmCurve, load, preset_names
+from shardstage.cluster import Cluster, GemmCurve, LinearCost, load, preset_names
 from shardstage.errors import ClusterError
 
 
@@ -94,3 +94,9 @@ def test_a_rank_alone_is_no_slower_than_among_others() -> None:
     with pytest.raises(ClusterError, match=r"alone_ratio is 0\.5") as raised:
         device(alone_ratio=0.5)
     assert "alone_ratio = 1.0" in str(raised.value)
+
+
+def test_a_message_takes_some_time() -> None:
+    with pytest.raises(ClusterError, match=r"bytes_per_s > 0, not \(0\.001, 0\.0\)") as raised:
+        device(message=LinearCost(1e-3, 0.0))
+    assert "[device.message]" in str(raised.value)

@@ -57,6 +57,12 @@ def test_a_rank_that_shares_cores_is_quicker_alone() -> None:
     assert reduced(1).device.alone_ratio == reduced(2, *SMALLEST, *noise).device.alone_ratio == 1
 
 
+def test_messages_take_of_the_cores_that_ranks_share() -> None:
+    message = LinearCost(5e-4, 1e9)
+    assert reduced(4, *SMALLEST, *exchanges("message", 2, message)).device.message == pytest.approx(message)
+    assert reduced(4, *SMALLEST).device.message is None
+
+
 def test_a_larger_product_is_never_quicker_than_a_smaller_one() -> None:
     assert reduced(1).device.gemm[0].points == ((1e3, 1e9), (1e6, 1e12), (1e9, 1e11))
 

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shardstage.cost.pipeline import StageTime, pipeline_s, rank_seconds, run_pipeline
-from shardstage.schedule import one_f_one_b
+from shardstage.cost.pipeline import StageTime, idle_cores_s, pipeline_s, rank_seconds, run_pipeline
+from shardstage.schedule import Action, Schedule, make_schedule, one_f_one_b
 
 SECONDS = st.floats(0.01, 10)
 STAGES = st.lists(st.builds(StageTime, SECONDS, SECONDS, st.floats(0, 1)), min_size=1, max_size=5)
@@ -127,3 +127,57 @@ def test_several_stages_a_rank_end_one_by_one() -> None:
 def test_a_schedule_may_be_given_itself() -> None:
     stages = [StageTime(1.0, 2.0)] * 3
     assert run_pipeline(stages, 5, one_f_one_b(3, 5)) == run_pipeline(stages, 5, "1f1b")
+
+
+def run_on_shared_cores(schedule: Schedule, forward_s: float, backward_s: float, num_cores: float) -> float:
+    """Until the last action ends, where ranks that compute at a time share the cores evenly and none has more than one."""
+    rows = [list(row) for row in schedule.actions]
+    at, left_s, done, now_s = [0] * len(rows), [0.0] * len(rows), set[tuple[str, int, int]](), 0.0
+    seconds = {"F": forward_s, "B": backward_s, "I": backward_s / 2, "W": backward_s / 2}
+    last = schedule.num_stages - 1
+
+    def is_ready(action: Action) -> bool:
+        stage, m = action.stage, action.microbatch
+        if action.kind == "F":
+            return stage == 0 or ("F", stage - 1, m) in done
+        arrived = stage == last or ("B", stage + 1, m) in done or ("I", stage + 1, m) in done
+        return action.kind == "W" or (arrived and ("F", stage, m) in done)
+
+    while any(place < len(row) for place, row in zip(at, rows, strict=True)):
+        active = [r for r, row in enumerate(rows) if at[r] < len(row) and (left_s[r] or is_ready(row[at[r]]))]
+        for r in active:
+            left_s[r] = left_s[r] or seconds[rows[r][at[r]].kind]
+        rate = min(1.0, num_cores / len(active))
+        passed_s = min(left_s[r] for r in active)
+        now_s += passed_s / rate
+        for r in active:
+            left_s[r] -= passed_s
+            if left_s[r] < 1e-9:
+                action, left_s[r] = rows[r][at[r]], 0.0
+                done.add((action.kind, action.stage, action.microbatch))
+                at[r] += 1
+    return now_s
+
+
+@pytest.mark.parametrize("num_microbatches", [8, 16])
+@pytest.mark.parametrize(("num_ranks", "num_cores"), [(4, 2), (8, 4), (4, 1), (4, 3)])
+@pytest.mark.parametrize("name", ["gpipe", "1f1b", "zb-h1", "zb-v", "interleaved-1f1b"])
+def test_shared_cores_idle_as_in_a_pipeline_of_as_many_ranks(
+    name: str, num_ranks: int, num_cores: int, num_microbatches: int
+) -> None:
+    """1F1B, GPipe and ZB-H1 exactly on half as many cores; several stages a rank fill sooner, and more cores: within 5 %."""
+    num_stages = num_ranks * (2 if name in ("zb-v", "interleaved-1f1b") else 1)
+    alone = [StageTime(1.0, 2.0)] * num_stages
+    schedule = make_schedule(
+        name, num_stages=num_stages, num_ranks=num_ranks, num_microbatches=num_microbatches
+    )
+    shared_s = num_microbatches * 3.0 * num_stages / num_cores
+    idle_s = idle_cores_s(name, alone, num_ranks, num_microbatches, num_cores)
+    predicted_s = max(pipeline_s(name, alone, num_ranks, num_microbatches), shared_s + idle_s)
+    found_s = run_on_shared_cores(schedule, 1.0, 2.0, num_cores)
+    is_exact = num_stages == num_ranks and 2 * num_cores <= num_ranks
+    assert predicted_s == pytest.approx(found_s, rel=1e-9 if is_exact else 0.05)
+
+
+def test_a_pipeline_without_cores_to_spare_leaves_none_idle() -> None:
+    assert idle_cores_s("1f1b", [StageTime(1.0, 2.0)] * 4, 4, 8, 0.5) == 0

@@ -10,7 +10,7 @@ from tests.cost.machines import round_machine
 from tests.cost.test_memory import setup
 from tests.cost.toy import toy_graph
 
-from shardstage.cluster import Cluster, load
+from shardstage.cluster import Cluster, LinearCost, load
 from shardstage.cost import Execution, Links, Prediction, Profile, fold, least_step_s, predict_step, profile
 from shardstage.cost.step import CALIBRATIONS
 from shardstage.layout import Mesh
@@ -194,3 +194,14 @@ def test_ranks_that_share_cores_leave_them_to_each_other_in_a_bubble() -> None:
 def test_ranks_that_all_compute_gain_nothing_from_shared_cores() -> None:
     plan = {"mesh": Mesh(dp=4)}
     assert on_shared_cores(2.0, **plan).step_time_s == pytest.approx(on_shared_cores(1.0, **plan).step_time_s)
+
+
+def test_messages_between_stages_take_of_shared_cores_and_only_of_those() -> None:
+    """Four microbatches over three boundaries, there and back, each sent by one rank and received by another: 48 on 4 ranks."""
+    plan = {"mesh": Mesh(pp=4), "starts": (0, 1, 2, 3), "num_microbatches": 4, "global_batch": 8}
+    for ratio, num_messages in ((1.0, 0), (100.0, 12)):
+        found = []
+        for message in (None, LinearCost(1.0, 1e30)):
+            device = replace(round_machine(64).device, alone_ratio=ratio, message=message)
+            found.append(step(replace(round_machine(64), device=device), **plan).parts["pp"])
+        assert found[1] - found[0] == pytest.approx(num_messages)

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from shardstage.compat import TorchDispatchMode, storage_key
 from shardstage.graph import ModelGraph
 from shardstage.graph.capture_transformers import as_untraced
-from shardstage.graph.recompute import Recompute
+from shardstage.graph.recompute import StageRecompute, layer_modes
 from shardstage.graph.saved import SELECTIVE_TARGETS
 from shardstage.graph.source import ModelSource
 from shardstage.graph.tasks import Task
@@ -94,7 +94,9 @@ class MeasuredCheckpoint:
     backward_flops: int
 
 
-def measure_checkpoint(found: Case, layers: Sequence[nn.Module], recompute: Recompute) -> MeasuredCheckpoint:
+def measure_checkpoint(
+    found: Case, layers: Sequence[nn.Module], recompute: StageRecompute
+) -> MeasuredCheckpoint:
     """``kept_bytes`` are all storages made in the forward that still live when it ends."""
     model, batch = found.model.train(), {name: tensor.clone() for name, tensor in found.batch.items()}
     made = _MadeStorages()
@@ -133,9 +135,12 @@ class _MadeStorages(TorchDispatchMode):
 
 
 @contextmanager
-def _checkpointed(layers: Sequence[nn.Module], recompute: Recompute) -> Iterator[None]:
-    options = {} if recompute == "full" else {"context_fn": _selective}
-    for layer in layers if recompute != "none" else ():
+def _checkpointed(layers: Sequence[nn.Module], recompute: StageRecompute) -> Iterator[None]:
+    modes = layer_modes(recompute, range(len(layers)))
+    for layer, mode in zip(layers, modes, strict=True):
+        if mode == "none":
+            continue
+        options = {} if mode == "full" else {"context_fn": _selective}
         run = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False, **options)
         layer.forward = run
     try:

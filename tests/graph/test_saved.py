@@ -17,9 +17,9 @@ from shardstage.graph.blocks import find_blocks
 from shardstage.graph.capture import capture
 from shardstage.graph.cuts import cut, good_positions
 from shardstage.graph.flops import backward_flops
+from shardstage.graph.recompute import PartialRecompute, Recompute, StageRecompute
 from shardstage.graph.saved import (
     SELECTIVE_TARGETS,
-    Recompute,
     peak_extra_bytes,
     recompute_flops,
     saved_bytes,
@@ -31,6 +31,12 @@ from shardstage.graph.saved_trace import trace_saved
 
 GraphOf = Callable[[str], ModelGraph]
 CHOICES: tuple[Recompute, ...] = ("none", "selective", "full")
+PARTIAL: tuple[StageRecompute, ...] = (
+    PartialRecompute(full=1),
+    PartialRecompute(selective=2),
+    PartialRecompute(full=1, selective=1),
+    PartialRecompute(full=2, selective=None),
+)
 
 
 def whole(found: ModelGraph) -> tuple[ModelGraph, int, int]:
@@ -54,7 +60,7 @@ def test_checkpointed_layers_keep_and_recompute_what_a_real_run_does(
 ) -> None:
     found = case_of(source_of(name), graph_of(name))
     once = sum(backward_flops(found.graph, op) for op in found.graph.ops)
-    for recompute in CHOICES:
+    for recompute in (*CHOICES, *PARTIAL):
         seen = measure_checkpoint(found, list(attrgetter(layers)(found.model)), recompute)
         kept_bytes = saved_bytes(*whole(found.graph), recompute)
         assert kept_bytes == pytest.approx(seen.kept_bytes, rel=0.005)
@@ -74,6 +80,18 @@ def test_a_scaled_graph_keeps_what_one_captured_at_that_size_does(graph_of: Grap
 def test_recomputing_more_keeps_less(graph_of: GraphOf, name: str) -> None:
     none, selective, full = (saved_bytes(*whole(graph_of(name)), recompute) for recompute in CHOICES)
     assert full < selective < none
+
+
+def test_a_stage_keeps_less_with_every_layer_that_recomputes(graph_of: GraphOf) -> None:
+    found = graph_of("llama-tiny")
+    num_layers = sum(block.is_layer for block in find_blocks(found))
+    none, selective, full = (saved_bytes(*whole(found), recompute) for recompute in CHOICES)
+    kept = [saved_bytes(*whole(found), PartialRecompute(full=n)) for n in range(1, num_layers + 2)]
+    assert none > kept[0] and all(a > b for a, b in pairwise(kept[:num_layers]))
+    assert kept[num_layers - 1] == kept[num_layers] == full
+    assert saved_bytes(*whole(found), PartialRecompute(selective=num_layers)) == selective
+    one = PartialRecompute(full=1, selective=None)
+    assert full < saved_bytes(*whole(found), one) < selective
 
 
 def test_without_recompute_nothing_is_computed_again(graph_of: GraphOf) -> None:

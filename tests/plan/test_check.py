@@ -11,6 +11,7 @@ from tests.cost.toy import toy_graph
 from shardstage.cluster import load
 from shardstage.errors import PlanError
 from shardstage.graph.file import fingerprint
+from shardstage.graph.recompute import PartialRecompute
 from shardstage.layout import Mesh
 from shardstage.plan import Plan, StageRange, check, complete, parse_request
 
@@ -50,6 +51,8 @@ def test_a_good_plan_passes_without_a_word() -> None:
         ({"shares": (16, 0)}, "data-parallel rank 1 gets no sample", "shares = [8, 8]"),
         ({"microbatch": 0}, "a microbatch of 0 samples is none", "microbatch = 1"),
         ({"shares": (14, 2), "microbatch": 2}, "rank 1 has 2 samples for 7 microbatches", "microbatch = 7"),
+        ({"stage_recompute": ("full",)}, "what 1 stages recompute, and has 2 stages", "stage_recompute = ['full', 'full']"),
+        ({"stage_recompute": ("none", PartialRecompute(full=2, selective=3))}, r"stage 1 recomputes 5 layers \(full:2\+selective:3\), and it has 2", 'stages=none/full"'),
         ({"gradient_dtype": "bfloat16"}, "gradients are to be summed in bfloat16, and the model computes in float32", "grads=bf16"),
         ({"sequence": 65}, "samples of 65 tokens are longer than the 64 positions", "--seq 64"),
     ],

@@ -9,6 +9,7 @@ from tests.cost.toy import toy_graph
 
 from shardstage.errors import PlanError
 from shardstage.graph import ModelGraph
+from shardstage.graph.recompute import PartialRecompute
 from shardstage.layout import Mesh
 from shardstage.plan import Plan, check, complete, parse_request
 from shardstage.plan.complete import default_microbatch, proportional_shares
@@ -49,6 +50,20 @@ def test_seven_layers_make_three_uneven_stages() -> None:
     plan = plan_of("pp=3", ranks=3)
     assert num_layers_of_stages(plan) == [2, 3, 2]
     assert (plan.stages[0].first, plan.stages[-1].last) == ("embed", "loss")
+
+
+def test_what_is_said_of_every_stage_is_said_once() -> None:
+    alike = plan_of("pp=3,stages=full:2*3", ranks=3)
+    assert (alike.recompute, alike.stage_recompute) == (PartialRecompute(full=2), ())
+    apart = plan_of("pp=3,recompute=full,stages=full:2/none*2", ranks=3)
+    assert (apart.recompute, apart.stage_recompute) == ("none", (PartialRecompute(full=2), "none", "none"))
+    check(apart, SEVEN_LAYERS, num_ranks=3)
+
+
+def test_more_layers_than_a_stage_has_are_a_remark_where_said_of_all() -> None:
+    assert check(plan_of("pp=3,recompute=full:3,mb=1", ranks=3), SEVEN_LAYERS) == ()
+    (note,) = check(plan_of("pp=3,recompute=full:4,mb=1", ranks=3), SEVEN_LAYERS)
+    assert note == "recompute=full:4 counts 4 layers, and a stage has 3 at most: all of them are recomputed"
 
 
 def test_a_heavy_head_takes_layers_off_its_stage() -> None:

@@ -57,6 +57,14 @@ def test_stages_say_their_modules_and_shares() -> None:
     assert sum(shares) == pytest.approx(100, abs=0.2)
 
 
+def test_what_each_stage_recomputes_stands_with_it() -> None:
+    text = text_of("pp=2,dp=4,stages=full:1+selective/none")
+    assert "recompute=by stage" in section(text, "model")[-1]
+    heads, *rows = section(text, "stages")[1:4]
+    assert "recompute" in heads
+    assert "full:1+selective" in rows[0] and " none " in rows[1]
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [

@@ -10,11 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shardstage.errors import PlanError
+from shardstage.graph.recompute import PartialRecompute
 from shardstage.layout import Mesh
 from shardstage.plan import Plan, StageRange, load_plan, plan_from_toml, plan_to_toml, save_plan
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1)
 COUNT = st.integers(1, 2**40)
+RECOMPUTE = st.sampled_from(["none", "selective", "full"]) | st.builds(
+    PartialRecompute, full=COUNT, selective=st.none() | st.integers(0, 9)
+)
 
 PLANS = st.builds(
     Plan,
@@ -25,7 +29,8 @@ PLANS = st.builds(
     microbatch=COUNT,
     shares=st.lists(st.integers(0, 2**40)).map(tuple),
     zero=st.sampled_from([0, 1, 2, 3]),
-    recompute=st.sampled_from(["none", "selective", "full"]),
+    recompute=RECOMPUTE,
+    stage_recompute=st.lists(RECOMPUTE).map(tuple),
     schedule=st.sampled_from(["gpipe", "1f1b"]),
     precision=st.sampled_from(["float32", "bfloat16", "float64"]),
     gradient_dtype=st.sampled_from([None, "float32", "bfloat16"]),
@@ -74,6 +79,13 @@ def test_savers_of_last_resort_stand_beside_the_others_where_they_are_used() -> 
         plan_from_toml(text.replace('"optimizer"', '"all"'))
 
 
+def test_layers_that_recompute_are_counted_in_words() -> None:
+    partial = (PartialRecompute(full=3, selective=None), PartialRecompute(selective=2))
+    text = plan_to_toml(replace(PLAN, stage_recompute=partial))
+    assert 'recompute = "none"\nstage_recompute = ["full:3+selective", "selective:2"]\n' in text
+    assert plan_from_toml(text).stage_recompute == partial
+
+
 def test_a_saved_plan_loads(tmp_path: Path) -> None:
     save_plan(PLAN, tmp_path / "plan.toml")
     assert load_plan(tmp_path / "plan.toml") == PLAN
@@ -115,6 +127,18 @@ def test_what_has_a_default_may_be_left_out() -> None:
         ("[memory]", "[[memory]]", "memory must be a table", "[memory]"),
         ("version = 1", "version = 2", "version 2 of the plan file is unknown", "shardstage plan --out"),
         ("[mesh]", "[mesh", "plan.toml is not TOML", "shardstage plan --out"),
+        (
+            'recompute = "none"',
+            'recompute = "full:0"',
+            "recompute has 'full:0', which is not one of none",
+            'recompute = "full:3"',
+        ),
+        (
+            'recompute = "none"',
+            'stage_recompute = ["full", "all"]',
+            "stage_recompute has 'all', .* nor a number of layers such as 'full:3'",
+            'stage_recompute = ["full:3", "none"]',
+        ),
     ],
 )
 def test_a_wrong_file_is_refused_by_place_reason_and_hint(

@@ -7,10 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shardstage.errors import PlanError
+from shardstage.graph.recompute import PartialRecompute
 from shardstage.layout import Mesh
 from shardstage.plan import Plan, Request, StageRange, format_request, parse_request, shorthand
 
 COUNT = st.integers(1, 4096)
+RECOMPUTE = st.sampled_from(["none", "selective", "full"]) | st.builds(
+    PartialRecompute, full=COUNT, selective=st.none() | st.integers(0, 9)
+)
 
 REQUESTS = st.builds(
     Request,
@@ -20,7 +24,8 @@ REQUESTS = st.builds(
     is_sequence_parallel=st.booleans(),
     zero=st.sampled_from([0, 1, 2, 3]),
     microbatch=st.none() | COUNT,
-    recompute=st.sampled_from(["none", "selective", "full"]),
+    recompute=RECOMPUTE,
+    stage_recompute=st.lists(RECOMPUTE, max_size=5).map(tuple),
     schedule=st.sampled_from(["gpipe", "1f1b"]),
     precision=st.sampled_from([None, "float32", "bfloat16", "float64"]),
     gradient_dtype=st.sampled_from([None, "float32", "bfloat16"]),
@@ -34,6 +39,13 @@ REQUESTS = st.builds(
 @given(REQUESTS)
 def test_a_request_reads_back_from_its_shortest_text(request: Request) -> None:
     assert parse_request(format_request(request)) == request
+
+
+def test_a_stage_recomputes_its_first_layers() -> None:
+    asked = parse_request("pp=5,stages=full:3*2/full:1+selective/full:1+selective:2/none")
+    three, some = PartialRecompute(full=3), PartialRecompute(full=1, selective=None)
+    assert asked.stage_recompute == (three, three, some, PartialRecompute(full=1, selective=2), "none")
+    assert parse_request("recompute=selective:4").recompute == PartialRecompute(selective=4)
 
 
 def test_the_dtype_of_gradients_has_a_short_name() -> None:
@@ -73,6 +85,17 @@ def test_a_shorthand_says_only_what_differs() -> None:
         ("zero=4", "zero=4 is not a level of ZeRO", '--plan "zero=3"'),
         ("sp=yes", "sp=yes must be 0 or 1", '--plan "...,sp=1"'),
         ("recompute=ful", "recompute=ful is not one of none, selective, full", "recompute=full"),
+        ("recompute=full:0", "nor a number of layers such as full:3", "recompute=full"),
+        (
+            "stages=full:2*x/none",
+            "or a number of layers such as full:3, for each stage",
+            "stages=full:2*3/none",
+        ),
+        (
+            "stages=full:2+full",
+            "must be none, selective, full, or a number of layers",
+            "stages=full:2*3/none",
+        ),
         ("dtype=fp8", "dtype=fp8 is not one of float32, bfloat16, float64", '--plan "...,dtype='),
         ("shares=5/x", "shares=5/x must be whole numbers", '--plan "dp=2,shares=5/3"'),
         ("replicate=", "replicate= names no parameter", "replicate=lm_head"),

@@ -26,6 +26,7 @@ CASES: Mapping[str, tuple[str, str, int, int]] = {
     "zero=3": ("gpt2-tiny", "dp=3,pp=2,mb=2,zero=3", 6, 9),
     "zero=3, tp": ("gpt2-tiny", "dp=2,tp=2,mb=2,zero=3", 4, 7),
     "zero=3, recompute": ("llama-tiny", "dp=2,zero=3,mb=1,recompute=full", 2, 4),
+    "zero=3, first layers": ("llama-tiny", "dp=2,tp=2,zero=3,mb=1,recompute=full:2+selective:1", 4, 4),
     "interleaved": ("gpt2-tiny", "pp=2,mb=1,schedule=interleaved-1f1b,dp=2", 4, 8),
     "looped": ("llama-tiny", "pp=2,mb=1,schedule=looped-bfs", 2, 5),
     "zb-h1": ("llama-tiny", "pp=3,mb=1,schedule=zb-h1,zero=1,dp=2", 6, 8),

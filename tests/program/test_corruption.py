@@ -18,7 +18,14 @@ from shardstage.program import Program, parse_program, verify
 
 NUM_CORRUPTIONS = 1000
 BY_HAND = {"by hand": PIPELINE, "by hand, sharded": SHARDED}
-IS_FULLY_SHARDED = {"zero=2", "zero=3", "zero=3, tp", "zero=3, recompute", "by hand, sharded"}
+IS_FULLY_SHARDED = {
+    "zero=2",
+    "zero=3",
+    "zero=3, tp",
+    "zero=3, recompute",
+    "zero=3, first layers",
+    "by hand, sharded",
+}
 
 
 @cache

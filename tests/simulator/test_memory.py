@@ -16,6 +16,8 @@ from shardstage.simulator import peak_bytes, peak_holders, reserved, simulate
         "pp=2,tp=2,mb=2",
         "pp=2,dp=2,mb=2",
         "pp=2,dp=2,mb=2,recompute=full",
+        "pp=2,dp=2,mb=2,stages=full:3/full:2",
+        "pp=2,dp=2,mb=2,stages=full:1/none,zero=3",
         "pp=2,dp=2,mb=2,zero=2",
         "pp=2,dp=2,mb=2,zero=3",
     ],

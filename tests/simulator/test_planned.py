@@ -17,6 +17,8 @@ from shardstage.simulator import planned_prices, simulate, step_time
         "pp=2,tp=2,mb=2",
         "pp=4,mb=2,recompute=full",
         "pp=4,mb=4,recompute=selective",
+        "pp=4,mb=2,recompute=full:1",
+        "pp=4,mb=2,stages=full/full:1+selective/selective:1/none",
         "pp=4,mb=2,offload=optimizer",
     ],
 )

@@ -21,6 +21,7 @@ here imports ``probe.py``.
     cluster.device.gemm_s(flops, dtype=...)     seconds of one matrix product
     cluster.device.bytes_per_s                  reading plus writing of device memory
     cluster.device.op_latency_s                 what an op takes however small its tensors; 0 where unknown
+    cluster.device.alone_ratio, .message        of ranks that share cores: how much quicker one is alone, what a message takes of them
     cluster.device.price_per_hour, cluster.price_per_hour       USD of one device, of all; None where unknown
     cluster.notes                               what was assumed to make the cluster up
     cluster.to_toml(), Cluster.from_toml(text), save(cluster, path)     exact round trip

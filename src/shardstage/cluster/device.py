@@ -10,6 +10,7 @@ from typing import Any
 
 from shardstage.cluster.host import HostShare
 from shardstage.cluster.kernel_model import KernelModel
+from shardstage.cluster.links import LinearCost
 from shardstage.cluster.table import Table
 from shardstage.errors import ClusterError
 
@@ -57,9 +58,10 @@ class DeviceClass:
     writing of device memory; ``op_latency_s`` is what an op takes however small its tensors (0 where unknown). ``kind``
     is torch's device type. For a CPU, the device is one rank's share of it while all ranks compute, and ``alone_ratio``
     says how many times quicker a rank computes while the others wait and leave it their cores (1 where each rank has a
-    device of its own). ``kernels`` prices single kernels by their shape where a model of them is known; the ``gemm``
-    curves serve elsewhere. ``price_per_hour`` is USD for one device, ``host`` what it has of its host's memory, where
-    that is known and another one than its own.
+    device of its own). ``message`` is what sending or receiving a message takes of those cores: seconds of a rank while
+    all ranks compute (None where talk is not theirs to do, or unknown). ``kernels`` prices single kernels by their shape
+    where a model of them is known; the ``gemm`` curves serve elsewhere. ``price_per_hour`` is USD for one device,
+    ``host`` what it has of its host's memory, where that is known and another one than its own.
     """
 
     name: str
@@ -72,6 +74,7 @@ class DeviceClass:
     gemm: tuple[GemmCurve, ...] = ()
     op_latency_s: float = 0.0
     alone_ratio: float = 1.0
+    message: LinearCost | None = None
     kernels: KernelModel | None = None
     price_per_hour: float | None = None
     price_source: str = ""
@@ -85,6 +88,11 @@ class DeviceClass:
             raise ClusterError(
                 f"device {self.name!r}: a rank alone is no slower than one among others, and alone_ratio is {self.alone_ratio}",
                 hint="alone_ratio = 1.0",
+            )
+        if self.message is not None and not (self.message.latency_s >= 0 and self.message.bytes_per_s > 0):
+            raise ClusterError(
+                f"device {self.name!r}: a message needs latency_s >= 0 and bytes_per_s > 0, not {tuple(self.message)}",
+                hint="[device.message]\nlatency_s = 1e-3\nbytes_per_s = 1e9",
             )
         for name, value in rates.items():
             if not value > 0:
@@ -130,6 +138,7 @@ class DeviceClass:
             "source": self.source,
             **self._price(),
             "flops_per_s": {"source": self.flops_source, **self.flops_per_s},
+            **({} if self.message is None else {"message": self.message.to_table()}),
             **({} if self.host is None else {"host": self.host.to_table()}),
             **({} if self.kernels is None else {"kernels": self.kernels.to_table()}),
             "gemm": [
@@ -153,6 +162,7 @@ class DeviceClass:
             flops_source=flops_source,
             flops_per_s=rates.remaining_numbers(),
             gemm=tuple(_curve_from(entry) for entry in table.tables("gemm")),
+            message=LinearCost.from_table(table.table("message")) if table.has("message") else None,
             kernels=KernelModel.from_table(table.table("kernels")) if table.has("kernels") else None,
             host=HostShare.from_table(table.table("host")) if table.has("host") else None,
             price_per_hour=price,

@@ -50,6 +50,15 @@ class LinearCost(NamedTuple):
     def seconds(self, num_bytes: float) -> float:
         return self.latency_s + num_bytes / self.bytes_per_s
 
+    def to_table(self) -> dict[str, Any]:
+        return self._asdict()
+
+    @staticmethod
+    def from_table(table: Table) -> LinearCost:
+        cost = LinearCost(table.number("latency_s"), table.number("bytes_per_s"))
+        table.done()
+        return cost
+
 
 @dataclass(frozen=True, kw_only=True)
 class LinkLevel:

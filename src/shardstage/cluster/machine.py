@@ -7,7 +7,12 @@ import platform
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["cpu_model", "memory_bytes"]
+__all__ = ["cpu_model", "memory_bytes", "num_cores"]
+
+
+def num_cores() -> int:
+    """CPU cores that this program may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def cpu_model(root: Path = Path("/")) -> str:

@@ -5,6 +5,9 @@ share cores, memory and links are the truth of a real run. One process per rank,
 on GPUs; every measurement starts on all ranks together and the median rank counts.
 """
 
+# torch declares forward and backward of an autograd function with any arguments.
+# mypy: disable-error-code="override"
+
 from __future__ import annotations
 
 import json
@@ -13,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from typing import Final
+from typing import Any, Final
 
 import torch
 import torch.distributed as dist
@@ -21,7 +24,7 @@ import torch.multiprocessing as multiprocessing
 from torch.nn.functional import linear
 
 from shardstage.cluster.cluster import Cluster
-from shardstage.cluster.machine import cpu_model, memory_bytes
+from shardstage.cluster.machine import cpu_model, memory_bytes, num_cores
 from shardstage.cluster.samples import COLLECTIVES, Sample, cluster_from_samples, group_sizes
 from shardstage.errors import ClusterError, RankFailedError
 
@@ -30,8 +33,8 @@ __all__ = ["probe"]
 _KIB: Final = 1024
 _MIB: Final = 1024**2
 _SMALL_LAYERS: Final = 16
-_SMALL_KERNELS: Final = 5 * _SMALL_LAYERS
-"""Of a product and a tanh: two forward, and backward two products and one."""
+_SMALL_KERNELS: Final = 9 * _SMALL_LAYERS
+"""Of a product, a scaling, a tanh and a sum: four forward; backward two products, two, and the sum of two gradients."""
 _START_S: Final = 15.0
 """Seconds set aside for starting the ranks: importing torch takes 2 to 4 s a rank (2 cores, 4 ranks)."""
 
@@ -224,12 +227,18 @@ class _RankProbe:
         ]
 
     def _train_small(self) -> None:
-        """Forward and backward of layers so small that only what an op costs with autograd's records is left."""
-        weight = torch.full((8, 8), 0.1, device=self.device, requires_grad=True)
-        y = torch.ones(4, 8, device=self.device)
+        """Forward and backward of layers so small that only what an op costs is left, called as engines call them: each by its name in
+        ATen, a product as an autograd function that adds its weight's gradient where that lies, and views between."""
+        aten = torch.ops.aten
+        weight = torch.full((8, 8), 0.1, device=self.device)
+        y = torch.ones(4, 8, device=self.device, requires_grad=True)
+        total, scale = torch.zeros_like(weight), torch.full((8,), 0.5, device=self.device)
         for _ in range(_SMALL_LAYERS):
-            y = torch.tanh(linear(y, weight))
-        y.sum().backward()  # type: ignore[no-untyped-call]  # torch does not annotate it
+            x = _Product.apply(y, weight, total)  # type: ignore[no-untyped-call]  # torch does not annotate it
+            heads = aten.transpose.int(aten.view.default(x, (2, 2, 8)), 0, 1)
+            heads = aten.transpose.int(aten.mul.Tensor(heads, scale), 0, 1)
+            y = aten.add.Tensor(y, aten.tanh.default(aten.reshape.default(heads, (4, 8))))
+        y.sum().backward()  # type: ignore[no-untyped-call]
 
     def _shared_cores(self) -> list[Sample]:
         """The same product by all ranks at a time and by one: ranks that share cores leave them to each other while they wait."""
@@ -264,8 +273,12 @@ class _RankProbe:
         size = dist.get_world_size(group)
         for wanted_bytes in self.sizes.collective_bytes:
             part = torch.ones(max(wanted_bytes // 4 // size, 1), device=self.device)
-            seconds = self._collective_s(_collective_call(kind, part, group, self.rank))
-            yield Sample(kind, "float32", size, part.nbytes * size, seconds / (2 if kind == "p2p" else 1))
+            seconds, core_s = self._collective_s(_collective_call(kind, part, group, self.rank))
+            if kind == "p2p":  # a call is there and back
+                seconds, core_s = seconds / 2, core_s / 2
+                if self._has_shared_cores:
+                    yield Sample("message", "float32", size, part.nbytes * size, core_s)
+            yield Sample(kind, "float32", size, part.nbytes * size, seconds)
             if seconds > 2 * self.spec.window_s and wanted_bytes >= _MIB:
                 return
 
@@ -293,18 +306,30 @@ class _RankProbe:
                 elapsed_s = time.perf_counter() - started
         return self._median_rank(elapsed_s / num_calls)
 
-    def _collective_s(self, call: Callable[[], object]) -> float:
-        """Mean seconds of a collective that all ranks call equally often, about as often as fits the window."""
-        call()
-        first_s = self._median_rank(self._repeated_s(call, 1))
-        return self._median_rank(self._repeated_s(call, min(max(int(self.spec.window_s / first_s), 2), 500)))
+    @property
+    def _has_shared_cores(self) -> bool:
+        return self.spec.device == "cpu" and self.spec.num_ranks > num_cores()
 
-    def _repeated_s(self, call: Callable[[], object], num_calls: int) -> float:
-        started = time.perf_counter()
+    def _collective_s(self, call: Callable[[], object]) -> tuple[float, float]:
+        """Mean seconds of a collective that all ranks call equally often, about as often as fits the window; and of a rank's cores.
+
+        The latter are the CPU seconds of all its threads, by what share of a core it has while all ranks compute.
+        """
+        call()
+        first_s = self._median_rank(self._repeated_s(call, 1)[0])
+        num_calls = min(max(int(self.spec.window_s / first_s), 2), 500)
+        seconds, cpu_s = self._repeated_s(call, num_calls)
+        share = num_cores() / self.spec.num_ranks
+        return self._median_rank(seconds), self._median_rank(cpu_s) / share
+
+    def _repeated_s(self, call: Callable[[], object], num_calls: int) -> tuple[float, float]:
+        """Seconds of a call, and CPU seconds."""
+        started, cpu_started = time.perf_counter(), time.process_time()
         for _ in range(num_calls):
             call()
         self._synchronize()
-        return (time.perf_counter() - started) / num_calls
+        elapsed_s, cpu_s = time.perf_counter() - started, time.process_time() - cpu_started
+        return elapsed_s / num_calls, cpu_s / num_calls
 
     def _synchronize(self) -> None:
         if self.spec.device == "cuda":
@@ -316,6 +341,22 @@ class _RankProbe:
         values[self.rank] = seconds
         dist.all_reduce(values)
         return float(values.median())
+
+
+class _Product(torch.autograd.Function):
+    """``x @ weight``, whose gradient is added to ``total``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.total = total
+        return x @ weight
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        x, weight = ctx.saved_tensors
+        ctx.total.addmm_(x.t(), gradient)
+        return gradient @ weight.t(), None, None
 
 
 def _collective_call(

@@ -23,8 +23,9 @@ COLLECTIVES: Final[tuple[CollectiveKind, ...]] = (
 
 
 class Sample(NamedTuple):
-    """One measurement: ``what`` is "gemm" (size in FLOPs), "copy" (bytes), "op", a kind of collective (bytes), or one product while
-    all ranks compute ("busy") and while only one does ("alone")."""
+    """One measurement: ``what`` is "gemm" (size in FLOPs), "copy" (bytes), "op", a kind of collective (bytes), a "message" (bytes; CPU
+    seconds of both ends, by what share of a core a rank has), or one product while all ranks compute ("busy") and while only one does
+    ("alone")."""
 
     what: str
     dtype: str
@@ -71,6 +72,7 @@ def _device_from(
         bytes_per_s=_rounded(2 * copy.size / copy.seconds),
         op_latency_s=_rounded(op.seconds),
         alone_ratio=_alone_ratio(samples, num_ranks),
+        message=_message(samples),
         source=source,
         flops_per_s={curve.dtype: max(rate for _, rate in curve.points) for curve in gemm},
         flops_source=source,
@@ -84,6 +86,11 @@ def _alone_ratio(samples: Sequence[Sample], num_ranks: int) -> float:
     if len(seconds) < 2:
         return 1.0
     return min(max(1.0, _rounded(seconds["busy"] / seconds["alone"])), float(num_ranks))
+
+
+def _message(samples: Sequence[Sample]) -> LinearCost | None:
+    """What a message takes of shared cores; None where it was not measured."""
+    return _line(samples, "message", 2) if any(sample.what == "message" for sample in samples) else None
 
 
 def _gemm_curve(samples: Sequence[Sample], dtype: str, source: str) -> GemmCurve:

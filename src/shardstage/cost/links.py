@@ -98,6 +98,11 @@ class Links:
         """Seconds from one stage to the next."""
         return self._group("p2p", min(2, self.mesh.pp), self.mesh.stride("pp")).seconds(num_bytes)
 
+    def message_s(self, num_bytes: float) -> float:
+        """Seconds that sending or receiving so many bytes takes of the cores that ranks share; 0 where each has its device."""
+        message = self.cluster.device.message
+        return 0.0 if message is None else message.seconds(num_bytes)
+
     def tp_gather_s(self, num_bytes: float) -> float:
         """Seconds until tensor-parallel ranks have each other's parts of so many bytes."""
         return self._group("all_gather", self.mesh.tp, self.mesh.stride("tp")).seconds(num_bytes)

@@ -28,7 +28,7 @@ from typing import Final, NamedTuple
 
 from shardstage.schedule import Schedule, StageTimes, make_schedule, run_schedule
 
-__all__ = ["StageTime", "halved", "pipeline_s", "rank_seconds", "run_pipeline"]
+__all__ = ["StageTime", "halved", "idle_cores_s", "pipeline_s", "rank_seconds", "run_pipeline"]
 
 
 class StageTime(NamedTuple):
@@ -70,6 +70,19 @@ def bubble_s(schedule: str, stages: Sequence[StageTime], num_ranks: int, num_mic
         late = LATE_BUBBLES.get(schedule, 0.0) * min(p, max(0, 2 * p - m)) / p
         return (p - 1) * forward * (1 + late) + few * v * backward / 2
     return (p - 1 + few * (v - 1)) * (forward + backward)
+
+
+def idle_cores_s(
+    schedule: str, stages: Sequence[StageTime], num_ranks: int, num_microbatches: int, num_cores: float
+) -> float:
+    """Seconds that each of ``num_cores`` idles while a pipeline fills and drains, whose more ranks share them: the bubble of mean stages
+    on as many ranks as there are cores. ``stages`` take what they take a rank alone.
+    """
+    if num_cores <= 1:
+        return 0.0
+    mean = StageTime(*(sum(seconds) / len(stages) for seconds in zip(*stages, strict=True)))
+    bubble = bubble_s(schedule, [mean] * len(stages), num_ranks, num_microbatches)
+    return (num_cores - 1) / (num_ranks - 1) * bubble
 
 
 SPLITTING: Final = frozenset({"zb-h1", "zb-v", "dualpipe-v"})

@@ -23,7 +23,8 @@ __all__ = ["StageCost", "stage_costs"]
 class StageCost:
     """Of one stage: ``time`` and its ``parts`` for a microbatch (``alone`` where no other rank computes on its cores).
 
-    ``waits_s`` of it are for ZeRO-2/3, ``compute_s`` and ``talk_s`` plain compute and talk along tp.
+    ``message_s`` is what one message into it takes of cores that ranks share. ``waits_s`` of ``time`` are for ZeRO-2/3, ``compute_s`` and
+    ``talk_s`` plain compute and talk along tp.
     Once a step: ``update_s`` is the optimizer and the gather of the new parameters under ZeRO-1 (``gather_s`` of it), ``reduction_s`` what
     of the gradients' sums the last backward does not hide.
     """
@@ -32,6 +33,7 @@ class StageCost:
     time: StageTime
     alone: StageTime
     parts: Parts
+    message_s: float
     waits_s: float
     compute_s: float
     talk_s: float
@@ -75,6 +77,7 @@ def _stage_cost(
         time=time,
         alone=_alone(units, time, waits, links),
         parts=parts._replace(memory=parts.memory + added_s, dp=sum(waits)),
+        message_s=links.message_s(units[0].input_bytes) if stage else 0.0,
         waits_s=sum(waits),
         compute_s=sum(unit.forward_s + unit.backward_s for unit in units),
         talk_s=sum(unit.tp_forward_s + unit.tp_backward_s for unit in units),

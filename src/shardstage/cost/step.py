@@ -22,7 +22,7 @@ from typing import Final, NamedTuple
 from shardstage.cost.links import Links
 from shardstage.cost.memory import MemoryModel, MemoryUse
 from shardstage.cost.parts import Parts
-from shardstage.cost.pipeline import StageTime, pipeline_s, run_pipeline
+from shardstage.cost.pipeline import StageTime, idle_cores_s, pipeline_s, run_pipeline
 from shardstage.cost.profile import Profile
 from shardstage.cost.setup import StepSetup
 from shardstage.cost.stages import StageCost, stage_costs
@@ -154,7 +154,17 @@ def _pipeline_s(setup: StepSetup, links: Links, stages: Sequence[StageCost]) -> 
         alone_s = max(run_pipeline(alone, setup.num_microbatches, setup.custom))
     else:
         alone_s = pipeline_s(setup.schedule, alone, setup.mesh.pp, setup.num_microbatches)
-    return max(alone_s, _shared_s(setup, links, stages))
+    if links.cluster.device.alone_ratio == 1:
+        return alone_s
+    p, m = setup.mesh.pp, setup.num_microbatches
+    num_cores = p / links.cluster.device.alone_ratio
+    idle_s = 0.0 if setup.custom else idle_cores_s(setup.schedule, alone, p, m, num_cores)
+    return max(alone_s, _shared_s(setup, links, stages) + idle_s + _messages_s(setup, stages))
+
+
+def _messages_s(setup: StepSetup, stages: Sequence[StageCost]) -> float:
+    """What messages between stages take of shared cores: each microbatch's two are sent by one rank and received by another."""
+    return 4 * setup.num_microbatches * sum(stage.message_s for stage in stages) / setup.mesh.pp
 
 
 def _shared_s(setup: StepSetup, links: Links, stages: Sequence[StageCost]) -> float:

@@ -25,7 +25,7 @@ __all__ = [
     "counted",
     "is_selective",
     "layer_modes",
-    "num_recomputed",
+    "num_counted",
     "parse_recompute",
 ]
 
@@ -94,7 +94,7 @@ def is_selective(recompute: StageRecompute) -> bool:
     return recompute == "selective"
 
 
-def num_recomputed(recompute: StageRecompute) -> int:
+def num_counted(recompute: StageRecompute) -> int:
     """How many layers are counted; 0 where all are alike."""
     return recompute.full + (recompute.selective or 0) if isinstance(recompute, PartialRecompute) else 0
 

@@ -12,7 +12,9 @@ from shardstage.cost.memory import MOMENTS
 from shardstage.cost.offload import has_host_room
 from shardstage.errors import PlanError
 from shardstage.graph import ModelGraph
+from shardstage.graph.blocks import find_blocks, within
 from shardstage.graph.file import fingerprint
+from shardstage.graph.recompute import num_counted
 from shardstage.layout import AXES, Shard, balanced_sizes
 from shardstage.plan.plan import Plan
 from shardstage.plan.schedule import schedule_of
@@ -37,6 +39,7 @@ def check(
     _check_model(plan, graph)
     _check_ranks(plan, num_ranks, cluster)
     _check_stages(plan, graph)
+    _check_recompute(plan, graph)
     _check_batch(plan, graph)
     _check_gradients(plan)
     _check_host(plan, graph, cluster)
@@ -129,6 +132,37 @@ def _check_stages(plan: Plan, graph: ModelGraph) -> None:
             f"the last stage ends at op {plan.stages[-1].last!r}, and the model at {graph.ops[-1].name!r}",
             hint=f'last = "{graph.ops[-1].name}"',
         )
+
+
+def _check_recompute(plan: Plan, graph: ModelGraph) -> None:
+    """Where it is said stage by stage, no stage recomputes more layers than it has."""
+    if not plan.stage_recompute:
+        return
+    if len(plan.stage_recompute) != len(plan.stages):
+        raise PlanError(
+            f"the plan says what {len(plan.stage_recompute)} stages recompute, and has {len(plan.stages)} stages",
+            hint=f"stage_recompute = {['full'] * len(plan.stages)}",
+        )
+    for stage, num_layers in enumerate(_layers_of_stages(plan, graph)):
+        asked = plan.stage_recompute[stage]
+        if num_counted(asked) > num_layers:
+            modes = [str(mode) for mode in plan.stage_recompute]
+            modes[stage] = "full" if num_layers else "none"
+            raise PlanError(
+                f"stage {stage} recomputes {num_counted(asked)} layers ({asked}), and it has {num_layers}",
+                hint=f'--plan "...,stages={"/".join(modes)}"',
+            )
+
+
+def _layers_of_stages(plan: Plan, graph: ModelGraph) -> list[int]:
+    """How many layers each stage has, parts of them counted; none are looked for where no number of them is said."""
+    if not any(num_counted(plan.recompute_of(stage)) for stage in range(len(plan.stages))):
+        return [0] * len(plan.stages)
+    blocks, index = find_blocks(graph), {op.name: i for i, op in enumerate(graph.ops)}
+    return [
+        sum(block.is_layer for block in within(graph, blocks, index[stage.first], index[stage.last] + 1))
+        for stage in plan.stages
+    ]
 
 
 def _check_batch(plan: Plan, graph: ModelGraph) -> None:
@@ -224,6 +258,13 @@ def _note_bubble(plan: Plan, _graph: ModelGraph, _cluster: Cluster | None) -> st
     return f"{m} microbatches keep {p} stages busy {100 * m / (m + p - 1):.0f} % of the time{advice}"
 
 
+def _note_recompute(plan: Plan, graph: ModelGraph, _cluster: Cluster | None) -> str:
+    count, most = num_counted(plan.recompute), max(_layers_of_stages(plan, graph))
+    if plan.stage_recompute or count <= most:
+        return ""
+    return f"recompute={plan.recompute} counts {count} layers, and a stage has {most} at most: all of them are recomputed"
+
+
 def _note_zero(plan: Plan, _graph: ModelGraph, _cluster: Cluster | None) -> str:
     if plan.zero and plan.mesh.dp == 1:
         return f"zero={plan.zero} changes nothing with dp=1: it shards over data-parallel ranks"
@@ -287,6 +328,7 @@ def _note_bucket(plan: Plan, _graph: ModelGraph, _cluster: Cluster | None) -> st
 
 _NOTES: Final[tuple[Callable[[Plan, ModelGraph, Cluster | None], str], ...]] = (
     _note_bubble,
+    _note_recompute,
     _note_zero,
     _note_zero_pipeline,
     _note_sequence_parallel,

@@ -73,6 +73,7 @@ def complete(
         )
     per_rank = request.stages_per_rank or STAGES_PER_RANK.get(request.schedule, 1)
     microbatch = request.microbatch or _sized(graph, default_microbatch(shares, mesh.pp, sequence))
+    alike, by_stage = _recompute(request, mesh.pp * per_rank)
     plan = Plan(
         mesh=mesh,
         stages=cut_stages(graph, mesh.pp * per_rank, microbatch=microbatch, sequence=sequence),
@@ -81,8 +82,8 @@ def complete(
         microbatch=microbatch,
         shares=shares,
         zero=request.zero,
-        recompute=request.recompute,
-        stage_recompute=_for_each_stage(request.stage_recompute, mesh.pp * per_rank),
+        recompute=alike,
+        stage_recompute=by_stage,
         ep=request.ep,
         zero_ranks=request.zero_ranks,
         schedule="1f1b" if request.schedule == "optimal" else request.schedule,
@@ -207,13 +208,17 @@ def _mesh(request: Request, num_ranks: int) -> Mesh:
     )
 
 
-def _for_each_stage(modes: tuple[StageRecompute, ...], num_stages: int) -> tuple[StageRecompute, ...]:
+def _recompute(request: Request, num_stages: int) -> tuple[StageRecompute, tuple[StageRecompute, ...]]:
+    """What all stages recompute, and what each does where they differ."""
+    modes = request.stage_recompute
     if modes and len(modes) != num_stages:
         raise PlanError(
             f"stages= says what {len(modes)} stages recompute, and the plan has {num_stages}",
             hint=f'--plan "...,stages={modes[0]}*{num_stages}"',
         )
-    return modes if len(set(modes)) > 1 else ()
+    if len(set(modes)) > 1:
+        return "none", modes
+    return (modes[0] if modes else request.recompute), ()
 
 
 def _sized(graph: ModelGraph, microbatch: int) -> int:

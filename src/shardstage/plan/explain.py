@@ -71,7 +71,8 @@ def _summary(plan: Plan, graph: ModelGraph) -> Iterator[str]:
     each = f"{shares[0]}" if len(shares) == 1 else f"{shares[-1]} to {shares[0]}"
     cut = f"{plan.num_microbatches} microbatches of {plan.microbatch}"
     yield f"batch    {plan.global_batch} samples{length}: {each} a data-parallel rank, in {cut}"
-    savers = [f"zero={plan.zero}", f"recompute={plan.recompute}"]
+    recompute = "by stage" if plan.stage_recompute else plan.recompute
+    savers = [f"zero={plan.zero}", f"recompute={recompute}"]
     savers += [plan.schedule] if plan.mesh.pp > 1 else []
     savers += ["sequence parallel"] if plan.is_sequence_parallel else []
     savers += [f"grads={plan.gradient_dtype}"] if plan.gradient_dtype else []
@@ -112,12 +113,15 @@ def _stages(priced: _Priced) -> Iterator[str]:
                 _modules(op.module for op in graph.ops[priced.starts[stage] : stop]),
                 str(stop - priced.starts[stage]),
                 format_ratio(compute[stage] / sum(compute)),
+                str(plan.recompute_of(stage)),
                 format_count(elements),
                 format_bytes(stage_memory(priced.profile, priced.setup, stage).total_bytes),
             ]
         )
     yield "stages"
-    yield from _table(["", "modules", "ops", "compute", "parameters a rank", "peak memory a rank"], rows)
+    yield from _table(
+        ["", "modules", "ops", "compute", "recompute", "parameters a rank", "peak memory a rank"], rows
+    )
     if plan.mesh.pp > 1:
         who = "stage" if len(compute) == mesh.pp else "rank"
         yield f"  balance: the slowest {who} has {max(of_ranks) * mesh.pp / sum(of_ranks):.2f} × the mean"

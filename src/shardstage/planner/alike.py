@@ -1,15 +1,17 @@
 """``Alike``: the least that stages recompute, as many layers in each of them, so that every rank's memory holds it.
 
-For schedules that give each rank several stages, whose activations do not peak together: what a rank holds is asked of ``cost.memory``.
+For schedules that give each rank several stages, whose activations do not peak together. Ranks bind one after the other: what those need
+that were found too full is solved, and asked of all; it differs between ranks by little.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
+from operator import mul
 
 from shardstage.cost import MemoryModel, Profile, StepSetup
 from shardstage.graph.recompute import StageRecompute, counted
@@ -21,53 +23,86 @@ __all__ = ["Alike"]
 class Alike:
     """Stages of one cut under a limit; ``setup`` holds their starts."""
 
-    def __init__(self, profile: Profile, setup: StepSetup, limit_bytes: int) -> None:
+    def __init__(self, profile: Profile, layers: Layers, setup: StepSetup, limit_bytes: int) -> None:
         self._setup = setup
         self._profile = profile
+        self._layers = layers
         self._limit_bytes = limit_bytes
-        last = setup.mesh.pp - 1
-        self._ranks = [last, *range(last)]
+        self._binding: dict[int, _Rank] = {}
+        self._spans = list(pairwise((*setup.starts, len(profile.units))))
+        self._most = max(len(layers.ends(*span)) for span in self._spans) - 1
 
     def setup(self, recompute: StageRecompute) -> StepSetup:
         """With stages that recompute so."""
         return replace(self._setup, recompute=recompute)
 
     def within(self, recompute: StageRecompute) -> MemoryModel | None:
-        """What each rank holds; None as soon as one of them exceeds the limit, which is asked first the next time."""
-        memory = MemoryModel(self._profile, self.setup(recompute))
-        for rank in self._ranks:
+        """What each rank holds; None as soon as one of them, those at the ends first, exceeds the limit: from then on it binds."""
+        memory, last = MemoryModel(self._profile, self.setup(recompute)), self._setup.mesh.pp - 1
+        for rank in (last, 0, *range(1, last)):
             if memory.rank(rank).total_bytes > self._limit_bytes:
-                self._ranks.remove(rank)
-                self._ranks.insert(0, rank)
+                assert rank not in self._binding, "what fits by its own figures fits"
+                self._binding[rank] = self._rank(memory, rank, recompute)
                 return None
         return memory
 
-    def least(self, layers: Layers) -> StageRecompute | None:
-        """What fits with the least seconds of recomputation in all, by bisection: beyond a first layer more never takes more memory.
-
-        Of each stage so many layers recompute in full, those up to an end selectively.
-        """
-        bounds = (*self._setup.starts, len(self._profile.units))
-        runs = list(pairwise(bounds))
-        most = max(len(layers.ends(*run)) for run in runs) - 1
-
-        def fits(full: int, end: int) -> bool:
-            return self.within(counted(full, end - full, most)) is not None
-
-        def seconds(full: int, end: int) -> float:
-            recompute = counted(full, end - full, most)
-            return sum(layers.again_s(layers.runs(recompute, *run)) for run in runs)
-
-        in_full = _first(1, most + 1, lambda full: fits(full, full))
+    def least(self) -> StageRecompute | None:
+        """What lets all ranks fit that bind, with the least seconds of recomputation in all; by bisection, as beyond a first layer more
+        never takes more memory."""
+        most = self._most
+        in_full = _first(1, most + 1, lambda full: self._fits(full, full))
         found = [(in_full, in_full)] if in_full <= most else []
-        beside = 0 if fits(0, most) else _first(1, min(in_full, most + 1), lambda full: fits(full, most))
+        beside = 0 if self._fits(0, most) else _first(1, in_full, lambda full: self._fits(full, most))
         for full in range(beside, min(in_full, most + 1)):
-            if fits(full, most):
-                found.append((full, _first(full + 1, most, partial(fits, full))))
+            if self._fits(full, most):
+                found.append((full, _first(full + 1, most, partial(self._fits, full))))
         if not found:
             return None
-        full, end = min(found, key=lambda each: seconds(*each))
+        full, end = min(found, key=lambda each: self._again_s(*each))
         return counted(full, end - full, most)
+
+    def _fits(self, full: int, end: int) -> bool:
+        """Whether so many layers in full, and those up to an end selectively, let the ranks that bind fit."""
+        recompute = counted(full, end - full, self._most)
+        return all(
+            rank.peak_bytes(self._layers, recompute) <= self._limit_bytes for rank in self._binding.values()
+        )
+
+    def _again_s(self, full: int, end: int) -> float:
+        recompute = counted(full, end - full, self._most)
+        return sum(self._layers.again_s(self._layers.runs(recompute, *span)) for span in self._spans)
+
+    def _rank(self, memory: MemoryModel, rank: int, recompute: StageRecompute) -> _Rank:
+        setup, use = memory.setup, memory.rank(rank)
+        stages = setup.stages_of(rank)
+        spans = [self._spans[stage] for stage in stages]
+        kept = [self._layers.kept_bytes(self._layers.runs(recompute, *span)) for span in spans]
+        held = [memory.stage(stage).activations / max(1, setup.in_flight(stage)) for stage in stages]
+        return _Rank(
+            spans=spans,
+            moments=setup.in_flight_together(rank),
+            beside_bytes=[of_one - own for of_one, own in zip(held, kept, strict=True)],
+            state_bytes=use.total_bytes - use.activations - use.recompute - use.transient,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Rank:
+    """``cost.memory`` of a rank as a function of what its stages recompute: units of its ``spans``, microbatches held at its ``moments``.
+
+    A microbatch takes ``beside_bytes`` of a stage that no unit keeps.
+    """
+
+    spans: Sequence[tuple[int, int]]
+    moments: tuple[tuple[int, ...], ...]
+    beside_bytes: Sequence[float]
+    state_bytes: int
+
+    def peak_bytes(self, layers: Layers, recompute: StageRecompute) -> float:
+        runs = [layers.runs(recompute, *span) for span in self.spans]
+        held = [layers.kept_bytes(run) + own for run, own in zip(runs, self.beside_bytes, strict=True)]
+        activations: float = max(sum(map(mul, counts, held)) for counts in self.moments)
+        return self.state_bytes + activations + max(map(layers.passing_bytes, runs))
 
 
 def _first(low: int, high: int, is_true: Callable[[int], bool]) -> int:

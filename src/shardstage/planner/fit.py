@@ -104,6 +104,10 @@ def _changes(before: Plan, after: Plan) -> Iterator[str]:
     ):
         old, new = getattr(before, name), getattr(after, name)
         if old != new:
-            yield f"{what} {old or 'default'} → {new or 'default'}"
+            yield f"{what} {_told(old)} → {_told(new)}"
     if before.is_sequence_parallel != after.is_sequence_parallel:
         yield "sp" if after.is_sequence_parallel else "no sp"
+
+
+def _told(value: object) -> str:
+    return "/".join(map(str, value)) or "default" if isinstance(value, tuple) else str(value or "default")

@@ -284,7 +284,7 @@ class Pricing:
     ) -> tuple[StepSetup | None, MemoryModel | None]:
         """Several stages a rank: cut for balance, all recomputing as many layers, as few as fit; and what the ranks hold."""
         setup = replace(uncut.setup, starts=self.even.starts(uncut.setup.num_stages))
-        alike = Alike(uncut.chain.profile, setup, limit_bytes)
+        alike = Alike(uncut.chain.profile, uncut.chain.layers, setup, limit_bytes)
         recompute: StageRecompute | None = self._asked or "none"
         while recompute is not None:
             made = alike.setup(recompute)
@@ -295,7 +295,7 @@ class Pricing:
             memory = alike.within(recompute)
             if memory is not None:
                 return made, memory
-            recompute = alike.least(uncut.chain.layers) if recompute == "none" and not self._asked else None
+            recompute = alike.least() if self._asked is None else None
         return None, None
 
     def _least_s(self, setup: StepSetup, times: list[StageTime]) -> float:
