@@ -31,13 +31,14 @@ from shardstage.graph import ModelGraph
 from shardstage.layout import balanced_sizes
 from shardstage.plan import Plan, Precision, Request, shorthand
 from shardstage.plan.complete import ranges
-from shardstage.planner.bounds import Bounds, BoundSettings, bounded
+from shardstage.planner.bounds import Bounds, bounded
 from shardstage.planner.certificate import Certificate
 from shardstage.planner.figures import Figures
 from shardstage.planner.found import KEPT_RUNNERS_UP, Found, Walk, mesh_key, pareto
 from shardstage.planner.lattice import Lattice
 from shardstage.planner.pricing import Priced, Pricing, TooSlow
 from shardstage.planner.space import Choice, Savers, Space, declared_space, ladder
+from shardstage.planner.terms import BoundSettings
 from shardstage.units import dtype_bytes, format_bytes
 
 __all__ = ["Candidate", "SearchResult", "Searcher", "as_plan", "pareto", "search", "usable_bytes"]

@@ -1,0 +1,144 @@
+"""``Terms``: what the bounds of all rows of some groups share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from shardstage.cluster import DeviceClass
+from shardstage.cost.compute import moved_s
+from shardstage.cost.links import overlap_slowdown
+from shardstage.cost.profile import RECOMPUTES, Recompute
+from shardstage.planner.even import EvenCuts, RankTable
+from shardstage.planner.figures import Figures
+from shardstage.planner.lattice import Lattice
+from shardstage.planner.trade import Trade
+from shardstage.schedule import SCHEDULES
+
+__all__ = ["BoundSettings", "Terms"]
+
+Array = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BoundSettings:
+    """What all choices share: bytes of an element computed with, in the optimizer and of gradients' sums, of a bucket."""
+
+    device: DeviceClass
+    compute_bytes: int
+    master_bytes: int
+    gradient_bytes: int
+    bucket_bytes: int
+    is_offloaded: bool = False
+    least_factor: float = 1.0
+    limit_bytes: int = 0
+    modes: tuple[Recompute, ...] = RECOMPUTES
+
+    @property
+    def summing_s(self) -> float:
+        """Seconds of adding an element's gradient to its sum."""
+        return moved_s(self.compute_bytes + 2.0 * self.gradient_bytes, self.device)
+
+
+class Terms:
+    """Of some groups, [group] each: sums over all units, the heaviest unit, and what the kind of unit that takes longest in all has.
+
+    ``number`` [group of the lattice] is where a group stands here.
+    """
+
+    def __init__(
+        self, lattice: Lattice, figures: Figures, groups: Any, settings: BoundSettings, even: EvenCuts
+    ) -> None:
+        self.settings = settings
+        self.figures = figures
+        self.meshes = lattice.meshes
+        self.even = even
+        self.slowdown = overlap_slowdown(settings.device)
+        self.levels = np.array([zero.level for zero in lattice.zeros])
+        self.are_near = np.array([zero.num_ranks is not None for zero in lattice.zeros])
+        self.number = np.zeros(len(lattice.groups), dtype=np.int64)
+        self.number[groups] = np.arange(len(groups))
+        of_groups = [lattice.groups[number] for number in groups.tolist()]
+        self.microbatch = np.array([group.microbatch for group in of_groups], dtype=np.float64)
+        self.ep = np.array([group.ep for group in of_groups], dtype=np.float64)
+        f = figures
+        whole = f.whole[:, None]
+        self.forward = f.whole @ f.forward_s
+        self.backward = f.whole @ f.backward_s
+        self.own = f.whole @ f.own
+        self.experts = f.whole @ f.experts
+        self.summing_s = f.own * settings.summing_s
+        self.slowest_unit = f.both_s.max(axis=0)
+        self.slowest_summed_unit = (f.both_s + self.summing_s).max(axis=0)
+        self.gathers = f.whole @ f.calls
+        again, saved = (np.array([each[mode] for mode in settings.modes]) for each in (f.again_s, f.saved))
+        self.trade = Trade(again, saved, whole)
+        self.again_whole = {mode: f.whole @ f.again_s[mode] for mode in settings.modes}
+        most = np.argmax(whole * f.both_s, axis=0)[None]
+
+        def of_most(values: Any) -> Any:
+            return np.take_along_axis(values, most, axis=0)
+
+        self.layer_trade = self._layer_trade()
+        self.num_groups = len(groups)
+        self._of_ranks: dict[tuple[str, str, Recompute], Array] = {}
+        self.most_number = f.whole[most[0]]
+        self.most_both = of_most(f.both_s)[0]
+        self.most_own, self.most_experts = of_most(f.own)[0], of_most(f.experts)[0]
+        self.most_modes = [
+            tuple(of_most(each[mode])[0] for each in (f.again_s, f.saved, f.passing))
+            for mode in settings.modes
+        ]
+        self.most_passing = np.min([passing for _, _, passing in self.most_modes], axis=0)
+        self.most_trade = Trade(
+            np.array([of_most(each) for each in again]),
+            np.array([of_most(each) for each in saved]),
+            np.ones_like(most, dtype=np.float64),
+        )
+
+    def _layer_trade(self) -> Trade | None:
+        """Of a layer that spares as much as any and costs as little as any; None where layers cannot be told from units, or nothing may
+        be chosen."""
+        f, kinds, modes = self.figures, self.even.layer_kinds, self.settings.modes
+        if not len(kinds) or len(modes) < len(RECOMPUTES):
+            return None
+        spared = np.array([(kinds @ (f.saved["none"] - f.saved[mode])).max(axis=0) for mode in modes])
+        seconds = np.array([(kinds @ f.again_s[mode]).min(axis=0) for mode in modes])
+        self.layer_passing = np.min([(kinds @ f.passing[mode]).min(axis=0) for mode in modes[1:]], axis=0)
+        spared = np.maximum(0.0, spared)
+        self.layer_seconds, self.layer_bytes = seconds[1:], spared[1:]
+        return Trade(seconds[:, None], -spared[:, None], np.ones((1, 1)))
+
+    def of_ranks(self, schedule: str, figure: str, mode: Recompute) -> Array:
+        """A figure of ranks of even cuts, for each row of their table and each group, flat."""
+        key = (SCHEDULES[schedule].places, figure, mode)
+        if key not in self._of_ranks:
+            found = _OF_RANKS[figure](self.even.ranks(schedule), self, mode)
+            self._of_ranks[key] = found.ravel()
+        return self._of_ranks[key]
+
+
+_OF_RANKS: Final[Mapping[str, Callable[[RankTable, Terms, Recompute], Array]]] = MappingProxyType(
+    {
+        "own": lambda ranks, of, _: ranks.of_fullest(of.figures.own),
+        "experts": lambda ranks, of, _: ranks.of_fullest(of.figures.experts),
+        "largest": lambda ranks, of, _: ranks.most_of_fullest(of.figures.own),
+        "mean first own": lambda ranks, of, _: ranks.mean_first(of.figures.own),
+        "mean first calls": lambda ranks, of, _: ranks.mean_first(of.figures.calls),
+        "least first own": lambda ranks, of, _: ranks.least_first(of.figures.own),
+        "least first calls": lambda ranks, of, _: ranks.least_first(of.figures.calls),
+        "slowest": lambda ranks, of, mode: ranks.slowest(of.figures.both_s + of.figures.again_s[mode]),
+        "slowest, summing": lambda ranks, of, mode: ranks.slowest(
+            of.figures.both_s + of.figures.again_s[mode] + of.summing_s
+        ),
+        "saved": lambda ranks, of, mode: ranks.least_of_fullest(of.figures.saved[mode]),
+        "passing": lambda ranks, of, mode: ranks.most_of_fullest(of.figures.passing[mode]),
+    }
+)
+"""Of ranks of even cuts, [row of their table, group]: the slowest one's seconds for one microbatch, without what ZeRO waits for; what the
+fullest one has, the first units of stages."""
