@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from allocation_trace import Logits, allocations
-from cases import Case
+from collections.abc import Callable
 
+from allocation_trace import RankOfStage, steps
+from cases import Case, peak_bytes
+
+from shardstage.layout import Mesh
 from shardstage.simulator.allocator import replay
 
 __all__ = ["fits"]
@@ -18,20 +21,34 @@ CUDA_CONTEXT_BYTES = 500_000_000
 COMMUNICATOR_BYTES = 400_000_000
 """NCCL on NVLink: 24 channels x 2 directions x about 8 MiB (buffers of its three protocols)."""
 
-UNDER_PREDICTED_RATIO = 0.062
-"""The largest under-prediction of a peak with a stated kernel in the other sets (run.py): the part of the device that a plan should
-leave free. Not taken from the runs that it is tested on."""
+CLEAR_RATIOS = (0.5, 1.2)
+"""A peak below or above so much of the device, by the library's formulas, needs no replay."""
 
 
-def fits(case: Case, logits: Logits) -> bool:
+def fits(case: Case, stage_of: Callable[[int], RankOfStage]) -> bool:
     """Whether the first, second and last pipeline ranks, of which one holds most, get all that they ask for."""
     mesh = case.mesh
-    communicators = 1 + sum(degree > 1 for degree in (mesh.dp, mesh.tp, mesh.pp))
-    free = A100_80GB_BYTES - CUDA_CONTEXT_BYTES - communicators * COMMUNICATOR_BYTES
-    capacity = round(free * (1 - UNDER_PREDICTED_RATIO))
+    peak, least, most = max(peak_bytes(case)), *(ratio * _free_bytes(mesh, 0) for ratio in CLEAR_RATIOS)
+    if not least <= peak <= most:
+        return peak < least
     ranks = sorted({0, min(1, mesh.pp - 1), mesh.pp - 1})
-    if any(case.ranks()[rank].total_bytes > 1.2 * free for rank in ranks):
+    return all(_rank_fits(stage_of(rank), _free_bytes(mesh, rank)) for rank in ranks)
+
+
+def _free_bytes(mesh: Mesh, rank: int) -> int:
+    """What torch can have beside the context and a communicator for the world, each axis, and each rank that is sent to or received from
+    (torch makes one for every such pair)."""
+    pairs = (rank > 0) + (rank < mesh.pp - 1)
+    communicators = 1 + sum(degree > 1 for degree in (mesh.dp, mesh.tp, mesh.pp)) + pairs
+    return A100_80GB_BYTES - CUDA_CONTEXT_BYTES - communicators * COMMUNICATOR_BYTES
+
+
+def _rank_fits(stage: RankOfStage, free: int) -> bool:
+    """A pipeline's communicators are made when they are first used, at the latest after the first backward, for the norm of the gradients.
+
+    NCCL then asks the device for their buffers; it cannot make torch give back what it caches, and fails.
+    """
+    first, next_step = steps(stage)
+    if stage.pp > 1 and replay(first).reserved_bytes > free:
         return False
-    return all(
-        replay(allocations(case, rank, logits), capacity_bytes=capacity).failed is None for rank in ranks
-    )
+    return replay([*first, *next_step], capacity_bytes=free).failed is None

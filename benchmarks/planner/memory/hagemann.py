@@ -5,9 +5,10 @@ Its code was published later (github.com/Aleph-Alpha/scaling); the lines named h
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
-from allocation_trace import Logits
+from aleph_alpha import LocalShape
+from allocation_trace import RankOfStage
 from cases import Case
 from models import Kernels
 from published import shape_of
@@ -15,7 +16,7 @@ from published import shape_of
 from shardstage.cost.accounting import Accounting, LossBytes
 from shardstage.layout import Mesh
 
-__all__ = ["case_of", "logits_of"]
+__all__ = ["case_of", "stage_of"]
 
 REDUCED_AT_ONCE = 500_000_000
 """Elements of a bucket (optimizer/allreduce.py), flattened in bf16 and then copied to fp32."""
@@ -85,8 +86,35 @@ def _uniform(num_layers: int, pp: int) -> tuple[int, ...]:
     return tuple(sizes)
 
 
-def logits_of(row: dict[str, Any]) -> Logits:
-    """The last stage's results stay in its two buffers (required_buffer_count in train.py; nothing takes them at the backward)."""
-    model, plan = row["model"], row["plan"]
-    num_logits = plan["microbatch"] * model["seq_len"] * model["vocab"]
-    return Logits(num_logits=num_logits, num_buffers=2, is_gathered=plan["tp"] > 1)
+def stage_of(row: dict[str, Any], case: Case, rank: int) -> RankOfStage:
+    """What a rank runs, operator by operator."""
+    tp, shape, kernel = case.mesh.tp, case.shape, row["plan"]["attention_kernel"]
+    return RankOfStage(
+        shape=LocalShape(
+            hidden=shape.hidden,
+            heads=shape.heads // tp,
+            head_dim=shape.head_dim,
+            ffn_hidden=shape.ffn_hidden // tp,
+            vocab=shape.vocab,
+            tp=tp,
+            is_sequence_parallel=case.is_sequence_parallel,
+            attention=_ATTENTION[kernel.split(" ")[0]],
+            has_fused_norm="RMS" in kernel,
+        ),
+        num_layers=case.layers_of[rank],
+        rank=rank,
+        pp=case.mesh.pp,
+        dp=case.mesh.dp,
+        microbatch=case.microbatch,
+        sequence=case.sequence,
+        num_microbatches=case.num_microbatches,
+        is_recomputed=case.recompute == "full",
+    )
+
+
+_ATTENTION: dict[str, Literal["torch", "fused", "flash-1", "flash-2"]] = {
+    "torch": "torch",
+    "fused": "fused",
+    "flash_attentionv1.0.8": "flash-1",
+    "flash_attention2": "flash-2",
+}

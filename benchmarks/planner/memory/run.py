@@ -13,6 +13,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -108,7 +109,7 @@ def _out_of_memory(*, has_rows: bool) -> None:
     counts: Counter[tuple[str, bool]] = Counter()
     for row in rows("hagemann-2023"):
         case: Case = hagemann.case_of(row)
-        is_fit = fits(case, hagemann.logits_of(row))
+        is_fit = fits(case, partial(hagemann.stage_of, row, case))
         counts[row["kind"], is_fit] += 1
         if has_rows and is_fit != (row["kind"] == "run"):
             print(
