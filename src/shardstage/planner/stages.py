@@ -18,6 +18,7 @@ objective: the optimizer, exposed reductions and transfers, which come on top of
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable
 from typing import Final, NamedTuple, Protocol
 
@@ -189,14 +190,14 @@ _Row = dict[int, Fitted]
 
 def _table(costs: StageCosts, num_stages: int, most_s: float) -> list[list[_Row]]:
     """For each stage and reachable start the seconds, at most ``most_s``, of every end that fits, by the least recomputation."""
-    n = costs.num_units
+    n, earliest = costs.num_units, _earliest_starts(costs, num_stages, most_s * (1 + 1e-12))
     table, reached = [], {0}
     for stage in range(num_stages):
         rows: list[_Row] = [{} for _ in range(n)]
         last = n - (num_stages - stage - 1)
         following: set[int] = set()
         for start in sorted(reached):
-            for stop in range(start + 1, last + 1):
+            for stop in range(max(start + 1, earliest[stage + 1]), last + 1):
                 fitted = costs.fitted(stage, start, stop)
                 if fitted is None or fitted.seconds > most_s * (1 + 1e-12):
                     break
@@ -205,6 +206,21 @@ def _table(costs: StageCosts, num_stages: int, most_s: float) -> list[list[_Row]
         table.append(rows)
         reached = following
     return table
+
+
+def _earliest_starts(costs: StageCosts, num_stages: int, most_s: float) -> list[int]:
+    """Where each stage may begin at the earliest, that it and those after it end with the last unit and take at most ``most_s`` each."""
+    starts = [*range(num_stages), costs.num_units]
+    if most_s == math.inf:
+        return starts
+    for stage in range(num_stages - 1, 0, -1):
+        stop = starts[stage + 1]
+
+        def is_late(start: int, stage: int = stage, stop: int = stop) -> bool:
+            return costs.plain_s(stage, start, stop) <= most_s
+
+        starts[stage] = stage + bisect_left(range(stage, stop), True, key=is_late)
+    return starts
 
 
 def _least_sum(table: list[list[_Row]], num_units: int, cap: float) -> Cut | None:
