@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate
 from typing import Any, Final
 
@@ -201,14 +202,19 @@ class Cluster:
         A measured curve of this kind over the same links counts before the levels: that of the nearest group size. A
         group within one part costs what it costs in that part alone.
         """
-        group = self._group(ranks)
         require_kind(kind)
+        return self.costs_over(ranks)(kind)
+
+    def costs_over(self, ranks: int | Sequence[int]) -> Callable[[CollectiveKind], LinearCost]:
+        """``collective`` of every kind over one group, whose way through the levels is found once."""
+        group = self._group(ranks)
         members = self._members_of(group)
         if len(members) == 1:
             ((part, local),) = members
-            return part._own_cost(kind, local)
+            return partial(part._own_cost, len(local), crossings(local, part.levels))
         trees = [(local, below_network(part.levels)) for part, local in members]
-        return derived_cost(kind, len(group), joint_crossings(trees, self.levels[-1]))
+        crossed = joint_crossings(trees, self.levels[-1])
+        return lambda kind: derived_cost(kind, len(group), crossed)
 
     def collective_strided(
         self, kind: CollectiveKind, *, start: int = 0, stride: int, count: int
@@ -288,16 +294,15 @@ class Cluster:
         cuts = (cut(group, part.first_rank, part.num_devices) for part in self.parts)
         return [(member, local) for member, local in zip(self.joined, cuts, strict=True) if local]
 
-    def _own_cost(self, kind: CollectiveKind, group: Group) -> LinearCost:
-        """A collective within a cluster of one class."""
-        crossed = crossings(group, self.levels)
+    def _own_cost(self, count: int, crossed: tuple[Crossing, ...], kind: CollectiveKind) -> LinearCost:
+        """A collective of ``count`` ranks within a cluster of one class."""
         if not crossed:
             return LinearCost(0.0, math.inf)
         curves = [curve for curve in self.collectives if curve.kind == kind and self._covers(curve, crossed)]
         if not curves:
-            return derived_cost(kind, len(group), crossed)
-        nearest = min(curves, key=lambda curve: abs(math.log(curve.group / len(group))))
-        return rescaled_cost(nearest, len(group))
+            return derived_cost(kind, count, crossed)
+        nearest = min(curves, key=lambda curve: abs(math.log(curve.group / count)))
+        return rescaled_cost(nearest, count)
 
     def _covers(self, curve: CollectiveCurve, crossed: tuple[Crossing, ...]) -> bool:
         """Whether the curve's group leaves over the same outermost level with as many lanes."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from shardstage.graph import ModelGraph, Op, Ref, substitute
-from shardstage.graph.blocks import find_blocks, fingerprint
+from shardstage.graph.blocks import fingerprint
 
 __all__ = ["Folded", "Unit", "fold"]
 
@@ -78,7 +78,7 @@ def fold(graph: ModelGraph, *, boundaries: Sequence[int] = ()) -> Folded:
 def _units(graph: ModelGraph, boundaries: Sequence[int]) -> tuple[Unit, ...]:
     """Blocks, cut further at the boundaries; the parts of a cut block have kinds of their own."""
     units = []
-    for number, block in enumerate(find_blocks(graph)):
+    for number, block in enumerate(graph.blocks):
         inner = [at for at in sorted(set(boundaries)) if block.start < at < block.stop]
         for start, stop in pairwise((block.start, *inner, block.stop)):
             kind = fingerprint(graph, start, stop) if inner else block.kind

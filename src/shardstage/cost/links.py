@@ -11,6 +11,7 @@ All groups of an axis talk at once; the cluster's links say what that costs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import MappingProxyType
 from typing import Final
 
@@ -48,12 +49,15 @@ class LinkCosts:
     def __init__(self, cluster: Cluster) -> None:
         self.cluster = cluster
         self._known: dict[tuple[CollectiveKind, int, int], LinearCost] = {}
+        self._groups: dict[tuple[int, int], Callable[[CollectiveKind], LinearCost]] = {}
 
     def cost(self, kind: CollectiveKind, count: int, stride: int) -> LinearCost:
         """Of ``count`` ranks, each ``stride`` further than the one before."""
         key = (kind, count, stride)
         if key not in self._known:
-            self._known[key] = self.cluster.collective(kind, range(0, count * stride, stride))
+            if (count, stride) not in self._groups:
+                self._groups[count, stride] = self.cluster.costs_over(range(0, count * stride, stride))
+            self._known[key] = self._groups[count, stride](kind)
         return self._known[key]
 
 

@@ -12,7 +12,6 @@ from shardstage.cost.collective import calls_of, is_communication
 from shardstage.cost.fusion import fused
 from shardstage.cost.kernels import Kernel, KernelReader, is_attention, is_expert
 from shardstage.graph import ModelGraph, Op
-from shardstage.graph.blocks import find_blocks
 from shardstage.graph.cuts import all_crossing_bytes
 from shardstage.graph.flops import backward_flops, forward_flops
 from shardstage.graph.recompute import Recompute
@@ -84,7 +83,7 @@ class Reading:
         self.bounds = bounds
         self.is_compiled = is_compiled
         self.reader = KernelReader(graph, is_fixed, bounds=bounds)
-        self.blocks = find_blocks(graph)
+        self.blocks = graph.blocks
         self.crossing = all_crossing_bytes(graph)
 
     def works(self, elements: dict[str, int], shared: frozenset[str]) -> list[Work]:

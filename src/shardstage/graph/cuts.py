@@ -15,7 +15,7 @@ from itertools import accumulate, pairwise
 from typing import Final
 
 from shardstage.errors import PlanError
-from shardstage.graph.blocks import Block, find_blocks, fingerprint, within
+from shardstage.graph.blocks import Block, fingerprint, within
 from shardstage.graph.flops import forward_flops
 from shardstage.graph.model_graph import ModelGraph, Op, Parameter, Value
 from shardstage.graph.mutation import inseparable, storage_owner
@@ -83,7 +83,7 @@ def good_positions(graph: ModelGraph) -> tuple[int, ...]:
     travels it is the one between blocks, or where the outermost module changes.
     """
     num_bytes = all_crossing_bytes(graph)
-    blocks = find_blocks(graph)
+    blocks = graph.blocks
     borders = {block.start for block in blocks}
     lowest = [min(filter(None, num_bytes[b.start : b.stop + 1]), default=0) for b in blocks]
     block_of = [number for number, block in enumerate(blocks) for _ in range(block.start, block.stop)]
@@ -106,7 +106,7 @@ def cut(graph: ModelGraph, starts: Sequence[int]) -> tuple[Segment, ...]:
     cheap = _cheap_ops(graph)
     members = [_members(graph, start, stop, cheap) for start, stop in bounds]
     edges = _edges(graph, starts, members, cheap)
-    blocks = find_blocks(graph)
+    blocks = graph.blocks
     return tuple(
         _segment(graph, index, indices, bounds[index], edges, blocks) for index, indices in enumerate(members)
     )

@@ -6,10 +6,13 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from shardstage.graph.scale import at
 from shardstage.units import dtype_bytes
+
+if TYPE_CHECKING:
+    from shardstage.graph.blocks import Block
 
 __all__ = ["Constant", "ModelGraph", "Op", "Parameter", "Ref", "Value", "refs_in", "substitute"]
 
@@ -124,6 +127,13 @@ class ModelGraph:
     def producer(self) -> Mapping[str, int]:
         """Index of the op that makes a value; inputs, parameters, buffers and constants have none."""
         return {out: i for i, op in enumerate(self.ops) for out in op.outputs if out is not None}
+
+    @cached_property
+    def blocks(self) -> tuple[Block, ...]:
+        """The blocks that tile all ops: ``find_blocks``, asked once."""
+        from shardstage.graph.blocks import find_blocks
+
+        return find_blocks(self)
 
     @cached_property
     def consumers(self) -> Mapping[str, tuple[int, ...]]:

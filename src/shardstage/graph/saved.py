@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
 
-from shardstage.graph.blocks import Block, find_blocks, within
+from shardstage.graph.blocks import Block, within
 from shardstage.graph.flops import forward_flops
 from shardstage.graph.model_graph import ModelGraph, Op
 from shardstage.graph.recompute import Recompute, StageRecompute, block_modes
@@ -176,7 +176,7 @@ def _parts(
     """Blocks with what each recomputes."""
     if recompute == "none":
         return ((Block(start=start, stop=stop, module="", kind="", is_layer=False), "none"),)
-    own = within(graph, find_blocks(graph) if blocks is None else blocks, start, stop)
+    own = within(graph, graph.blocks if blocks is None else blocks, start, stop)
     return zip(own, block_modes(recompute, own), strict=True)
 
 

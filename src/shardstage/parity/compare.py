@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from shardstage.data import Microbatch
-from shardstage.graph.blocks import find_blocks
 from shardstage.parity.diagnose import Symptoms, diagnose
 from shardstage.parity.measure import PieceError, RankReport
 from shardstage.parity.probe import Activations
@@ -222,7 +221,7 @@ def _first_forward(
 def _module_of(job: TrainJob, value: str) -> str:
     """The layer that makes a value, or the module within what is no layer."""
     index = job.graph.producer[value]
-    block = next(b for b in find_blocks(job.graph) if b.start <= index < b.stop)
+    block = next(b for b in job.graph.blocks if b.start <= index < b.stop)
     return block.module if block.is_layer and block.module else job.graph.ops[index].module or block.module
 
 

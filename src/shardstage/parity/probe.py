@@ -12,7 +12,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from shardstage.data import Microbatch
 from shardstage.graph import ModelGraph
-from shardstage.graph.blocks import find_blocks
 from shardstage.graph.fallback import module_library
 from shardstage.operators import OperatorContext, library
 from shardstage.parity.reference import GlobalBatches, master_dtype, run_random
@@ -65,7 +64,7 @@ def _sum_roundoff(job: TrainJob) -> float | None:
 def block_outputs(graph: ModelGraph) -> tuple[str, ...]:
     """Values that carry a gradient from one block of the graph to later ones, in order."""
     found = []
-    for block in find_blocks(graph):
+    for block in graph.blocks:
         made = {name for op in graph.ops[block.start : block.stop] for name in op.outputs if name is not None}
         read = {name for op in graph.ops[block.stop :] for name in op.inputs}
         found += [n for n in graph.values if n in made & read and graph.values[n].requires_grad]

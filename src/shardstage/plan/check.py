@@ -12,7 +12,7 @@ from shardstage.cost.memory import MOMENTS
 from shardstage.cost.offload import has_host_room
 from shardstage.errors import PlanError
 from shardstage.graph import ModelGraph
-from shardstage.graph.blocks import find_blocks, within
+from shardstage.graph.blocks import within
 from shardstage.graph.file import fingerprint
 from shardstage.graph.recompute import num_counted
 from shardstage.layout import AXES, Shard, balanced_sizes
@@ -158,7 +158,7 @@ def _layers_of_stages(plan: Plan, graph: ModelGraph) -> list[int]:
     """How many layers each stage has, parts of them counted; none are looked for where no number of them is said."""
     if not any(num_counted(plan.recompute_of(stage)) for stage in range(len(plan.stages))):
         return [0] * len(plan.stages)
-    blocks, index = find_blocks(graph), {op.name: i for i, op in enumerate(graph.ops)}
+    blocks, index = graph.blocks, {op.name: i for i, op in enumerate(graph.ops)}
     return [
         sum(block.is_layer for block in within(graph, blocks, index[stage.first], index[stage.last] + 1))
         for stage in plan.stages

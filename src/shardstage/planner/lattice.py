@@ -199,8 +199,9 @@ def _talk(costs: LinkCosts, meshes: Sequence[Mesh], space: Space) -> Talk:
     neighbours = [(min(2, mesh.pp), mesh.stride("pp")) for mesh in meshes]
 
     def linear(kind: CollectiveKind, groups: Sequence[tuple[int, int]]) -> Any:
-        found = [costs.cost(kind, *group) for group in groups]
-        return np.array([(cost.latency_s, 1.0 / cost.bytes_per_s) for cost in found]).reshape(-1, 2)
+        known = {group: costs.cost(kind, *group) for group in dict.fromkeys(groups)}
+        found = {group: (cost.latency_s, 1.0 / cost.bytes_per_s) for group, cost in known.items()}
+        return np.array([found[group] for group in groups]).reshape(-1, 2)
 
     return Talk(
         replicas=np.array(replicas, dtype=np.float64),
