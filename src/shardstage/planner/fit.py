@@ -13,8 +13,6 @@ from shardstage.errors import PlanError
 from shardstage.graph import ModelGraph
 from shardstage.plan import Plan, Request, shorthand
 from shardstage.planner.search import Searcher
-from shardstage.program import lower
-from shardstage.simulator import peak_bytes, planned_prices
 
 __all__ = ["Fit", "cheapest_fit"]
 
@@ -82,6 +80,9 @@ def attempts(plan: Plan, *, has_host: bool = True) -> Iterator[tuple[Request, fr
 
 
 def _simulated_peak(graph: ModelGraph, plan: Plan, cluster: Cluster) -> int:
+    from shardstage.program import lower  # a search asks for neither: it starts sooner without them
+    from shardstage.simulator import peak_bytes, planned_prices
+
     program = lower(graph, plan)
     holdings = planned_prices(graph, plan, cluster).holdings
     ranks = (program.mesh.rank(pp=row.pp, dp=row.dp[0], tp=row.tp[0]) for row in program.rows)
