@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import pairwise
 
 from shardstage.graph import ModelGraph, Op, Ref, substitute
@@ -45,6 +46,16 @@ class Folded:
     def layers(self) -> tuple[int, ...]:
         """The layer of each unit."""
         return tuple(unit.layer for unit in self.units)
+
+    def at(self, microbatch: int, sequence: int | None) -> ModelGraph:
+        """The kept units at such sizes; made once, as it is asked for by every sharding."""
+        if (microbatch, sequence) not in self._sized:
+            self._sized[microbatch, sequence] = self.graph.at(microbatch=microbatch, sequence=sequence)
+        return self._sized[microbatch, sequence]
+
+    @cached_property
+    def _sized(self) -> dict[tuple[int, int | None], ModelGraph]:
+        return {}
 
     def unit_at(self, position: int) -> int:
         """Index of the unit that begins at op ``position`` of the whole graph."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from shardstage.cluster import Cluster, CollectiveKind
@@ -75,14 +75,15 @@ class Profiler:
         is_compiled: bool = False,
         waits_for_kernels: bool = False,
     ) -> None:
-        graph = folded.graph.at(
-            microbatch=REFERENCE_MICROBATCH if folded.graph.is_scalable else folded.graph.microbatch,
-            sequence=sequence if folded.graph.is_sequence_scalable else folded.graph.sequence,
+        graph = folded.at(
+            REFERENCE_MICROBATCH if folded.graph.is_scalable else folded.graph.microbatch,
+            sequence if folded.graph.is_sequence_scalable else folded.graph.sequence,
         )
         sharding = shard(
             graph, num_ranks=tp, is_sequence_parallel=is_sequence_parallel, replicate=tuple(replicate)
         )
         local = localize(sharding, 0)
+        of_local = _positions(folded, local)
         self._folded = folded
         self._device = cluster.device
         self._waits_for_kernels = waits_for_kernels
@@ -92,7 +93,11 @@ class Profiler:
         kinds: tuple[CollectiveKind, ...] = ("all_reduce", "all_gather", "reduce_scatter")
         self._links = {kind: cluster.collective(kind, range(tp)) for kind in kinds}
         self._works = Reading(
-            local, _local_bounds(folded, local), fixed_values(folded.graph), is_compiled=is_compiled
+            local,
+            [(of_local[start], of_local[stop]) for start, stop in folded.kept],
+            fixed_values(folded.graph),
+            blocks=[replace(b, start=of_local[b.start], stop=of_local[b.stop]) for b in graph.blocks],
+            is_compiled=is_compiled,
         ).works(self._elements, self._shared)
 
     def at(self, microbatch: int, links: Links | None = None) -> Profile:
@@ -118,13 +123,12 @@ class Profiler:
         return {name: self._elements[name] for name in self._shared}
 
 
-def _local_bounds(folded: Folded, local: ModelGraph) -> list[tuple[int, int]]:
-    """Where the kept units lie in the local graph; an op that sharding inserted goes with the one it serves."""
+def _positions(folded: Folded, local: ModelGraph) -> list[int]:
+    """Where each op of the kept units, and their end, lie in the local graph; an op that sharding inserted goes with the one it serves."""
     position: dict[str, int] = {}
     for index, op in enumerate(local.ops):
         position.setdefault(op.name.split("@")[0], index)
-    starts = [position[folded.graph.ops[start].name] for start, _ in folded.kept]
-    return list(zip(starts, [*starts[1:], len(local.ops)], strict=True))
+    return [*(position[op.name] for op in folded.graph.ops), len(local.ops)]
 
 
 def _shared_names(folded: Folded, elements: dict[str, int]) -> frozenset[str]:

@@ -12,6 +12,7 @@ from shardstage.cost.collective import calls_of, is_communication
 from shardstage.cost.fusion import fused
 from shardstage.cost.kernels import Kernel, KernelReader, is_attention, is_expert
 from shardstage.graph import ModelGraph, Op
+from shardstage.graph.blocks import Block
 from shardstage.graph.cuts import all_crossing_bytes
 from shardstage.graph.flops import backward_flops, forward_flops
 from shardstage.graph.recompute import Recompute
@@ -69,7 +70,7 @@ class Work(NamedTuple):
 
 
 class Reading:
-    """One local graph while its units are read."""
+    """One local graph while its units are read: runs of ops (``bounds``); ``blocks`` tile it."""
 
     def __init__(
         self,
@@ -77,13 +78,14 @@ class Reading:
         bounds: Sequence[tuple[int, int]],
         is_fixed: Callable[[str], bool],
         *,
+        blocks: Sequence[Block],
         is_compiled: bool,
     ) -> None:
         self.graph = graph
         self.bounds = bounds
         self.is_compiled = is_compiled
         self.reader = KernelReader(graph, is_fixed, bounds=bounds)
-        self.blocks = graph.blocks
+        self.blocks = blocks
         self.crossing = all_crossing_bytes(graph)
 
     def works(self, elements: dict[str, int], shared: frozenset[str]) -> list[Work]:
