@@ -33,7 +33,7 @@ def test_decisions_are_told_from_the_wish_for_what_runs() -> None:
 
 
 KEPT_VALUES = (
-    *("dp=2", "tp=2", "pp=2", "tp=2,sp=1", "tp=2,sp=0", "zero=3", "mb=2", "recompute=full", "cp=2"),
+    *("dp=2", "tp=2", "pp=2", "tp=2,sp=1", "tp=2,sp=0", "zero=3", "mb=2", "recompute=full:1", "cp=2"),
     *("pp=2,schedule=interleaved-1f1b,v=3", "pp=4,schedule=gpipe", "compile"),
     *("grads=bf16", "offload=optimizer", "outer=1,pp=2", "outer=0,pp=2", "zr=2,dp=4", "zr=2,zero=3"),
 )

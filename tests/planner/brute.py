@@ -8,6 +8,7 @@ from dataclasses import replace
 from tests.cost.machines import round_machine
 from tests.cost.toy import toy_graph
 
+from shardstage.cluster import LinearCost
 from shardstage.graph import ModelGraph
 from shardstage.planner import Searcher
 from shardstage.planner.pricing import Priced
@@ -17,7 +18,9 @@ EVEN = toy_graph(num_layers=6, width=256, hidden=1024, vocab=512)
 UNEVEN = toy_graph(num_layers=4, width=128, hidden=(256, 2048, 512, 128), vocab=4096, is_tied=True)
 MACHINE = round_machine(8, latency_s=1e-6)
 SLOW_LINKS = round_machine(8, latency_s=1e-3, node=2)
-SHARED_CORES = replace(SLOW_LINKS, device=replace(SLOW_LINKS.device, alone_ratio=2.0))
+SHARED_CORES = replace(
+    SLOW_LINKS, device=replace(SLOW_LINKS.device, alone_ratio=1.5, message=LinearCost(1e-4, 1e9))
+)
 
 
 def searcher_of(

@@ -1,15 +1,20 @@
-"""What a stage recomputes at least: as little as the best of all counts of layers, on random layers."""
+"""What a stage recomputes at least: as little as the best of all counts of layers, on random layers and in a search."""
 
 from __future__ import annotations
 
 import itertools
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
+from tests.planner.brute import EVEN, MACHINE, UNEVEN, every_choice, searcher_of
 
-from shardstage.graph.recompute import Recompute, StageRecompute, counted, layer_modes
+from shardstage.cost import predict_step, rank_memory
+from shardstage.graph import ModelGraph
+from shardstage.graph.recompute import PartialRecompute, Recompute, StageRecompute, counted, layer_modes
+from shardstage.plan import check, named_decisions, parse_request, shorthand
+from shardstage.planner import Searcher, search
 from shardstage.planner.recompute import Layers
 
 MODES: tuple[Recompute, ...] = ("none", "selective", "full")
@@ -131,3 +136,54 @@ def test_all_or_no_layers_need_no_number() -> None:
         "full:1+selective:1",
         "full:1+selective",
     ]
+
+
+@pytest.mark.parametrize("graph", [EVEN, UNEVEN], ids=["even", "uneven"])
+def test_a_choice_without_a_pipeline_takes_the_best_of_all_counts(graph: ModelGraph) -> None:
+    searcher = searcher_of(graph, ranks=4, batch=6)
+    pricing, partly = searcher.pricing, 0
+    for choice in [c for c in every_choice(searcher) if c.mesh.pp == 1][::3]:
+        profile, links = pricing.chain(choice.group).profile, pricing.links(choice)
+        offered = every_count(pricing.folded.layers)
+        setups = [replace(pricing.setup(choice), recompute=recompute) for recompute in offered]
+        peaks = [rank_memory(profile, setup, 0).total_bytes for setup in setups]
+        times = [predict_step(profile, setup, links).step_time_s for setup in setups]
+        for limit in (min(peaks) - 1, *sorted(set(peaks))[::2]):
+            best = min((s for s, held in zip(times, peaks, strict=True) if held <= limit), default=None)
+            priced = pricing.price(choice, limit)
+            assert (priced is None) == (best is None)
+            if priced is not None:
+                assert priced.seconds == pytest.approx(best, rel=1e-12)
+                partly += isinstance(priced.setup.recompute, PartialRecompute)
+    assert partly > 10
+
+
+def test_with_ever_more_memory_a_search_recomputes_ever_less() -> None:
+    """A search's best is never slower, and what it finds passes the check and reads back from its own shorthand."""
+    searcher = Searcher(EVEN, MACHINE, num_ranks=4, global_batch=16, sequence=64, is_runnable=True)
+    most = searcher.best(2**40).prediction.peak_bytes
+    found = [searcher.best(int(most * percent / 100)) for percent in range(50, 101, 5)]
+    times = [result.prediction.step_time_s for result in found]
+    assert all(more <= less * (1 + 1e-12) for less, more in itertools.pairwise(times))
+    assert len(set(times)) > 4
+    texts = [shorthand(result.best) for result in found]
+    assert any("full:" in text for text in texts)
+    for text, result in zip(texts, found, strict=True):
+        check(result.best, EVEN, num_ranks=4)
+        read = parse_request(text)
+        assert read.recompute == result.best.recompute or read.stage_recompute == result.best.stage_recompute
+
+
+def test_a_number_of_layers_that_is_fixed_is_kept_by_every_stage() -> None:
+    fix = "pp=2,recompute=full:2"
+    result = search(
+        EVEN,
+        MACHINE,
+        num_ranks=4,
+        global_batch=16,
+        sequence=64,
+        fix=parse_request(fix),
+        fixed=named_decisions(fix),
+    )
+    assert result.best.recompute == PartialRecompute(full=2)
+    assert all(candidate.plan.recompute == PartialRecompute(full=2) for candidate in result.runners_up)

@@ -65,8 +65,9 @@ def test_nothing_in_the_space_is_faster_and_no_bound_is_above_its_price(
     assert_best(searcher_of(GRAPHS[name], ranks=ranks, batch=batch, slow_links=slow_links))
 
 
-def test_nothing_is_faster_where_ranks_share_cores() -> None:
-    assert_best(searcher_of(UNEVEN, ranks=4, batch=6, shared_cores=True))
+@pytest.mark.parametrize("graph", [EVEN, UNEVEN], ids=["even", "uneven"])
+def test_nothing_is_faster_where_ranks_share_cores(graph: ModelGraph) -> None:
+    assert_best(searcher_of(graph, ranks=4, batch=6, shared_cores=True))
 
 
 def assert_best(searcher: Searcher) -> None:

@@ -91,6 +91,13 @@ def test_recompute_lowers_the_peak_and_zero_what_is_kept() -> None:
     assert plain.between_steps["optimizer"] == pytest.approx(2 * plain.between_steps["parameters"], rel=0.01)
 
 
+def test_every_layer_more_that_recomputes_lowers_the_peak() -> None:
+    texts = ("none", "full:1", "full:2", "full:3", "full")
+    runs = [rehearsed("llama", f"dp=1,mb=8,recompute={text}", 1, 8).run(0) for text in texts]
+    held = [run.peak.peak["activations"] for run in runs]
+    assert held[0] > held[1] > held[2] >= held[3] >= held[4]
+
+
 def test_the_largest_tensors_at_the_peak_are_named() -> None:
     run = rehearsed("llama", "dp=1,mb=8", 1, 8).run(0)
     assert run.largest_at_peak

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from shardstage.compat import TorchDispatchMode, storage_key
 
 __all__ = ["Event", "Passage", "Recorder", "record"]
 
@@ -65,9 +66,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch lea
 
     def number(self, tensor: Tensor) -> int:
         """Of a tensor's storage, which is new unless known."""
-        storage = tensor.untyped_storage()
-        key = storage._cdata
+        key = storage_key(tensor)
         if key not in self._numbers:
+            storage = tensor.untyped_storage()
             self._made += 1
             self._numbers[key] = (self._made, weakref.ref(storage, partial(self._died, key)))
             self._events.append(Event(self._made, storage.nbytes()))

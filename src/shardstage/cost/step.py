@@ -148,7 +148,10 @@ def stage_times(profile: Profile, setup: StepSetup, links: Links) -> tuple[Stage
 
 
 def _pipeline_s(setup: StepSetup, links: Links, stages: Sequence[StageCost]) -> float:
-    """Until the last backward; ranks that share cores compute quicker while others wait, but never all of them."""
+    """Until the last backward; ranks that share cores compute quicker while others wait, but never all of them.
+
+    Nobody computes while the first microbatch travels on, nor while the last one's gradient travels back.
+    """
     alone = [stage.alone for stage in stages]
     if setup.custom is not None:
         alone_s = max(run_pipeline(alone, setup.num_microbatches, setup.custom))
@@ -159,7 +162,8 @@ def _pipeline_s(setup: StepSetup, links: Links, stages: Sequence[StageCost]) -> 
     p, m = setup.mesh.pp, setup.num_microbatches
     num_cores = p / links.cluster.device.alone_ratio
     idle_s = 0.0 if setup.custom else idle_cores_s(setup.schedule, alone, p, m, num_cores)
-    return max(alone_s, _shared_s(setup, links, stages) + idle_s + _messages_s(setup, stages))
+    travel_s = 2 * sum(stage.receive_s for stage in alone[1:p])
+    return max(alone_s, _shared_s(setup, links, stages) + idle_s + _messages_s(setup, stages) + travel_s)
 
 
 def _messages_s(setup: StepSetup, stages: Sequence[StageCost]) -> float:

@@ -1,0 +1,45 @@
+"""What recomputes changes no bit: a part of a stage's layers, in any stage, under any axis."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tests.runtime.engine_entries import GLOBAL_BATCH, SEQUENCE, Case
+from tests.runtime.test_engine import results_of
+
+from shardstage.graph.capture import capture
+from shardstage.graph.source import load_model
+from shardstage.plan import check, complete, parse_request
+
+SEVEN_LAYERS = {
+    "model_type": "gpt2",
+    "architectures": ["GPT2LMHeadModel"],
+    "vocab_size": 259,
+    "n_embd": 45,
+    "n_layer": 7,
+    "n_head": 5,
+    "n_positions": 16,
+}
+PLANS = {
+    "pp=3,mb=2,schedule=zb-h1": "stages=full:1+selective/selective:2/full:1+selective:1",
+    "tp=3,sp,mb=3": "recompute=full:3+selective:2",
+    "dp=3,mb=3,shares=3/2/1,zero=3": "recompute=full:4",
+}
+
+
+def test_layers_that_recompute_change_no_bit_of_a_run(tmp_path: Path) -> None:
+    """Seven layers with dropout on three ranks: after two steps losses, norms and all weights are those without recomputation."""
+    model = tmp_path / "config.json"
+    model.write_text(json.dumps(SEVEN_LAYERS))
+    graph = capture(load_model(str(model)), sequence=SEQUENCE, dtype="float32")
+
+    def case_of(text: str) -> Case:
+        plan = complete(parse_request(text), graph, num_ranks=3, global_batch=GLOBAL_BATCH, sequence=SEQUENCE)
+        check(plan, graph, num_ranks=3)
+        return Case(str(model), graph, plan)
+
+    texts = [text for plain, more in PLANS.items() for text in (plain, f"{plain},{more}")]
+    found = results_of([case_of(text) for text in texts], 3, tmp_path)
+    for plain, recomputing, text in zip(found[::2], found[1::2], texts[1::2], strict=True):
+        assert recomputing == plain, text
