@@ -1,12 +1,13 @@
 # Each target sets up everything that it needs:
 #   make demo    train a small model on 4 local ranks and prove the run equal to a single device's
-#   make test    run all tests
+#   make test    run all tests, a file at a time on each core (JOBS=0: one after the other)
 #   make lint    check style, format and types
 #   make report-test    look at the report's page in a headless Chromium, which has to be there
 PYTHON  ?= python3
 VENV    ?= .venv
 DEMO    ?= train --run demo/run.toml --prove
 TESTS   ?= tests
+JOBS    ?= auto
 
 BIN      = $(VENV)/bin
 INSTALL  = $(BIN)/python -m pip --disable-pip-version-check install -qq -c constraints.txt
@@ -18,7 +19,7 @@ demo: $(VENV)/.installed-run
 	$(BIN)/shardstage $(DEMO)
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest $(TESTS)
+	$(BIN)/python -m pytest -n $(JOBS) --maxprocesses 4 --dist loadfile $(TESTS)
 
 # Needs a Chromium, which this cannot install: apt-get install chromium
 report-test: $(VENV)/.installed-dev
