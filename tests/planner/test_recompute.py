@@ -102,9 +102,9 @@ def test_nothing_that_fits_recomputes_for_less(spares: bool) -> None:
             assert (found is None) == (not fitting)
             unfit += found is None
             if found is not None:
-                assert found in fitting
-                assert offered[found][0] == min(seconds for seconds, _, _ in fitting.values())
-                partly += not isinstance(found, str)
+                assert found.recompute in fitting
+                assert offered[found.recompute][0] == found.again_s == min(s for s, _, _ in fitting.values())
+                partly += not isinstance(found.recompute, str)
     assert partly > 10 and unfit > 5
 
 

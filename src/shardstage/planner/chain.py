@@ -17,7 +17,7 @@ from shardstage.cost.memory import GATHERED_UNITS, MOMENTS
 from shardstage.cost.profile import RECOMPUTES, Profile, UnitCost
 from shardstage.cost.setup import StepSetup
 from shardstage.graph.recompute import Recompute, StageRecompute
-from shardstage.planner.recompute import Layers
+from shardstage.planner.recompute import Layers, Least
 from shardstage.planner.stages import Fitted
 
 __all__ = ["Chain", "ChainCosts"]
@@ -127,23 +127,20 @@ class ChainCosts:
         self._known: dict[tuple[int, int, int], Fitted | None] = {}
 
     def plain_s(self, stage: int, start: int, stop: int) -> float:
-        return self.seconds(start, stop, self._asked or "none")
+        layers = self.chain.layers
+        again_s = 0.0 if self._asked is None else layers.again_s(layers.runs(self._asked, start, stop))
+        return self._seconds(start, stop, again_s)
 
     def fitted(self, stage: int, start: int, stop: int) -> Fitted | None:
         key = (stage, start, stop)
         if key not in self._known:
-            recompute = self._least(stage, start, stop)
-            self._known[key] = (
-                None if recompute is None else Fitted(self.seconds(start, stop, recompute), recompute)
-            )
+            least = self._least(stage, start, stop)
+            self._known[key] = least and Fitted(self._seconds(start, stop, least.again_s), least.recompute)
         return self._known[key]
 
-    def seconds(self, start: int, stop: int, recompute: StageRecompute) -> float:
-        """Of a run that recomputes so."""
+    def _seconds(self, start: int, stop: int, again_s: float) -> float:
+        """Of a run that recomputes for so long."""
         chain = self.chain
-        again_s = (
-            0.0 if recompute == "none" else chain.layers.again_s(chain.layers.runs(recompute, start, stop))
-        )
         seconds = chain.both_s[stop] - chain.both_s[start] + again_s
         if self._accumulation_s:
             seconds += self._accumulation_s * (
@@ -153,7 +150,7 @@ class ChainCosts:
             seconds += self._waits_s(start, stop, again_s)
         return seconds
 
-    def _least(self, stage: int, start: int, stop: int) -> StageRecompute | None:
+    def _least(self, stage: int, start: int, stop: int) -> Least | None:
         """The least recomputation that fits, by ``cost.memory.stage_memory`` of the run or at most a posted receive more."""
         chain, held = self.chain, self._in_flight[stage]
         received = chain.received[start] if stage else 0
@@ -168,7 +165,7 @@ class ChainCosts:
             return chain.layers.least(start, stop, held, room_bytes)
         runs = chain.layers.runs(self._asked, start, stop)
         fits = held * chain.layers.kept_bytes(runs) + chain.layers.passing_bytes(runs) <= room_bytes
-        return self._asked if fits else None
+        return Least(self._asked, chain.layers.again_s(runs)) if fits else None
 
 
 def _state_bytes_of(chain: Chain, setup: StepSetup) -> Callable[[int, int], float]:

@@ -12,6 +12,7 @@ selective. Where recomputation spares nothing in some layer, every e is tried in
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
@@ -19,7 +20,7 @@ from typing import NamedTuple
 
 from shardstage.graph.recompute import PartialRecompute, Recompute, StageRecompute, counted
 
-__all__ = ["Layers", "Runs"]
+__all__ = ["Layers", "Least", "Runs"]
 
 
 class Runs(NamedTuple):
@@ -29,6 +30,13 @@ class Runs(NamedTuple):
     full: int
     selective: int
     stop: int
+
+
+class Least(NamedTuple):
+    """What a stage recomputes, and for how many seconds."""
+
+    recompute: StageRecompute
+    again_s: float
 
 
 class Layers:
@@ -50,6 +58,7 @@ class Layers:
         self._none = saved["none"]
         self._some = [a - b for a, b in zip(saved["none"], saved["selective"], strict=True)]
         self._more = [a - b for a, b in zip(saved["selective"], saved["full"], strict=True)]
+        self._ends: dict[tuple[int, int], list[int]] = {}
         self._starts, self._are_within = [], []
         before = -1
         for unit, layer in enumerate(layers):
@@ -64,6 +73,11 @@ class Layers:
 
     def ends(self, start: int, stop: int) -> list[int]:
         """Where the stage begins, each layer but the first begins, and the stage ends; what lies outside goes with the layer before."""
+        if (start, stop) not in self._ends:
+            self._ends[start, stop] = self._found_ends(start, stop)
+        return self._ends[start, stop]
+
+    def _found_ends(self, start: int, stop: int) -> list[int]:
         first = bisect_left(self._starts, start)
         following = first if self._are_within[start] else first + 1
         inner = self._starts[following : bisect_left(self._starts, stop)]
@@ -101,44 +115,62 @@ class Layers:
         of_none = self._most_passing("none", selective, stop) if selective < stop else 0
         return max(of_full, of_selective, of_none)
 
-    def least(self, start: int, stop: int, held: int, room_bytes: float) -> StageRecompute | None:
+    def least(self, start: int, stop: int, held: int, room_bytes: float) -> Least | None:
         """What is recomputed where ``held`` microbatches and what passes may take so many bytes; None where it cannot be made to fit."""
-        whole = Runs(start, start, start, stop)
-        if held * self.kept_bytes(whole) + self.passing_bytes(whole) <= room_bytes:
-            return "none"
+        none, some, more = self._none, self._some, self._more
+        passing = self._most_passing("none", start, stop)
+        spared = none[stop] - none[start] - (room_bytes - passing) / held
+        if spared <= 0:
+            return Least("none", 0.0)
         ends = self.ends(start, stop)
         if len(ends) == 1:
             return None
-        found, found_s = None, float("inf")
-        for full in range(self._least_full(ends, held, room_bytes), len(ends)):
-            last = self._least_end(ends, full, held, room_bytes)
-            if last is None:
-                continue
-            seconds = self.again_s(Runs(start, ends[full], ends[last], stop))
-            if seconds < found_s:
-                found, found_s = counted(full, last - full, len(ends) - 1), seconds
-            if last == full:
-                break
-        return found
-
-    def _least_full(self, ends: Sequence[int], held: int, room_bytes: float) -> int:
-        """With fewer layers in full all others together, selectively, spare too little."""
-        if not self._always_spares:
-            return 0
-        start, stop = ends[0], ends[-1]
-        needed = self.kept_bytes(Runs(start, start, stop, stop)) - room_bytes / held
-        return bisect_left(ends, needed + self._more[start], key=self._more.__getitem__)
-
-    def _least_end(self, ends: Sequence[int], full: int, held: int, room_bytes: float) -> int | None:
-        """How many layers recompute at all, where so many do in full."""
-        start, stop = ends[0], ends[-1]
-        last = full
+        first = 0
         if self._always_spares:
-            least = Runs(start, ends[full], ends[full], stop)
-            needed = self.kept_bytes(least) - (room_bytes - self.passing_bytes(least)) / held
-            last = bisect_left(ends, needed + self._some[ends[full]], lo=full, key=self._some.__getitem__)
-        for end in range(last, len(ends)):
-            runs = Runs(start, ends[full], ends[end], stop)
-            if held * self.kept_bytes(runs) + self.passing_bytes(runs) <= room_bytes:
-                return end
+            if spared > some[stop] - some[start] + more[stop] - more[start]:
+                return None
+            needed = spared - (some[stop] - some[start]) + more[start]
+            first = bisect_left(ends, needed, key=more.__getitem__)
+        found, found_s = None, math.inf
+        stage = _Stage(ends, held, room_bytes, passing, self._most_passing("full", start, stop))
+        for full in range(first, len(ends)):
+            end = self._least_end(stage, full)
+            if end is None:
+                continue
+            seconds = self.again_s(Runs(start, ends[full], ends[end], stop))
+            if seconds < found_s:
+                found, found_s = (full, end - full), seconds
+            if end == full:
+                break
+        return found and Least(counted(*found, len(ends) - 1), found_s)
+
+    def _least_end(self, stage: _Stage, full: int) -> int | None:
+        """How many layers recompute at all, where so many do in full."""
+        ends, held, room_bytes, passing, most = stage
+        start, stop, some = ends[0], ends[-1], self._some
+        passing = max(passing, self._most_passing("full" if full else "selective", start, ends[1]))
+        kept = (
+            self._none[stop] - self._none[start] - (self._more[ends[full]] - self._more[start]) + some[start]
+        )
+        end = full
+        if self._always_spares:
+            end = bisect_left(ends, kept - (room_bytes - passing) / held, lo=full, key=some.__getitem__)
+        for last in range(end, len(ends)):
+            kept_bytes = held * (kept - some[ends[last]])
+            if kept_bytes + most <= room_bytes:
+                return last
+            if kept_bytes + passing <= room_bytes:
+                runs = Runs(start, ends[full], ends[last], stop)
+                if kept_bytes + self.passing_bytes(runs) <= room_bytes:
+                    return last
         return None
+
+
+class _Stage(NamedTuple):
+    """A stage whose recomputation is looked for: ``passing_bytes`` pass at least, ``most_bytes`` at most."""
+
+    ends: Sequence[int]
+    held: int
+    room_bytes: float
+    passing_bytes: float
+    most_bytes: float
