@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from tests.cost.toy import toy_graph
 
 from shardstage.cost import Profile, StepSetup, fold, profile, stage_memory
 from shardstage.cost.memory import stage_elements
+from shardstage.graph.recompute import PartialRecompute
 from shardstage.layout import Mesh
 from shardstage.schedule import parse_schedule
 
@@ -157,6 +159,19 @@ def test_recomputing_trades_activations_for_a_working_set() -> None:
     none, full = (stage_memory(priced(), setup(recompute=r), 0) for r in ("none", "full"))
     assert full.activations < none.activations
     assert none.recompute == 0 < full.recompute
+
+
+def test_with_every_layer_more_that_recomputes_less_is_kept_for_longer() -> None:
+    units, layers = priced(), fold(toy_graph(num_layers=4)).layers
+    uses = [
+        stage_memory(units, setup(recompute=recompute, layers=layers), 0)
+        for recompute in ("none", *(PartialRecompute(full=n) for n in (1, 2, 3)), "full")
+    ]
+    kept = [use.activations for use in uses]
+    assert all(a > b for a, b in pairwise(kept)) and len({a - b for a, b in pairwise(kept[1:])}) == 1
+    assert {use.recompute for use in uses[1:]} == {uses[-1].recompute}
+    all_of_them = setup(recompute=PartialRecompute(full=4), layers=layers)
+    assert stage_memory(units, all_of_them, 0) == uses[-1]
 
 
 def test_the_total_is_the_sum_of_the_categories() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from tests.cost.toy import toy_graph
 from shardstage.cluster import Cluster, LinearCost, load
 from shardstage.cost import Execution, Links, Prediction, Profile, fold, least_step_s, predict_step, profile
 from shardstage.cost.step import CALIBRATIONS
+from shardstage.graph.recompute import PartialRecompute
 from shardstage.layout import Mesh
 
 GRAPH = toy_graph(num_layers=4)
@@ -48,6 +50,19 @@ def test_the_range_holds_the_expected_time() -> None:
     for kind in ("cuda", "cpu"):
         found = step(round_machine(4, kind=kind))
         assert found.step_time_low_s < found.step_time_s < found.step_time_high_s
+
+
+def test_layers_that_recompute_are_counted_and_gather_once_more() -> None:
+    """Alone and under ZeRO-3 where parameters travel apart: seconds rise evenly from none to all, and all are what full is."""
+    layers = fold(GRAPH).layers
+    partial = [PartialRecompute(full=n) for n in (1, 2, 3, 4)]
+    for more in ({"mesh": Mesh()}, {"zero": 3, "execution": Execution(gathers_apart=2)}):
+        none, *some, full = (
+            step(recompute=recompute, layers=layers, **more) for recompute in ("none", *partial, "full")
+        )
+        assert some[-1] == full
+        times = [found.step_time_s for found in (none, *some)]
+        assert all(later > earlier for earlier, later in pairwise(times))
 
 
 def test_rates_follow_from_the_time() -> None:
