@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any, Final
 
 import numpy as np
@@ -70,6 +70,7 @@ class EvenCuts:
         is_stage = np.zeros((len(sizes) + 1, most))
         mean_firsts = np.zeros((len(sizes) + 1, num_kinds))
         most_layers = np.ones(len(sizes) + 1)
+        limits = np.array([*range(COUNTED_LAYERS + 1), n])[:, None]
         layers = np.zeros((2, len(sizes) + 1, COUNTED_LAYERS + 2))
         for row, (p, v) in enumerate(sizes, start=1):
             place[p, v] = row
@@ -80,10 +81,8 @@ class EvenCuts:
             mean_firsts[row] = of_firsts.sum(axis=(0, 1)) / p
             of_stages = self._num_layers(p * v)
             most_layers[row] = of_stages.max()
-            for number in range(COUNTED_LAYERS + 2):
-                limit = number if number <= COUNTED_LAYERS else len(self._layers)
-                counted = np.minimum(of_stages, limit)[of_rank].sum(axis=1)
-                layers[:, row, number] = counted.mean(), counted.min()
+            counted = np.minimum(of_stages[None], limits)[:, of_rank].sum(axis=2)
+            layers[0, row], layers[1, row] = counted.mean(axis=1), counted.min(axis=1)
             stages[row] = of_ranks[p - 1 if is_v else 0, [*range(v), *([0] * (most - v))]]
             is_stage[row, :v] = 1.0
         return RankTable(
@@ -92,9 +91,17 @@ class EvenCuts:
 
     def _num_layers(self, num_stages: int) -> Array:
         """[stage]: how many layers each has, a part of one counting as one."""
-        starts = [*self.starts(num_stages), len(self._layers)]
-        numbers = [len({*self._layers[a:b]} - {-1}) for a, b in pairwise(starts)]
-        return np.array(numbers, dtype=np.float64)
+        starts = np.array([*self.starts(num_stages), len(self._layers)])
+        begun, is_within = self._layers_before
+        found: Array = begun[starts[1:]] - begun[starts[:-1]] + is_within[starts[:-1]]
+        return found
+
+    @cached_property
+    def _layers_before(self) -> tuple[Array, Array]:
+        """[unit]: how many layers begin before it, and 1 where one that began before goes on in it."""
+        begins = [layer != before and layer >= 0 for before, layer in pairwise((-1, *self._layers))]
+        goes_on = [layer == before and layer >= 0 for before, layer in pairwise((-1, *self._layers))]
+        return np.array([0, *accumulate(begins)], dtype=np.float64), np.array(goes_on, dtype=np.float64)
 
     @cached_property
     def layer_kinds(self) -> Array:

@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+import numpy as np
+
 from shardstage.planner.bounds import Bounds
 from shardstage.planner.certificate import Counts
 from shardstage.planner.pricing import Priced, TooSlow
@@ -30,6 +32,14 @@ class Walk:
     @property
     def num_left(self) -> int:
         return len(self._order) - self._at
+
+    def prefer(self, num_bytes: float) -> None:
+        """Those first whose bound on memory is no more than this, best bound first in either part."""
+        left = self._order[self._at :]
+        seconds, least_bytes = (
+            each.ravel()[left] for each in (self._bounds.seconds, self._bounds.least_bytes)
+        )
+        self._order, self._at = left[np.lexsort((left, seconds, least_bytes > num_bytes))], 0
 
     @property
     def least_s(self) -> float:

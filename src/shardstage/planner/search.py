@@ -51,6 +51,10 @@ MAX_PRUNED_PRICED: Final = 12
 """Where fewer others were priced, some that bounds had ruled out are, so that there is something to compare with."""
 
 
+MAX_DIVES: Final = 8
+LIKELY_RATIO: Final = 0.75
+"""A choice whose bound on memory is so much of the limit mostly fits."""
+
 FIRST_BLOCK: Final = 8
 LARGEST_BLOCK: Final = 256
 """Groups that are bounded together: some hundred thousand rows, so that arrays stay in the caches."""
@@ -206,12 +210,23 @@ class Searcher:
                 found.prune(least_s, int(self.lattice.num_choices[groups].sum()))
                 continue
             walk = self._walk(groups, limit_bytes, found)
+            self._dive(walk, limit_bytes, found)
             heapq.heappush(walks, (walk.least_s, number, walk))
-            if found.best is None:
-                self._price_next(walks, limit_bytes, found)
         while walks:
             self._price_next(walks, limit_bytes, found)
         return found
+
+    def _dive(self, walk: Walk, limit_bytes: int, found: Found) -> None:
+        """Prices the first choices of a new walk until one is better than the best so far: it spares the following blocks most of their
+        work. While nothing fits at all, those come first whose bound on memory leaves room."""
+        best_s = found.best_s
+        if found.best is None:
+            walk.prefer(limit_bytes * LIKELY_RATIO)
+        for _ in range(MAX_DIVES):
+            if walk.least_s >= found.best_s or found.best_s < best_s:
+                break
+            self._price(walk, limit_bytes, found)
+        walk.prefer(limit_bytes)
 
     def _price_next(self, walks: list[tuple[float, int, Walk]], limit_bytes: int, found: Found) -> None:
         """Prices the open choice of the least bound, or leaves out a walk of which none can be better."""
