@@ -6,7 +6,7 @@ import math
 import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import accumulate
 from typing import Any, Final
 
@@ -298,18 +298,22 @@ class Cluster:
         """A collective of ``count`` ranks within a cluster of one class."""
         if not crossed:
             return LinearCost(0.0, math.inf)
-        curves = [curve for curve in self.collectives if curve.kind == kind and self._covers(curve, crossed)]
-        if not curves:
+        reach = (crossed[-1].depth, crossed[-1].lanes)
+        curves = self._curves.get((kind, *reach))
+        if curves is None:
             return derived_cost(kind, count, crossed)
         nearest = min(curves, key=lambda curve: abs(math.log(curve.group / count)))
         return rescaled_cost(nearest, count)
 
-    def _covers(self, curve: CollectiveCurve, crossed: tuple[Crossing, ...]) -> bool:
-        """Whether the curve's group leaves over the same outermost level with as many lanes."""
-        if curve.group > self.capacity:
-            return False
-        measured = crossings(range(curve.group), self.levels)[-1]
-        return (measured.depth, measured.lanes) == (crossed[-1].depth, crossed[-1].lanes)
+    @cached_property
+    def _curves(self) -> dict[tuple[CollectiveKind, int, int], list[CollectiveCurve]]:
+        """Measured curves by kind, and by the outermost level that their groups leave over and the lanes with which they do."""
+        found: dict[tuple[CollectiveKind, int, int], list[CollectiveCurve]] = {}
+        for curve in self.collectives:
+            if curve.group <= self.capacity:
+                outermost = crossings(range(curve.group), self.levels)[-1]
+                found.setdefault((curve.kind, outermost.depth, outermost.lanes), []).append(curve)
+        return found
 
 
 def _joined_from(table: Table) -> Cluster:

@@ -103,7 +103,11 @@ class Profiler:
     def at(self, microbatch: int, links: Links | None = None) -> Profile:
         """Costs of all units for a microbatch of so many samples; ``links`` say who shares its sequences (cp) and its experts (ep)."""
         cases = Cases.alone(microbatch) if links is None else Cases.of([microbatch], [links])
-        kept = [costs.at(0) for costs in self.costs(cases)]
+        return self.of(self.costs(cases), 0, microbatch)
+
+    def of(self, costs: Sequence[UnitCosts], case: int, microbatch: int) -> Profile:
+        """One of many cases."""
+        kept = [each.at(case) for each in costs]
         return Profile(
             units=tuple(kept[unit.twin] for unit in self._folded.units),
             shared_elements=self.shared_elements,

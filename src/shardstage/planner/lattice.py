@@ -164,9 +164,8 @@ class Lattice:
     def _zeros_of(self, meshes: Sequence[Mesh]) -> Mask:
         """[mesh, ZeRO]: which there are, by tp and the number of replicas alone."""
         known = {(mesh.tp, mesh.num_replicas): mesh for mesh in meshes}
-        offered = {
-            key: [zero in self.space.zeros_of(mesh) for zero in self.zeros] for key, mesh in known.items()
-        }
+        zeros = {key: frozenset(self.space.zeros_of(mesh)) for key, mesh in known.items()}
+        offered = {key: [zero in of_mesh for zero in self.zeros] for key, of_mesh in zeros.items()}
         found = [offered[mesh.tp, mesh.num_replicas] for mesh in meshes]
         return np.array(found, dtype=bool).reshape(len(meshes), len(self.zeros))
 

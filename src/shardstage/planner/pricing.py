@@ -28,7 +28,7 @@ from shardstage.cost.links import LinkCosts, exposed_s
 from shardstage.cost.offload import has_host_room
 from shardstage.cost.pipeline import SPLITTING, StageTime, bubble_s, pipeline_s
 from shardstage.cost.profile import RECOMPUTES, Recompute
-from shardstage.cost.units import Cases
+from shardstage.cost.units import Cases, UnitCosts
 from shardstage.graph import ModelGraph
 from shardstage.graph.cuts import good_positions
 from shardstage.graph.recompute import StageRecompute
@@ -92,6 +92,7 @@ class Pricing:
         self._is_compiled = is_compiled
         self._profilers: dict[tuple[int, bool], Profiler] = {}
         self._chains: dict[Group, Chain] = {}
+        self._cases: dict[Group, tuple[list[UnitCosts], int]] = {}
         self._links_of_units: dict[tuple[int, int, int], Links] = {}
         self._known: dict[tuple[Choice, int, Savers], Priced | None] = {}
         self._reference = 1 if graph.is_scalable else graph.microbatch
@@ -120,7 +121,11 @@ class Pricing:
         """The units of a group with their sums."""
         if group not in self._chains:
             profiler = self.profiler(group.tp, group.is_sequence_parallel)
-            profile, twins = profiler.at(group.microbatch, self._unit_links(group)), self._twins
+            twins = self._twins
+            if group in self._cases:
+                profile = profiler.of(*self._cases[group], group.microbatch)
+            else:
+                profile = profiler.at(group.microbatch, self._unit_links(group))
             kinds = [profile.units[twins.index(twin)] for twin in range(max(twins) + 1)]
             self._chains[group] = Chain(profile, kinds, twins, self.folded.layers)
         return self._chains[group]
@@ -135,7 +140,9 @@ class Pricing:
             profiler = self.profiler(*key)
             links = [self._unit_links(groups[number]) for number in of_part]
             cases = Cases.of([groups[number].microbatch for number in of_part], links)
-            parts.append((of_part, profiler.costs(cases), sum(profiler.shared_elements.values())))
+            costs = profiler.costs(cases)
+            self._cases.update({groups[number]: (costs, case) for case, number in enumerate(of_part)})
+            parts.append((of_part, costs, sum(profiler.shared_elements.values())))
         return Figures.of(parts, self._twins)
 
     @cached_property
