@@ -90,6 +90,7 @@ def test_nothing_can_be_fixed_of_a_plan_that_is_given() -> None:
     ("fix", "message", "hint"),
     [
         ("nonsense", "--fix nonsense: 'nonsense' is not a key", '--fix "dp=2,tp=2"'),
+        ("recompute=full:x", "--fix recompute=full:x: recompute=full:x is not one of", "recompute=full"),
         ("tp=two", "tp=two must be a whole number", '--fix "tp=2"'),
         ("shares=5/3", "--fix shares=5/3", '--plan "shares=5/3"'),
     ],

@@ -94,7 +94,7 @@ def _run_verb(arguments: Sequence[str] | None) -> int:
 
 
 def _show(error: ShardstageError) -> None:
-    console = Console(stderr=True, highlight=False)
+    console = Console(stderr=True, highlight=False, emoji=False)
     console.print(f"[bold red]error:[/] {escape(error.message)}", soft_wrap=True)
     if error.hint is not None:
         console.print(f"[bold]hint:[/] {escape(error.hint)}", soft_wrap=True)

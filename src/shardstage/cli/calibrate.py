@@ -74,7 +74,7 @@ def calibrate(
     from shardstage.cost.calibrate import predicted_by_others
     from shardstage.training.recorded import check_same_machine, observations_of, read_run
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, emoji=False)
     recorded = [read_run(run) for run in runs]
     check_same_machine(recorded)
     with console.status("looking at the cluster"):

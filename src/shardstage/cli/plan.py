@@ -85,7 +85,9 @@ def plan(
     require_endings(out or (), ENDINGS)
     fixed, aim = parse_fixed(fix, plan=plan), objective_named(objective)
     memory_bytes = None if memory is None else parse_bytes(memory)
-    console = Console(highlight=False, stderr=as_json)  # then standard output is the object alone
+    console = Console(
+        highlight=False, emoji=False, stderr=as_json
+    )  # then standard output is the object alone
     machine = _machine(console, cluster, ranks)
     question = Question(
         plan=plan,

@@ -93,7 +93,7 @@ def _prove(config: RunConfig, fault: Fault | None, report: Path | None) -> int:
     from shardstage.training.prepare import prepare
     from shardstage.training.table import print_plan
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, emoji=False)
     cluster = None
     if config.plan == "auto":
         with console.status("looking at this machine (about 15 s, once)"):

@@ -110,7 +110,7 @@ def _findings(
     from shardstage.runtime.environment import num_usable_cores
 
     asked = _asked_of(plan)
-    console = Console(highlight=False)
+    console = Console(highlight=False, emoji=False)
     with console.status("looking at the cluster"):
         machine = cluster_named(cluster, ranks=asked.num_ranks or num_default_ranks())
     num_ranks = asked.num_ranks or machine.num_devices

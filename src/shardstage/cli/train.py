@@ -111,7 +111,7 @@ def _launch(config: RunConfig, *, is_proved: bool) -> int:
     from shardstage.training.rank import train_rank
     from shardstage.training.table import print_plan, print_stopped
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, emoji=False)
     folder = RunFolder(path=Path(_folder(config)))
     cluster = None
     if config.plan == "auto" and not config.resume:
@@ -133,7 +133,7 @@ def _launch(config: RunConfig, *, is_proved: bool) -> int:
     try:
         launch(train_rank, (job,), num_ranks=job.config.ranks, log_dir=folder.rank_logs)
     except BaseException:
-        print_stopped(Console(stderr=True, highlight=False), job)
+        print_stopped(Console(stderr=True, highlight=False, emoji=False), job)
         raise
     return _finish(console, job, cluster, is_proved=is_proved)
 
@@ -150,7 +150,7 @@ def _join(environment: RankEnvironment, config: RunConfig, *, is_proved: bool) -
         return 0
     from shardstage.training.prepare import read_job
 
-    return _finish(Console(highlight=False), read_job(folder), None, is_proved=is_proved)
+    return _finish(Console(highlight=False, emoji=False), read_job(folder), None, is_proved=is_proved)
 
 
 def _finish(console: Console, job: TrainJob, cluster: Cluster | None, *, is_proved: bool) -> int:
