@@ -38,10 +38,12 @@ def localize(sharding: Sharding, rank: int) -> ModelGraph:
 
 
 def _local_values(sharding: Sharding, rank: int) -> dict[str, Value]:
-    return {
-        name: replace(value, shape=local_shape(value.shape, sharding.placements[name], rank))
-        for name, value in sharding.graph.values.items()
-    }
+    values = dict(sharding.graph.values)
+    for name, value in sharding.graph.values.items():
+        shape = local_shape(value.shape, sharding.placements[name], rank)
+        if shape != value.shape:
+            values[name] = replace(value, shape=shape)
+    return values
 
 
 @dataclass(kw_only=True)
@@ -94,7 +96,8 @@ class _Writer:
             *before, local = rewrite(call)
             for extra in before:
                 self._add_extra(extra, op)
-        local = replace(local, saved=self._saved(op, local, placing, names))
+        saved = self._saved(op, local, placing, names)
+        local = local if saved == local.saved else replace(local, saved=saved)
         is_partial = any(isinstance(state.placement, Partial) for state in placing.outputs)
         if is_partial and not placing.is_deferred:
             self._reduce(op, local, placing)
