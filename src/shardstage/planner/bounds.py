@@ -6,8 +6,9 @@ so does what waits for ZeRO's gathers (by convexity), the optimizer and the memo
     seconds >= m × max(mean stage, heaviest unit) + bubble of mean stages + optimizer of a mean stage + the norm's sum
 
 The bubble's formula asks for means only (``cost.pipeline``). Exposed reductions of gradients count where there is no pipeline, as there a
-mean stage is the stage. A mean stage recomputes at least what memory asks for (``trade``). Arrays are [row, 1] or [row, stages a rank]; a
-row is a group, a mesh and a ZeRO. Rows whose mean stages alone take too long or hold too much get no closer bound.
+mean stage is the stage. A mean stage recomputes at least what memory asks for (``trade``). Arrays are [row, 1]; a row is a group, a mesh
+and a ZeRO, and under schedules with several stages a rank so many of them. Rows whose mean stages alone take too long or hold too much get no
+closer bound.
 """
 
 from __future__ import annotations
@@ -81,23 +82,22 @@ def bounded(
     mean_s = mean.mean_s[:, 0]
     is_slow = ~is_large & (mean_s >= below_s)
     has = lattice.meshes.has_schedule
-    num_schedules = has[rows.mesh].sum(axis=1)
+    num_schedules = has.sum(axis=1)[rows.mesh]
     is_open = ~is_large & ~is_slow
     left = rows.at(is_open)
     seconds = np.full((len(left.mesh), len(lattice.schedules)), np.inf)
     least_bytes = np.full_like(seconds, np.inf)
     if len(left.mesh):
-        table = _Table(shared, left)
+        table, whole = _Table(shared, left), np.arange(len(left.mesh))
         for name in dict.fromkeys(schedule.name for schedule in lattice.schedules):
-            places = [i for i, each in enumerate(lattice.schedules) if each.name == name]
-            offering = np.flatnonzero(has[left.mesh][:, places].any(axis=1))
-            if len(offering):
+            places = np.array([i for i, each in enumerate(lattice.schedules) if each.name == name])
+            row, number = np.nonzero(has[left.mesh][:, places])
+            if len(row):
                 per_rank = np.array([lattice.schedules[i].per_rank for i in places], dtype=np.float64)
-                part = table if len(offering) == len(left.mesh) else _Table(shared, left.at(offering))
-                at = (offering[:, None], np.array(places)[None, :])
-                seconds[at], least_bytes[at] = part.of(name, per_rank)
-        lacking = ~has[left.mesh]
-        seconds[lacking] = least_bytes[lacking] = np.inf
+                part = table if np.array_equal(row, whole) else _Table(shared, left.at(row))
+                found_s, found_bytes = part.of(name, per_rank[number][:, None])
+                seconds[row, places[number]] = found_s[:, 0]
+                least_bytes[row, places[number]] = found_bytes[:, 0]
     return Bounds(
         lattice=lattice,
         rows=left,
@@ -127,8 +127,9 @@ class _Table:
         self._is_gathered, self._is_scattered = self._level == 3, self._level >= 2
         whole = self._of_meshes(talk.replicas)
         self._has_copies = whole > 1
-        self._gather = self._of_shards(talk.gather, talk.near_gather)
-        self._scatter = self._of_shards(talk.scatter, talk.near_scatter)
+        of_shards = mesh + len(meshes.sizes) * self._is_near[:, 0]
+        self._gather = shared.gathers_of_shards[of_shards] * self._has_copies
+        self._scatter = shared.scatters_of_shards[of_shards] * self._has_copies
         self._copies = talk.copies[mesh] * (self._has_copies & self._is_near)
         self._near_ranks = self._of_meshes(talk.near_ranks)
         self._shards = np.where(self._level == 0, 1.0, np.where(self._is_near, self._near_ranks, whole))
@@ -177,10 +178,8 @@ class _Table:
         return self.settings.least_factor * (pipeline_s + self.after)
 
     def of(self, name: str, per_rank: Array) -> tuple[Any, Any]:
-        """Seconds and bytes of a schedule with each of these numbers of stages a rank."""
-        if per_rank.max() == 1:
-            return self._of_free_cuts(name)
-        return self._of_even_cuts(name, per_rank[None, :])
+        """Seconds and bytes of a schedule with so many stages a rank."""
+        return self._of_free_cuts(name) if per_rank.max() == 1 else self._of_even_cuts(name, per_rank)
 
     def _part_elements(self, elements: Any, experts: Any) -> Any:
         """What a rank owns under ZeRO of elements of which so many are of experts."""
@@ -245,10 +244,6 @@ class _Table:
             return whole * c + gradients
         master = np.where((level >= 2) | (c != w), part * w, 0.0)
         return whole * c + gradients + master + MOMENTS * part * w
-
-    def _of_shards(self, far: Array, near: Array) -> Any:
-        """What a collective over the ranks that ZeRO cuts over costs, [row, 2]: nothing where there is but one."""
-        return np.where(self._is_near, near[self._mesh], far[self._mesh]) * self._has_copies
 
     def _scatter_s(self, num_bytes: Any, calls: Any) -> Any:
         """Summing and cutting gradients, and summing the parts with those of the copies."""
@@ -382,7 +377,7 @@ def _seconds_of(cost: Array, num_bytes: Any, calls: Any) -> Any:
 
 
 class _EvenRanks:
-    """Ranks of even cuts, [row, stages a rank]; what was asked once is kept."""
+    """Ranks of even cuts, [row, 1]; what was asked once is kept."""
 
     def __init__(self, table: _Table, name: str, v: Any) -> None:
         self._known: dict[tuple[str, Recompute], Any] = {}

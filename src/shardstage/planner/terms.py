@@ -48,7 +48,8 @@ class BoundSettings:
 class Terms:
     """Of some groups, [group] each: sums over all units, the heaviest unit, and what the kind of unit that takes longest in all has.
 
-    ``number`` [group of the lattice] is where a group stands here.
+    ``number`` [group of the lattice] is where a group stands here. ``…_of_shards`` [mesh, 2] are costs of collectives over all ranks that
+    ZeRO cuts over, and after them those over the ones of a node.
     """
 
     def __init__(
@@ -57,6 +58,9 @@ class Terms:
         self.settings = settings
         self.figures = figures
         self.meshes = lattice.meshes
+        talk = lattice.meshes.talk
+        self.gathers_of_shards = np.concatenate([talk.gather, talk.near_gather])
+        self.scatters_of_shards = np.concatenate([talk.scatter, talk.near_scatter])
         self.even = even
         self.slowdown = overlap_slowdown(settings.device)
         self.levels = np.array([zero.level for zero in lattice.zeros])
