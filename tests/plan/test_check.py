@@ -52,7 +52,11 @@ def test_a_good_plan_passes_without_a_word() -> None:
         ({"microbatch": 0}, "a microbatch of 0 samples is none", "microbatch = 1"),
         ({"shares": (14, 2), "microbatch": 2}, "rank 1 has 2 samples for 7 microbatches", "microbatch = 7"),
         ({"stage_recompute": ("full",)}, "what 1 stages recompute, and has 2 stages", "stage_recompute = ['full', 'full']"),
-        ({"stage_recompute": ("none", PartialRecompute(full=2, selective=3))}, r"stage 1 recomputes 5 layers \(full:2\+selective:3\), and it has 2", 'stages=none/full"'),
+        (
+            {"stage_recompute": ("none", PartialRecompute(full=2, selective=3))},
+            r"stage 1 recomputes 5 layers \(full:2\+selective:3\), and it has 2",
+            'stages=none/full"',
+        ),
         ({"gradient_dtype": "bfloat16"}, "gradients are to be summed in bfloat16, and the model computes in float32", "grads=bf16"),
         ({"sequence": 65}, "samples of 65 tokens are longer than the 64 positions", "--seq 64"),
     ],

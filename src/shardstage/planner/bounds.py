@@ -6,9 +6,10 @@ so does what waits for ZeRO's gathers (by convexity), the optimizer and the memo
     seconds >= m × max(mean stage, heaviest unit) + bubble of mean stages + optimizer of a mean stage + the norm's sum
 
 The bubble's formula asks for means only (``cost.pipeline``). Exposed reductions of gradients count where there is no pipeline, as there a
-mean stage is the stage. A mean stage recomputes at least what memory asks for (``trade``). Arrays are [row, 1]; a row is a group, a mesh
-and a ZeRO, and under schedules with several stages a rank so many of them. Rows whose mean stages alone take too long or hold too much get no
-closer bound.
+mean stage is the stage. A mean stage recomputes at least what memory asks for (``trade``).
+
+Arrays are [row, 1]; a row is a group, a mesh and a ZeRO, and under schedules with several stages a rank so many of them. Rows whose mean
+stages alone take too long or hold too much get no closer bound.
 """
 
 from __future__ import annotations
