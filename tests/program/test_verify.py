@@ -96,6 +96,9 @@ GRADIENTS = {
 SHARDING = {
     "not gathered": ("0F0[c2]", "0F0", "block.weight is gathered 0 times"),
     "gathered twice": ("0UNSHARD[c1]", "0UNSHARD[c2]", "embed.weight is gathered 0 times|block.weight is gathered 2"),
+    "gathered twice by one act": (
+        "c1 dp.all_gather:float32[8]{b0}", "c1 dp.all_gather:float32[8]{b0} dp.all_gather:float32[8]{b0}",
+        "embed.weight is gathered 2 times"),
     "unsharded twice": ("0UNSHARD[c1]", "0UNSHARD[c1] 0UNSHARD[c1]", "stage 0 was unsharded before"),
     "never unsharded": ("0UNSHARD[c1] ", "", "embed.weight is gathered 0 times"),
     "resharded twice": ("0RESHARD", "0RESHARD 0RESHARD", "stage 0 is not unsharded"),

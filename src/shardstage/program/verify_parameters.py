@@ -150,7 +150,7 @@ def is_fully_sharded(program: Program) -> bool:
 
 def check_unsharding(column: Column, pp: int, *, is_sharded: bool) -> None:
     """Every parameter of a stage is gathered once for each computation: by UNSHARD until RESHARD, or by the computation itself."""
-    whole: dict[int, frozenset[str]] = {}
+    whole: dict[int, Counter[str]] = {}
     ended: set[int] = set()
     last = len(column.rows[pp].instructions) - 2
     for step, i in column.steps(pp):
@@ -161,7 +161,7 @@ def check_unsharding(column: Column, pp: int, *, is_sharded: bool) -> None:
                 column.refuse(
                     pp, step, f"stage {i.stage} was unsharded before", hint=f"delete {i} at step {step}"
                 )
-            whole[i.stage] = frozenset(_gathered(column.program, i))
+            whole[i.stage] = _gathered(column.program, i)
         elif i.kind == "RESHARD":
             if i.stage not in whole:
                 column.refuse(
@@ -174,7 +174,7 @@ def check_unsharding(column: Column, pp: int, *, is_sharded: bool) -> None:
                 pp, step, f"stage {i.stage} was resharded before", hint=f"{i.stage}RESHARD after {i.name}"
             )
         elif i.kind in ("F", "B", "I") and is_sharded:
-            _check_gathered(column, pp, step, i, whole.get(i.stage, frozenset()))
+            _check_gathered(column, pp, step, i, whole.get(i.stage, Counter()))
     for stage in whole:
         column.refuse(
             pp, last, f"stage {stage} is never resharded", hint=f"{stage}RESHARD before REDUCE_GRAD"
@@ -190,12 +190,12 @@ def _gathered(program: Program, i: Instruction) -> Counter[str]:
     )
 
 
-def _check_gathered(column: Column, pp: int, step: int, i: Instruction, whole: frozenset[str]) -> None:
+def _check_gathered(column: Column, pp: int, step: int, i: Instruction, whole: Counter[str]) -> None:
     program = column.program
     own = _gathered(program, i)
     for parameter in program.parameters:
         if i.stage in parameter.stages:
-            count = own[parameter.fqn] + (parameter.fqn in whole)
+            count = own[parameter.fqn] + whole[parameter.fqn]
             if count != 1:
                 column.refuse(
                     pp,
