@@ -70,6 +70,7 @@ class _Pricer:
         ]
         self.folded = fold(graph)
         self._profilers: dict[tuple[int, int, bool], Profiler] = {}
+        self._profiles: dict[tuple[int, int, bool, int], Profile] = {}
 
     def profile(self, number: int, tp: int, is_sequence_parallel: bool, microbatch: int) -> Profile:
         """The units on one class."""
@@ -83,7 +84,9 @@ class _Pricer:
                 is_sequence_parallel=is_sequence_parallel,
                 is_compiled=self._is_compiled,
             )
-        return self._profilers[key].at(microbatch)
+        if (*key, microbatch) not in self._profiles:
+            self._profiles[*key, microbatch] = self._profilers[key].at(microbatch)
+        return self._profiles[*key, microbatch]
 
     def predict(self, plan: Plan) -> Prediction:
         positions = {op.name: index for index, op in enumerate(self.graph.ops)}
