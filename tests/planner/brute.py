@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+import numpy as np
+import pytest
 from tests.cost.machines import round_machine
 from tests.cost.toy import toy_graph
 
 from shardstage.cluster import LinearCost
+from shardstage.errors import PlanError
 from shardstage.graph import ModelGraph
 from shardstage.planner import Searcher
 from shardstage.planner.pricing import Priced
 from shardstage.planner.space import Choice
 
+PLENTY = 2**40
+CLOSE = 1 + 1e-9
 EVEN = toy_graph(num_layers=6, width=256, hidden=1024, vocab=512)
 UNEVEN = toy_graph(num_layers=4, width=128, hidden=(256, 2048, 512, 128), vocab=4096, is_tied=True)
 MACHINE = round_machine(8, latency_s=1e-6)
@@ -67,3 +72,44 @@ def all_priced(searcher: Searcher, limit_bytes: int) -> dict[Choice, Priced | No
 
 def least_s(priced: dict[Choice, Priced | None]) -> float | None:
     return min((p.seconds for p in priced.values() if p is not None), default=None)
+
+
+def assert_best(searcher: Searcher, ratios: Sequence[float] = (0.55, 0.3)) -> None:
+    """Against every choice of the space, priced, under limits that leave ever fewer: parts of what the fastest plan holds."""
+    plenty = searcher.best(PLENTY).prediction.peak_bytes
+    for limit in (PLENTY, plenty - 1, *(int(ratio * plenty) for ratio in ratios)):
+        priced = all_priced(searcher, limit)
+        assert all(p is None or p.prediction.peak_bytes <= limit for p in priced.values())
+        least = least_s(priced)
+        if least is None:
+            with pytest.raises(PlanError, match="no plan for"):
+                searcher.best(limit)
+            continue
+        result = searcher.best(limit)
+        assert result.prediction.step_time_s == pytest.approx(least, rel=1e-9)
+        assert result.prediction.peak_bytes <= limit
+        assert result.certificate.gap == 0
+        assert result.certificate.enumerated == len(priced)
+        assert_bounds_are_below(searcher, priced)
+
+
+def assert_bounds_are_below(searcher: Searcher, priced: dict[Choice, Priced | None]) -> None:
+    """Under the limit that was searched last."""
+    limit_bytes = searcher._settings.limit_bytes
+    bounds = searcher.bounds(np.arange(len(searcher.lattice.groups)))
+    num_bounded = bounds.num_large
+    for index in map(int, np.flatnonzero(np.isfinite(bounds.seconds.ravel()))):
+        num_bounded += 1
+        price = priced[bounds.choice(index)]
+        if price is not None:
+            assert bounds.seconds.flat[index] <= price.seconds * CLOSE, price.choice
+            assert bounds.least_bytes.flat[index] <= price.prediction.peak_bytes * CLOSE, price.choice
+    for number, group in enumerate(searcher.lattice.groups):
+        of_group = [price for price in priced.values() if price and price.choice.group == group]
+        assert all(searcher._least_s[number] <= price.seconds * CLOSE for price in of_group), group
+    left_out = {c for c, p in priced.items() if p is not None and c.schedule not in searcher.space.dominated}
+    left_out -= {bounds.choice(int(i)) for i in np.flatnonzero(np.isfinite(bounds.seconds.ravel()))}
+    assert not left_out, f"bounds say of choices that fit {limit_bytes} bytes that they do not"
+    dominated = searcher.space.dominated
+    fitting = sum(1 for c in priced if c.schedule not in dominated)
+    assert num_bounded == fitting

@@ -5,11 +5,20 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-import numpy as np
 import pytest
 from tests.cost.machines import round_machine
 from tests.cost.toy import toy_graph
-from tests.planner.brute import EVEN, MACHINE, UNEVEN, all_priced, every_choice, least_s, searcher_of
+from tests.planner.brute import (
+    EVEN,
+    MACHINE,
+    PLENTY,
+    UNEVEN,
+    all_priced,
+    assert_best,
+    assert_bounds_are_below,
+    every_choice,
+    searcher_of,
+)
 
 from shardstage.cluster import Cluster
 from shardstage.cost import rank_memory
@@ -17,12 +26,8 @@ from shardstage.errors import PlanError
 from shardstage.graph import ModelGraph
 from shardstage.plan import check, complete, named_decisions, parse_request, shorthand
 from shardstage.planner import Searcher, SearchResult, predict, search
-from shardstage.planner.pricing import Priced
-from shardstage.planner.space import Choice
 from shardstage.program import lower
 
-PLENTY = 2**40
-CLOSE = 1 + 1e-9
 GRAPHS = {"even": EVEN, "uneven": UNEVEN}
 
 
@@ -70,53 +75,12 @@ def test_nothing_is_faster_where_ranks_share_cores(graph: ModelGraph) -> None:
     assert_best(searcher_of(graph, ranks=4, batch=6, shared_cores=True))
 
 
-def assert_best(searcher: Searcher) -> None:
-    """Against every choice of the space, priced, under limits that leave ever fewer."""
-    plenty = searcher.best(PLENTY).prediction.peak_bytes
-    for limit in (PLENTY, plenty - 1, int(0.55 * plenty), int(0.3 * plenty)):
-        priced = all_priced(searcher, limit)
-        assert all(p is None or p.prediction.peak_bytes <= limit for p in priced.values())
-        least = least_s(priced)
-        if least is None:
-            with pytest.raises(PlanError, match="no plan for"):
-                searcher.best(limit)
-            continue
-        result = searcher.best(limit)
-        assert result.prediction.step_time_s == pytest.approx(least, rel=1e-9)
-        assert result.prediction.peak_bytes <= limit
-        assert result.certificate.gap == 0
-        assert result.certificate.enumerated == len(priced)
-        assert_bounds_are_below(searcher, priced)
-
-
 def test_sums_of_gradients_hide_under_the_adding_of_microbatches_too() -> None:
     """Found by a search without bounds: large parameters, two microbatches of one sample, slow links."""
     graph = toy_graph(num_layers=4, width=256, hidden=(32, 32, 4096, 4096), vocab=32000)
     searcher = Searcher(graph, round_machine(8, node=1), num_ranks=4, global_batch=4, sequence=16)
     searcher.best(PLENTY)
     assert_bounds_are_below(searcher, all_priced(searcher, PLENTY))
-
-
-def assert_bounds_are_below(searcher: Searcher, priced: dict[Choice, Priced | None]) -> None:
-    """Under the limit that was searched last."""
-    limit_bytes = searcher._settings.limit_bytes
-    bounds = searcher.bounds(np.arange(len(searcher.lattice.groups)))
-    num_bounded = bounds.num_large
-    for index in map(int, np.flatnonzero(np.isfinite(bounds.seconds.ravel()))):
-        num_bounded += 1
-        price = priced[bounds.choice(index)]
-        if price is not None:
-            assert bounds.seconds.flat[index] <= price.seconds * CLOSE, price.choice
-            assert bounds.least_bytes.flat[index] <= price.prediction.peak_bytes * CLOSE, price.choice
-    for number, group in enumerate(searcher.lattice.groups):
-        of_group = [price for price in priced.values() if price and price.choice.group == group]
-        assert all(searcher._least_s[number] <= price.seconds * CLOSE for price in of_group), group
-    left_out = {c for c, p in priced.items() if p is not None and c.schedule not in searcher.space.dominated}
-    left_out -= {bounds.choice(int(i)) for i in np.flatnonzero(np.isfinite(bounds.seconds.ravel()))}
-    assert not left_out, f"bounds say of choices that fit {limit_bytes} bytes that they do not"
-    dominated = searcher.space.dominated
-    fitting = sum(1 for c in priced if c.schedule not in dominated)
-    assert num_bounded == fitting
 
 
 @pytest.mark.parametrize("is_runnable", [True, False])

@@ -13,13 +13,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import MappingProxyType
-from typing import Final
+from typing import Any, Final
+
+import numpy as np
 
 from shardstage.cluster import Cluster, CollectiveKind, DeviceClass
 from shardstage.cluster.links import LinearCost
 from shardstage.layout import Mesh
 
-__all__ = ["LinkCosts", "Links", "exposed_s", "overlap_slowdown"]
+__all__ = ["LinkCosts", "Links", "each_exposed_s", "exposed_s", "overlap_slowdown"]
 
 OVERLAP_SLOWDOWNS: Final = MappingProxyType({"cuda": 0.15, "cpu": 1.0})
 """Of devices without a kernel model. cuda: as the A100's preset. A collective over CPU ranks is computed by their own cores."""
@@ -41,6 +43,11 @@ def exposed_s(talk_s: float, compute_s: float, slowdown: float, first_s: float =
         first + max(c + slowdown r, r) - c = max(talk - c, first + slowdown r)
     """
     return max(talk_s - compute_s, first_s + slowdown * (talk_s - first_s))
+
+
+def each_exposed_s(talk_s: Any, compute_s: Any, slowdown: float, first_s: Any = 0.0) -> Any:
+    """``exposed_s`` of arrays."""
+    return np.maximum(talk_s - compute_s, first_s + slowdown * (talk_s - first_s))
 
 
 class LinkCosts:

@@ -17,7 +17,7 @@ from shardstage.cluster import CollectiveKind, DeviceClass
 from shardstage.cluster.links import LinearCost
 from shardstage.cost.compute import dispatch_s, kernels_s
 from shardstage.cost.kernels import Kernel
-from shardstage.cost.links import Links
+from shardstage.cost.links import Links, each_exposed_s
 from shardstage.cost.reading import Bytes, Recompute, Work
 
 __all__ = ["Cases", "KeptOf", "UnitCost", "UnitCosts", "costs_of_unit"]
@@ -75,7 +75,7 @@ class UnitCost:
         return self.tp_backward_s + self.cp_backward_s + self.ep_backward_s
 
 
-class Talk(NamedTuple):
+class LinearCosts(NamedTuple):
     """Collectives of each case: seconds before the first byte, and bytes a second."""
 
     latency_s: Array
@@ -93,9 +93,9 @@ class Cases:
     microbatch: Array
     cp: Array
     ep: Array
-    ring: Talk
-    deal: Talk
-    exchange: Talk
+    ring: LinearCosts
+    deal: LinearCosts
+    exchange: LinearCosts
     overlap_slowdown: float
 
     @property
@@ -107,12 +107,12 @@ class Cases:
     @staticmethod
     def of(microbatches: Sequence[float], links: Sequence[Links]) -> Cases:
         """A case for each microbatch, over these links."""
-        number = {id(each): place for place, each in enumerate({id(each): each for each in links}.values())}
-        which = np.array([number[id(each)] for each in links])
-        different = list({id(each): each for each in links}.values())
+        known = {id(each): each for each in links}
+        place = {key: number for number, key in enumerate(known)}
+        which, different = np.array([place[id(each)] for each in links]), [*known.values()]
 
-        def talk(costs: Iterable[LinearCost]) -> Talk:
-            return Talk(*np.array([*costs], dtype=np.float64)[which].T)
+        def talk(costs: Iterable[LinearCost]) -> LinearCosts:
+            return LinearCosts(*np.array([*costs], dtype=np.float64)[which].T)
 
         return Cases(
             microbatch=np.array(microbatches, dtype=np.float64),
@@ -127,7 +127,7 @@ class Cases:
     @staticmethod
     def alone(microbatch: float) -> Cases:
         """One case of ranks that share neither sequences nor experts."""
-        one, free = np.ones(1), Talk(np.zeros(1), np.full(1, np.inf))
+        one, free = np.ones(1), LinearCosts(np.zeros(1), np.full(1, np.inf))
         size = np.array([microbatch], dtype=np.float64)
         return Cases(
             microbatch=size, cp=one, ep=one, ring=free, deal=free, exchange=free, overlap_slowdown=0.0
@@ -365,18 +365,15 @@ def _context_s(seconds: _Seconds, work: Work, cases: Cases) -> Pair:
     whole = sum(_bytes_at(each.whole, size) for each in work.attention)
     step_s = cases.ring.seconds(keys)
     ring = Pair(
-        _exposed_s((cp - 1) * step_s, seconds.forward_attention * (cp - 1) / cp, cases.overlap_slowdown),
-        _exposed_s(2 * (cp - 1) * step_s, seconds.backward_attention * (cp - 1) / cp, cases.overlap_slowdown),
+        each_exposed_s((cp - 1) * step_s, seconds.forward_attention * (cp - 1) / cp, cases.overlap_slowdown),
+        each_exposed_s(
+            2 * (cp - 1) * step_s, seconds.backward_attention * (cp - 1) / cp, cases.overlap_slowdown
+        ),
     )
     exchange_s = cases.deal.seconds(whole)
     is_dealt = min(each.num_heads for each in work.attention) % cp == 0
     is_ring = ~is_dealt | (ring.forward + ring.backward <= exchange_s + exchange_s)
     return Pair(*(np.where(cp > 1, np.where(is_ring, each, exchange_s), 0.0) for each in ring))
-
-
-def _exposed_s(talk_s: Any, compute_s: Any, slowdown: float) -> Any:
-    """``links.exposed_s`` of all cases."""
-    return np.maximum(talk_s - compute_s, slowdown * talk_s)
 
 
 def _expert_s(work: Work, cases: Cases) -> Array:

@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shardstage.cost.compute import optimizer_s
+from shardstage.cost.links import each_exposed_s
 from shardstage.cost.memory import MOMENTS
 from shardstage.cost.offload import offloaded_update_s
 from shardstage.cost.pipeline import LATE_BUBBLES, SPLITTING
@@ -77,8 +78,8 @@ def bounded(
     """Bounds of all choices of groups (their numbers) that may take less than ``below_s`` and fit. ``figures`` are of all groups,
     ``even`` the cuts of schedules with several stages a rank."""
     rows = lattice.rows(groups)
-    shared = Terms(lattice, figures.at(groups), groups, settings, even)
-    mean = _Table(shared, rows)
+    terms = Terms(lattice, figures.at(groups), groups, settings, even)
+    mean = _Table(terms, rows)
     is_large = (mean.mean_bytes > settings.limit_bytes)[:, 0]
     mean_s = mean.mean_s[:, 0]
     is_slow = ~is_large & (mean_s >= below_s)
@@ -89,13 +90,13 @@ def bounded(
     seconds = np.full((len(left.mesh), len(lattice.schedules)), np.inf)
     least_bytes = np.full_like(seconds, np.inf)
     if len(left.mesh):
-        table, whole = _Table(shared, left), np.arange(len(left.mesh))
+        table, whole = _Table(terms, left), np.arange(len(left.mesh))
         for name in dict.fromkeys(schedule.name for schedule in lattice.schedules):
             places = np.array([i for i, each in enumerate(lattice.schedules) if each.name == name])
             row, number = np.nonzero(has[left.mesh][:, places])
             if len(row):
                 per_rank = np.array([lattice.schedules[i].per_rank for i in places], dtype=np.float64)
-                part = table if np.array_equal(row, whole) else _Table(shared, left.at(row))
+                part = table if np.array_equal(row, whole) else _Table(terms, left.at(row))
                 found_s, found_bytes = part.of(name, per_rank[number][:, None])
                 seconds[row, places[number]] = found_s[:, 0]
                 least_bytes[row, places[number]] = found_bytes[:, 0]
@@ -114,42 +115,42 @@ def bounded(
 class _Table:
     """Figures of some rows as arrays."""
 
-    def __init__(self, shared: Terms, rows: Rows) -> None:
-        self.shared, self.settings = shared, shared.settings
+    def __init__(self, terms: Terms, rows: Rows) -> None:
+        self.terms, self.settings = terms, terms.settings
         self._mesh = mesh = rows.mesh
-        self.group = shared.number[rows.group][:, None]
+        self.group = terms.number[rows.group][:, None]
         self._ranks: dict[str, _EvenRanks] = {}
-        meshes, talk = shared.meshes, shared.meshes.talk
+        meshes, talk = terms.meshes, terms.meshes.talk
         self._talk = talk
         self.p = self._of_meshes(meshes.pp)
-        self.m = np.ceil(self._of_meshes(meshes.share) / shared.microbatch[self.group])
-        self._level = shared.levels[rows.zero][:, None]
-        self._is_near = shared.are_near[rows.zero][:, None]
+        self.m = np.ceil(self._of_meshes(meshes.share) / terms.microbatch[self.group])
+        self._level = terms.levels[rows.zero][:, None]
+        self._is_near = terms.are_near[rows.zero][:, None]
         self._is_gathered, self._is_scattered = self._level == 3, self._level >= 2
         whole = self._of_meshes(talk.replicas)
         self._has_copies = whole > 1
         of_shards = mesh + len(meshes.sizes) * self._is_near[:, 0]
-        self._gather = shared.gathers_of_shards[of_shards] * self._has_copies
-        self._scatter = shared.scatters_of_shards[of_shards] * self._has_copies
+        self._gather = talk.gather[of_shards] * self._has_copies
+        self._scatter = talk.scatter[of_shards] * self._has_copies
         self._copies = talk.copies[mesh] * (self._has_copies & self._is_near)
         self._near_ranks = self._of_meshes(talk.near_ranks)
         self._shards = np.where(self._level == 0, 1.0, np.where(self._is_near, self._near_ranks, whole))
-        self._expert_shards = np.maximum(1, np.floor(self._shards / shared.ep[self.group]))
+        self._expert_shards = np.maximum(1, np.floor(self._shards / terms.ep[self.group]))
         p = self.p
-        own = shared.own[self.group]
-        elements = own + shared.figures.shared[self.group]
-        part = self._part_elements(elements, shared.experts[self.group]) / p
-        self._plain_f, self._plain_b = shared.forward[self.group] / p, shared.backward[self.group] / p
-        self._gathered, self._scattered = self._zero_talk_s(own, shared.gathers[self.group])
+        own = terms.own[self.group]
+        elements = own + terms.figures.shared[self.group]
+        part = self._part_elements(elements, terms.experts[self.group]) / p
+        self._plain_f, self._plain_b = terms.forward[self.group] / p, terms.backward[self.group] / p
+        self._gathered, self._scattered = self._zero_talk_s(own, terms.gathers[self.group])
         self._accumulation = self._accumulation_s(elements / p, part)
         self._is_summed_whole = ~self._is_scattered & (self.m > 1)
         self._slowest_unit_s = np.where(
             self._is_summed_whole,
-            shared.slowest_summed_unit[self.group],
-            shared.slowest_unit[self.group],
+            terms.slowest_summed_unit[self.group],
+            terms.slowest_unit[self.group],
         )
         self.forward, self.backward = self.stage_s(0.0)
-        travel = 2 * (p - 1) * _seconds_of(talk.transfer[mesh], shared.figures.received[self.group], 1.0)
+        travel = 2 * (p - 1) * _seconds_of(talk.transfer[mesh], terms.figures.received[self.group], 1.0)
         after = self._after_s(elements / p, self._plain_b * p + self._accumulation)
         self.after = after + self._update_s(part) + self._of_meshes(talk.norm_s) + travel
         self.state_bytes = self._state_bytes(elements / p, part)
@@ -169,7 +170,7 @@ class _Table:
     @property
     def mean_bytes(self) -> Any:
         """Whatever the schedule: the state of a mean rank, and a microbatch."""
-        return self.state_bytes + self.shared.trade.least_saved[self.group] / self.p
+        return self.state_bytes + self.terms.trade.least_saved[self.group] / self.p
 
     def _seconds(self, pipeline_s: Any, mean: Any) -> Any:
         """Of a step; on shared cores all ranks' work, or the pipeline as quick as if each rank were alone."""
@@ -208,8 +209,8 @@ class _Table:
         return gather_s, self._scatter_s(own * self.settings.gradient_bytes, calls)
 
     def _exposed_s(self, talk: Any, compute: Any, first: Any = 0.0) -> Any:
-        """``links.exposed_s``: convex, so a mean stage's is at most the stages' mean."""
-        return np.maximum(talk - compute, first + self.shared.slowdown * (talk - first))
+        """Convex, so a mean stage's is at most the stages' mean."""
+        return each_exposed_s(talk, compute, self.terms.slowdown, first)
 
     def _accumulation_s(self, own: Any, part: Any) -> Any:
         """Adding a microbatch's gradients to their sums, where there is more than one."""
@@ -253,7 +254,7 @@ class _Table:
 
     def _of_free_cuts(self, name: str) -> tuple[Any, Any]:
         """One stage a rank, of which each may recompute otherwise; ``held`` microbatches at least are in flight on all of them."""
-        m, p, trade = self.m, self.p, self.shared.trade
+        m, p, trade = self.m, self.p, self.terms.trade
         held = {"gpipe": m, "zb-h1": np.minimum(m, p)}.get(name, 1.0)
         again = trade.again_s(p * (self.settings.limit_bytes - self.state_bytes) / held, self.group) / p
         mean = sum(self.stage_s(again))
@@ -272,30 +273,30 @@ class _Table:
 
     def _of_most_layers(self, held: Any) -> tuple[Any, Any]:
         """Of the stage that has most units of the kind that takes longest in all: at least their even share, rounded up."""
-        shared, group = self.shared, self.group
-        number = np.ceil(shared.most_number[group] / self.p)
-        own, experts = number * shared.most_own[group], number * shared.most_experts[group]
-        state = self.rank_state_bytes(own, experts, shared.most_own[group]) + shared.most_passing[group]
+        terms, group = self.terms, self.group
+        number = np.ceil(terms.most_number[group] / self.p)
+        own, experts = number * terms.most_own[group], number * terms.most_experts[group]
+        state = self.rank_state_bytes(own, experts, terms.most_own[group]) + terms.most_passing[group]
         of_unit = (self.settings.limit_bytes - state) / (held * number)
-        again = shared.most_trade.again_s(of_unit, group)
+        again = terms.most_trade.again_s(of_unit, group)
         summing_s = np.where(self._is_summed_whole, own * self.settings.summing_s, 0.0)
-        seconds = number * (shared.most_both[group] + again) + summing_s
-        return seconds, state + held * number * shared.most_trade.least_saved[group]
+        seconds = number * (terms.most_both[group] + again) + summing_s
+        return seconds, state + held * number * terms.most_trade.least_saved[group]
 
     def _of_one_layer(self, held: Any) -> tuple[Any, Any]:
         """Of a unit of that kind by itself, which is recomputed in one of the ways and not between them."""
-        shared, group, limit_bytes = self.shared, self.group, self.settings.limit_bytes
-        own = shared.most_own[group]
-        state = self.rank_state_bytes(own, shared.most_experts[group], own)
+        terms, group, limit_bytes = self.terms, self.group, self.settings.limit_bytes
+        own = terms.most_own[group]
+        state = self.rank_state_bytes(own, terms.most_experts[group], own)
         seconds: Any = np.inf
         least_bytes: Any = np.inf
-        for again, saved, passing in shared.most_modes:
+        for again, saved, passing in terms.most_modes:
             num_bytes = state + held * saved[group] + passing[group]
             seconds = np.where(num_bytes <= limit_bytes, np.minimum(seconds, again[group]), seconds)
             least_bytes = np.minimum(least_bytes, num_bytes)
         summing_s = np.where(self._is_summed_whole, own * self.settings.summing_s, 0.0)
         again_s = np.where(np.isfinite(seconds), seconds, 0.0)
-        return shared.most_both[group] + again_s + summing_s, least_bytes
+        return terms.most_both[group] + again_s + summing_s, least_bytes
 
     def _of_even_cuts(self, name: str, v: Any) -> tuple[Any, Any]:
         """Several stages a rank, which recompute alike: all of the layers where one way is asked for, else as few as they need to."""
@@ -304,7 +305,7 @@ class _Table:
         if others:
             mean_again, least_again, least_bytes = self._alike(ranks)
         else:
-            mean_again, least_again = self.shared.again_whole[first][self.group] / p, 0.0
+            mean_again, least_again = self.terms.again_whole[first][self.group] / p, 0.0
             least_bytes = ranks.num_bytes(first)
         forward, backward = self.stage_s(mean_again, ranks.mean_first_s)
         heaviest = np.where(
@@ -320,14 +321,14 @@ class _Table:
 
         What the fullest rank lacks, each of its stages spares.
         """
-        shared, limit_bytes, held = self.shared, self.settings.limit_bytes, ranks.held
+        terms, limit_bytes, held = self.terms, self.settings.limit_bytes, ranks.held
         none, *others = self.settings.modes
         whole_bytes = ranks.num_bytes(none)
         saved = np.minimum.reduce([ranks.of("saved", mode) for mode in others])
         passing = np.minimum.reduce([ranks.of("passing", mode) for mode in self.settings.modes])
-        trade = shared.layer_trade
+        trade = terms.layer_trade
         if trade is not None:
-            passing = np.maximum(passing, shared.layer_passing[self.group])
+            passing = np.maximum(passing, terms.layer_passing[self.group])
         least_bytes = np.minimum(whole_bytes, ranks.state + held * saved + passing)
         if trade is None:
             return 0.0, 0.0, least_bytes
@@ -382,11 +383,11 @@ class _EvenRanks:
 
     def __init__(self, table: _Table, name: str, v: Any) -> None:
         self._known: dict[tuple[str, Recompute], Any] = {}
-        self._shared = shared = table.shared
+        self._terms = terms = table.terms
         self._name = name
         p, v_ = table.p.astype(np.int64), v.astype(np.int64)
-        place = shared.even.ranks(name).place
-        self._places = place[p, np.minimum(v_, place.shape[1] - 1)] * shared.num_groups + table.group
+        place = terms.even.ranks(name).place
+        self._places = place[p, np.minimum(v_, place.shape[1] - 1)] * terms.num_groups + table.group
         self.held = table.held(name, v)
         self.state = table.rank_state_bytes(self.of("own"), self.of("experts"), self.of("largest"))
         self.mean_first_s = table.first_s(self.of("mean first own"), self.of("mean first calls"))
@@ -394,7 +395,7 @@ class _EvenRanks:
 
     def of(self, figure: str, mode: Recompute = "none") -> Any:
         if (figure, mode) not in self._known:
-            self._known[figure, mode] = self._shared.of_ranks(self._name, figure, mode)[self._places]
+            self._known[figure, mode] = self._terms.of_ranks(self._name, figure, mode)[self._places]
         return self._known[figure, mode]
 
     def again_s(self, at: Any, missing: Any, group: Any, trade: Trade) -> tuple[Any, Any]:
@@ -402,11 +403,11 @@ class _EvenRanks:
 
         Short stages recompute whole layers: f in full and some selectively, as few as spare enough; of a long one a fraction.
         """
-        table, row = self._shared.even.ranks(self._name), self._places[at] // self._shared.num_groups
+        table, row = self._terms.even.ranks(self._name), self._places[at] // self._terms.num_groups
         most = table.most_layers[row]
         of_long = trade.again_s(-missing / most, group) * (table.layers[:, row, -1])
-        selective, full = (each[group] for each in self._shared.layer_seconds)
-        spared, spared_full = (each[group] for each in self._shared.layer_bytes)
+        selective, full = (each[group] for each in self._terms.layer_seconds)
+        spared, spared_full = (each[group] for each in self._terms.layer_bytes)
         found = np.full((2, len(most)), np.inf)
         for number in range(COUNTED_LAYERS + 1):
             left = np.maximum(0.0, missing - number * spared_full)

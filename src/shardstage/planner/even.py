@@ -104,15 +104,11 @@ class EvenCuts:
         return np.array([0, *accumulate(begins)], dtype=np.float64), np.array(goes_on, dtype=np.float64)
 
     @cached_property
-    def layer_kinds(self) -> Array:
-        """[kind of layer, kind of unit]: of which units layers are made. None where a layer has several, of which a stage may have some."""
-        kinds = {kind for kind, layer in zip(self._kinds, self._layers, strict=True) if layer >= 0}
-        inside = [layer for layer in self._layers if layer >= 0]
-        is_cut = len(inside) > len(set(inside))
-        found = np.zeros((0 if is_cut else len(kinds), len(self.whole)))
-        for row in range(len(found)):
-            found[row, sorted(kinds)[row]] = 1.0
-        return found
+    def layer_kinds(self) -> list[int]:
+        """Which kinds of units are layers; none where a layer has several units, of which a stage may have some."""
+        inside = [(kind, layer) for kind, layer in zip(self._kinds, self._layers, strict=True) if layer >= 0]
+        is_cut = len(inside) > len({layer for _, layer in inside})
+        return [] if is_cut else sorted({kind for kind, _ in inside})
 
     def _stage_counts(self, num_stages: int) -> Array:
         """[stage, kind]"""

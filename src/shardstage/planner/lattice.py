@@ -28,8 +28,9 @@ Numbers = npt.NDArray[np.int64]
 class Talk:
     """For each mesh seconds before the first byte and for each byte of collectives, [mesh, 2], and how many ranks they are over.
 
-    ``near`` are those that ZeRO cuts over within a node, ``copies`` the groups that hold the same parts;
-    ``transfer`` is from one stage to the next.
+    ``near`` are those that ZeRO cuts over within a node, ``copies`` the groups that hold the same parts; ``gather`` and ``scatter``
+    [2 × mesh, 2] are over all ranks that ZeRO cuts over, and after those of all meshes over the near ones. ``transfer`` is from one
+    stage to the next.
     """
 
     replicas: Array
@@ -37,8 +38,6 @@ class Talk:
     gather: Array
     scatter: Array
     reduce: Array
-    near_gather: Array
-    near_scatter: Array
     copies: Array
     transfer: Array
     norm_s: Array
@@ -205,11 +204,9 @@ def _talk(costs: LinkCosts, meshes: Sequence[Mesh], space: Space) -> Talk:
     return Talk(
         replicas=np.array(replicas, dtype=np.float64),
         near_ranks=np.array(near, dtype=np.float64),
-        gather=linear("all_gather", whole),
-        scatter=linear("reduce_scatter", whole),
+        gather=linear("all_gather", whole + part),
+        scatter=linear("reduce_scatter", whole + part),
         reduce=linear("all_reduce", whole),
-        near_gather=linear("all_gather", part),
-        near_scatter=linear("reduce_scatter", part),
         copies=linear("all_reduce", copies),
         transfer=linear("p2p", neighbours),
         norm_s=linear("all_reduce", [(mesh.world_size, 1) for mesh in meshes])[:, 0],

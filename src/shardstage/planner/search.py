@@ -201,9 +201,8 @@ class Searcher:
         self._settings = replace(self._settings, limit_bytes=limit_bytes)
         found = Found()
         found.counts.by_rule = self.lattice.num_by_rule
-        blocks = list(self._blocks())
         walks: list[tuple[float, int, Walk]] = []
-        for number, (least_s, groups) in enumerate(blocks):
+        for number, (least_s, groups) in enumerate(self._blocks()):
             while walks and walks[0][0] < least_s:
                 self._price_next(walks, limit_bytes, found)
             if least_s >= found.best_s:
@@ -219,14 +218,15 @@ class Searcher:
     def _dive(self, walk: Walk, limit_bytes: int, found: Found) -> None:
         """Prices the first choices of a new walk until one is better than the best so far: it spares the following blocks most of their
         work. While nothing fits at all, those come first whose bound on memory leaves room."""
-        best_s = found.best_s
-        if found.best is None:
+        best_s, is_first = found.best_s, found.best is None
+        if is_first:
             walk.prefer(limit_bytes * LIKELY_RATIO)
         for _ in range(MAX_DIVES):
             if walk.least_s >= found.best_s or found.best_s < best_s:
                 break
             self._price(walk, limit_bytes, found)
-        walk.prefer(limit_bytes)
+        if is_first:
+            walk.prefer(limit_bytes)
 
     def _price_next(self, walks: list[tuple[float, int, Walk]], limit_bytes: int, found: Found) -> None:
         """Prices the open choice of the least bound, or leaves out a walk of which none can be better."""

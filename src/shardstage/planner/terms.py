@@ -48,8 +48,7 @@ class BoundSettings:
 class Terms:
     """Of some groups, [group] each: sums over all units, the heaviest unit, and what the kind of unit that takes longest in all has.
 
-    ``number`` [group of the lattice] is where a group stands here. ``…_of_shards`` [mesh, 2] are costs of collectives over all ranks that
-    ZeRO cuts over, and after them those over the ones of a node.
+    ``number`` [group of the lattice] is where a group stands here.
     """
 
     def __init__(
@@ -58,9 +57,6 @@ class Terms:
         self.settings = settings
         self.figures = figures
         self.meshes = lattice.meshes
-        talk = lattice.meshes.talk
-        self.gathers_of_shards = np.concatenate([talk.gather, talk.near_gather])
-        self.scatters_of_shards = np.concatenate([talk.scatter, talk.near_scatter])
         self.even = even
         self.slowdown = overlap_slowdown(settings.device)
         self.levels = np.array([zero.level for zero in lattice.zeros])
@@ -109,11 +105,11 @@ class Terms:
         """Of a layer that spares as much as any and costs as little as any; None where layers cannot be told from units, or nothing may
         be chosen."""
         f, kinds, modes = self.figures, self.even.layer_kinds, self.settings.modes
-        if not len(kinds) or len(modes) < len(RECOMPUTES):
+        if not kinds or len(modes) < len(RECOMPUTES):
             return None
-        spared = np.array([(kinds @ (f.saved["none"] - f.saved[mode])).max(axis=0) for mode in modes])
-        seconds = np.array([(kinds @ f.again_s[mode]).min(axis=0) for mode in modes])
-        self.layer_passing = np.min([(kinds @ f.passing[mode]).min(axis=0) for mode in modes[1:]], axis=0)
+        spared = np.array([(f.saved["none"] - f.saved[mode])[kinds].max(axis=0) for mode in modes])
+        seconds = np.array([f.again_s[mode][kinds].min(axis=0) for mode in modes])
+        self.layer_passing = np.min([f.passing[mode][kinds].min(axis=0) for mode in modes[1:]], axis=0)
         spared = np.maximum(0.0, spared)
         self.layer_seconds, self.layer_bytes = seconds[1:], spared[1:]
         return Trade(seconds[:, None], -spared[:, None], np.ones((1, 1)))
