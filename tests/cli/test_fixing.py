@@ -35,6 +35,7 @@ def test_decisions_are_told_from_the_wish_for_what_runs() -> None:
 KEPT_VALUES = (
     *("dp=2", "tp=2", "pp=2", "tp=2,sp=1", "tp=2,sp=0", "zero=3", "mb=2", "recompute=full:1", "cp=2"),
     *("pp=2,schedule=interleaved-1f1b,v=3", "pp=4,schedule=gpipe", "compile"),
+    *("recompute=selective,modules=layers.*", "recompute=full:1+selective,modules=*.up"),
     *("grads=bf16", "offload=optimizer", "outer=1,pp=2", "outer=0,pp=2", "zr=2,dp=4", "zr=2,zero=3"),
 )
 
@@ -92,6 +93,11 @@ def test_nothing_can_be_fixed_of_a_plan_that_is_given() -> None:
         ("nonsense", "--fix nonsense: 'nonsense' is not a key", '--fix "dp=2,tp=2"'),
         ("recompute=full:x", "--fix recompute=full:x: recompute=full:x is not one of", "recompute=full"),
         ("tp=two", "tp=two must be a whole number", '--fix "tp=2"'),
+        (
+            "recompute=full,modules=*.up",
+            "recompute=full has none",
+            '--fix "recompute=selective,modules=*.up"',
+        ),
         ("shares=5/3", "--fix shares=5/3", '--plan "shares=5/3"'),
     ],
 )

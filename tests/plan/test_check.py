@@ -58,6 +58,18 @@ def test_a_good_plan_passes_without_a_word() -> None:
             'stages=none/full"',
         ),
         ({"gradient_dtype": "bfloat16"}, "gradients are to be summed in bfloat16, and the model computes in float32", "grads=bf16"),
+        ({"recompute_modules": ("*.up",)}, "the plan recomputes nothing selectively", 'recompute=selective,modules=*.up"'),
+        (
+            {"recompute_modules": ("*.up", "*.ups"), "recompute": "selective"},
+            r"modules=\*.ups matches no module in a layer of this model, which are called layers.3.down and the like",
+            'recompute=selective,modules=*.up"',
+        ),
+        ({"recompute_modules": ("embed",), "recompute": "selective"}, "modules=embed matches no module in a layer", 'modules=*"'),
+        (
+            {"recompute_modules": ("*.up",), "recompute": "selective", "is_compiled": True},
+            "compile makes one kernel plan for each layer as a whole",
+            "compile,recompute=full",
+        ),
         ({"sequence": 65}, "samples of 65 tokens are longer than the 64 positions", "--seq 64"),
     ],
 )  # fmt: skip
@@ -101,6 +113,19 @@ def notes(text: str, *, ranks: int = 4, batch: int = 16, cluster: str = "") -> s
 )
 def test_what_is_allowed_but_hardly_meant_is_said(text: str, said: str) -> None:
     assert said in notes(text)
+
+
+def test_modules_of_any_stage_may_be_named() -> None:
+    some = PartialRecompute(full=1, selective=None)
+    plan = replace(PLAN, stage_recompute=("full", some), recompute_modules=("layers.[23]",))
+    assert check(plan, GRAPH) == ()
+
+
+def test_modules_that_keep_nothing_are_said() -> None:
+    plan = replace(PLAN, recompute="selective", recompute_modules=("*.up",))
+    assert check(plan, GRAPH) == (
+        "modules=*.up recomputes nothing: these modules keep nothing that could be computed again",
+    )
 
 
 def test_a_batch_too_small_for_the_pipeline_is_said() -> None:

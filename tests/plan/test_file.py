@@ -31,6 +31,7 @@ PLANS = st.builds(
     zero=st.sampled_from([0, 1, 2, 3]),
     recompute=RECOMPUTE,
     stage_recompute=st.lists(RECOMPUTE).map(tuple),
+    recompute_modules=st.lists(TEXT).map(tuple),
     schedule=st.sampled_from(["gpipe", "1f1b"]),
     precision=st.sampled_from(["float32", "bfloat16", "float64"]),
     gradient_dtype=st.sampled_from([None, "float32", "bfloat16"]),
@@ -84,6 +85,12 @@ def test_layers_that_recompute_are_counted_in_words() -> None:
     text = plan_to_toml(replace(PLAN, stage_recompute=partial))
     assert 'recompute = "none"\nstage_recompute = ["full:3+selective", "selective:2"]\n' in text
     assert plan_from_toml(text).stage_recompute == partial
+
+
+def test_named_modules_stand_with_what_recomputes() -> None:
+    text = plan_to_toml(replace(PLAN, recompute="selective", recompute_modules=("*.mlp", "*norm")))
+    assert 'recompute = "selective"\nrecompute_modules = ["*.mlp", "*norm"]' in text
+    assert "recompute_modules" not in plan_to_toml(PLAN)
 
 
 def test_a_saved_plan_loads(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ REQUESTS = st.builds(
     microbatch=st.none() | COUNT,
     recompute=RECOMPUTE,
     stage_recompute=st.lists(RECOMPUTE, max_size=5).map(tuple),
+    recompute_modules=st.lists(st.text("abc.*", min_size=1)).map(tuple),
     schedule=st.sampled_from(["gpipe", "1f1b"]),
     precision=st.sampled_from([None, "float32", "bfloat16", "float64"]),
     gradient_dtype=st.sampled_from([None, "float32", "bfloat16"]),
@@ -46,6 +47,11 @@ def test_a_stage_recomputes_its_first_layers() -> None:
     three, some = PartialRecompute(full=3), PartialRecompute(full=1, selective=None)
     assert asked.stage_recompute == (three, three, some, PartialRecompute(full=1, selective=2), "none")
     assert parse_request("recompute=selective:4").recompute == PartialRecompute(selective=4)
+
+
+def test_modules_are_named_for_selective_recomputation() -> None:
+    asked = parse_request("recompute=full:1+selective,modules=*.mlp/*norm")
+    assert asked.recompute_modules == ("*.mlp", "*norm")
 
 
 def test_the_dtype_of_gradients_has_a_short_name() -> None:
@@ -98,6 +104,7 @@ def test_a_shorthand_says_only_what_differs() -> None:
         ),
         ("dtype=fp8", "dtype=fp8 is not one of float32, bfloat16, float64", '--plan "...,dtype='),
         ("shares=5/x", "shares=5/x must be whole numbers", '--plan "dp=2,shares=5/3"'),
+        ("modules=*.mlp/", "modules=\\*.mlp/ names no module", "recompute=selective,modules=*.mlp/*norm"),
         ("replicate=", "replicate= names no parameter", "replicate=lm_head"),
         ("four", "'four' is not a key of a plan", "--plan"),
     ],

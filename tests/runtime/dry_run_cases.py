@@ -72,6 +72,8 @@ CASES: Mapping[str, tuple[str, str, int, int]] = {
     "zero=3, ties, several in flight": ("gpt2", "dp=3,tp=2,pp=2,mb=2,zero=3", 12, 18),
     "zero=3, bfloat16, recompute": ("llama", "dp=3,mb=1,zero=3,recompute=full,dtype=bf16", 3, 6),
     "first layers of each stage": ("llama", "pp=2,tp=2,mb=2,stages=full:1/selective:1", 4, 6),
+    "named modules": ("llama", "pp=2,tp=2,mb=2,recompute=full:1+selective,modules=*.mlp/*norm", 4, 6),
+    "zero=3, named modules": ("gpt2", "dp=3,mb=1,zero=3,recompute=selective,modules=*.attn/*.act", 3, 6),
     "zero=3, first layers": ("llama", "dp=3,mb=1,zero=3,recompute=full:1,dtype=bf16", 3, 6),
     "ties over pp, tp=3": ("gpt2", "pp=2,tp=3,mb=2", 6, 6),
     "narrow gradients, offloaded": (

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from shardstage.errors import PlanError
+from shardstage.graph.recompute import is_selective
 from shardstage.plan import Request, named_decisions, parse_request
 
 if TYPE_CHECKING:
@@ -15,9 +16,7 @@ __all__ = ["Fixed", "parse_fixed"]
 
 RUNNABLE: Final = "runnable"
 
-KEPT: Final = (
-    "dp, tp, pp, sp, zero, zr, mb, recompute, cp, ep, outer, schedule, v, dtype, grads, offload, compile"
-)
+KEPT: Final = "dp, tp, pp, sp, zero, zr, mb, recompute, modules, cp, ep, outer, schedule, v, dtype, grads, offload, compile"
 """What a search keeps to (``planner.space``)."""
 
 KEPT_ON_MIXED: Final = "tp, pp, zero, dtype"
@@ -61,6 +60,7 @@ def parse_fixed(text: str, *, plan: str) -> Fixed:
     fixed = Fixed(decisions=decisions, is_runnable=RUNNABLE in parts)
     _require_readable(fixed)
     _require_kept(decisions, KEPT, "a search")
+    _require_selective(fixed)
     if fixed.is_runnable:
         _require_runnable(fixed)
     return fixed
@@ -86,6 +86,16 @@ def _require_kept(decisions: str, kept: str, who: str) -> None:
                 f"--fix {part}: {who} does not choose that, and would not keep to it; it keeps to {kept}",
                 hint=f'--plan "{decisions}" is the whole plan, nothing is searched',
             )
+
+
+def _require_selective(fixed: Fixed) -> None:
+    request = fixed.request
+    if request.recompute_modules and "recompute" in fixed.names and not is_selective(request.recompute):
+        named = "/".join(request.recompute_modules)
+        raise PlanError(
+            f"--fix {fixed.decisions}: modules={named} says what selective recomputation means, and recompute={request.recompute} has none",
+            hint=f'--fix "recompute=selective,modules={named}"',
+        )
 
 
 def _require_runnable(fixed: Fixed) -> None:

@@ -8,7 +8,8 @@ from functools import cached_property
 from itertools import pairwise
 
 from shardstage.graph import ModelGraph, Op, Ref, substitute
-from shardstage.graph.blocks import fingerprint
+from shardstage.graph.blocks import Block, fingerprint
+from shardstage.graph.named_modules import recompute_parts
 
 __all__ = ["Folded", "Unit", "fold"]
 
@@ -36,11 +37,15 @@ class Unit:
 
 @dataclass(frozen=True, kw_only=True)
 class Folded:
-    """``graph`` computes the kept units only; ``units`` tile the whole graph, ``kept`` tile ``graph`` (``twin`` is an index of it)."""
+    """``graph`` computes the kept units only; ``units`` tile the whole graph, ``kept`` tile ``graph`` (``twin`` is an index of it).
+
+    ``modules`` are those that selective recomputation means; without any it means what it always does.
+    """
 
     graph: ModelGraph
     units: tuple[Unit, ...]
     kept: tuple[tuple[int, int], ...]
+    modules: tuple[str, ...] = ()
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -62,15 +67,15 @@ class Folded:
         return next(index for index, unit in enumerate(self.units) if unit.start == position)
 
 
-def fold(graph: ModelGraph, *, boundaries: Sequence[int] = ()) -> Folded:
+def fold(graph: ModelGraph, *, boundaries: Sequence[int] = (), modules: Sequence[str] = ()) -> Folded:
     """The graph with runs of equal blocks cut down to two of them; ``boundaries`` are op positions where a unit must begin.
 
         embed | layer layer layer layer … layer | head        units, twins 0 1 2 2 2 … 2 3
         embed | layer layer                     | head        graph
 
-    A unit's op k stands for op k of every unit with the same twin.
+    A unit's op k stands for op k of every unit with the same twin. Blocks of which other ops lie in ``modules`` are not equal.
     """
-    whole = _units(graph, boundaries)
+    whole = _units(graph, boundaries, modules)
     twins = _twins(whole)
     order = sorted(set(twins))
     units = tuple(replace(unit, twin=order.index(twin)) for unit, twin in zip(whole, twins, strict=True))
@@ -83,19 +88,36 @@ def fold(graph: ModelGraph, *, boundaries: Sequence[int] = ()) -> Folded:
         size = whole[index].stop - whole[index].start
         kept.append((position, position + size))
         position += size
-    return Folded(graph=_with_ops(graph, ops, renamed), units=units, kept=tuple(kept))
+    return Folded(graph=_with_ops(graph, ops, renamed), units=units, kept=tuple(kept), modules=tuple(modules))
 
 
-def _units(graph: ModelGraph, boundaries: Sequence[int]) -> tuple[Unit, ...]:
+def _units(graph: ModelGraph, boundaries: Sequence[int], modules: Sequence[str]) -> tuple[Unit, ...]:
     """Blocks, cut further at the boundaries; the parts of a cut block have kinds of their own."""
     units = []
-    for number, block in enumerate(graph.blocks):
+    for number, block in enumerate(_told_apart(graph, modules)):
         inner = [at for at in sorted(set(boundaries)) if block.start < at < block.stop]
         for start, stop in pairwise((block.start, *inner, block.stop)):
-            kind = fingerprint(graph, start, stop) if inner else block.kind
+            kind = block.kind
+            if inner:
+                kind = fingerprint(graph, start, stop) + (f" of {block.kind}" if modules else "")
             layer = number if block.is_layer else -1
             units.append(Unit(start=start, stop=stop, module=block.module, kind=kind, twin=-1, layer=layer))
     return tuple(units)
+
+
+def _told_apart(graph: ModelGraph, modules: Sequence[str]) -> tuple[Block, ...]:
+    """The graph's blocks, with the places of their runs in the modules as part of their kinds."""
+    if not modules:
+        return graph.blocks
+    parts = recompute_parts(graph, graph.blocks, "selective", modules)
+    runs = (
+        [(part.start - block.start, part.stop - block.start) for part in of_block if part.is_named]
+        for block, of_block in zip(graph.blocks, parts, strict=True)
+    )
+    return tuple(
+        replace(block, kind=f"{block.kind} {own}") if own else block
+        for block, own in zip(graph.blocks, runs, strict=True)
+    )
 
 
 def _twins(units: Sequence[Unit]) -> list[int]:

@@ -98,6 +98,7 @@ class Profiler:
             fixed_values(folded.graph),
             blocks=[replace(b, start=of_local[b.start], stop=of_local[b.stop]) for b in graph.blocks],
             is_compiled=is_compiled,
+            modules=folded.modules,
         ).works(self._elements, self._shared)
 
     def at(self, microbatch: int, links: Links | None = None) -> Profile:

@@ -16,7 +16,7 @@ from shardstage.graph.blocks import Block
 from shardstage.graph.cuts import all_crossing_bytes
 from shardstage.graph.flops import backward_flops, forward_flops
 from shardstage.graph.recompute import Recompute
-from shardstage.graph.saved import extra_values, is_of_batch, recompute_flops, saved_values, working_sets
+from shardstage.graph.saved import extra_values, is_of_batch, recomputed_ops, saved_values, working_sets
 
 __all__ = ["RECOMPUTES", "Bytes", "Reading", "Recompute", "Work", "fixed_values"]
 
@@ -33,13 +33,21 @@ class Bytes(NamedTuple):
         return round(self.fixed + self.sample * microbatch)
 
 
+class Again(NamedTuple):
+    """What named modules run again: forward kernels, and calls along tp."""
+
+    kernels: tuple[Kernel, ...]
+    calls: tuple[tuple[CollectiveKind, bool, Bytes], ...]
+
+
 class Kept(NamedTuple):
-    """What a recompute choice means for a unit; ``flops_ratio`` of its forward's FLOPs are computed again."""
+    """What a recompute choice means for a unit; ``flops_ratio`` of its forward's FLOPs are computed again, in named modules ``again``."""
 
     saved: Bytes
     is_recomputed: bool
     flops_ratio: float
     extras: tuple[Bytes, ...]
+    again: Again | None = None
 
 
 class Attention(NamedTuple):
@@ -70,7 +78,7 @@ class Work(NamedTuple):
 
 
 class Reading:
-    """One local graph while its units are read: runs of ops (``bounds``); ``blocks`` tile it."""
+    """One local graph while its units are read: runs of ops (``bounds``); ``blocks`` tile it, ``modules`` are what selective means."""
 
     def __init__(
         self,
@@ -80,12 +88,14 @@ class Reading:
         *,
         blocks: Sequence[Block],
         is_compiled: bool,
+        modules: tuple[str, ...] = (),
     ) -> None:
         self.graph = graph
         self.bounds = bounds
         self.is_compiled = is_compiled
         self.reader = KernelReader(graph, is_fixed, bounds=bounds)
         self.blocks = blocks
+        self.modules = modules
         self.crossing = all_crossing_bytes(graph)
 
     def works(self, elements: dict[str, int], shared: frozenset[str]) -> list[Work]:
@@ -112,11 +122,7 @@ class Reading:
         return Work(
             kernels=kernels,
             num_kernels=(len(kernels) - num_backward, num_backward),
-            calls=tuple(
-                (call.kind, call.is_backward, Bytes(0.0, call.num_bytes / graph.microbatch))
-                for op in ops
-                for call in calls_of(graph, op)
-            ),
+            calls=self._calls(ops),
             forward_flops=forward / graph.microbatch,
             backward_flops=sum(backward_flops(graph, op) for op in ops) / graph.microbatch,
             input_bytes=Bytes(0.0, self.crossing[start] / graph.microbatch),
@@ -128,6 +134,14 @@ class Reading:
             expert_elements=sum(elements[name] for name in self._experts(ops) if name in elements),
             dispatched=self._bytes(op.inputs[0] for op in [op for op in ops if is_expert(op)][:1]),
             attention=tuple(self._attention(op) for op in ops if is_attention(op)),
+        )
+
+    def _calls(self, ops: Sequence[Op]) -> tuple[tuple[CollectiveKind, bool, Bytes], ...]:
+        graph = self.graph
+        return tuple(
+            (call.kind, call.is_backward, Bytes(0.0, call.num_bytes / graph.microbatch))
+            for op in ops
+            for call in calls_of(graph, op)
         )
 
     def _experts(self, ops: Sequence[Op]) -> set[str]:
@@ -167,19 +181,34 @@ class Reading:
         graph = self.graph
         up_to = [Bytes(0.0, 0.0)]
         for _, stop in self.bounds:
-            names = saved_values(graph, 0, stop, recompute, blocks=self.blocks)
+            names = saved_values(graph, 0, stop, recompute, blocks=self.blocks, modules=self.modules)
             up_to.append(self._bytes(name for name in names if not is_of_batch(graph, name)))
         return [Bytes(b.fixed - a.fixed, b.sample - a.sample) for a, b in pairwise(up_to)]
 
     def _kept(self, start: int, stop: int, recompute: Recompute, saved: Bytes, forward: int) -> Kept:
-        """Recomputing takes the share of the forward's time that its FLOPs are of the forward's, selective at least what is not product."""
+        """Recomputing takes the share of the forward's time that its FLOPs are of the forward's, selective at least what is not product.
+
+        In named modules it takes as long as their forward.
+        """
         is_layer = any(block.is_layer and block.start < stop and start < block.stop for block in self.blocks)
         if recompute == "none" or not is_layer:
             return Kept(saved, False, 0.0, ())
-        again = recompute_flops(self.graph, start, stop, recompute, blocks=self.blocks)
-        extras = extra_values(self.graph, start, stop, recompute, blocks=self.blocks)
+        modules = self.modules if recompute == "selective" else ()
+        again = [*recomputed_ops(self.graph, start, stop, recompute, blocks=self.blocks, modules=modules)]
+        extras = extra_values(self.graph, start, stop, recompute, blocks=self.blocks, modules=modules)
+        flops = sum(forward_flops(self.graph, op) for op in again)
         return Kept(
-            saved, True, again / forward if forward else 1.0, _largest(self._bytes(names) for names in extras)
+            saved,
+            True,
+            flops / forward if forward else 1.0,
+            _largest(self._bytes(names) for names in extras),
+            self._again(again) if modules else None,
+        )
+
+    def _again(self, ops: Sequence[Op]) -> Again:
+        return Again(
+            tuple(kernel for kernel in self._kernels(ops) if not kernel.is_backward),
+            tuple(call for call in self._calls(ops) if not call[1]),
         )
 
 

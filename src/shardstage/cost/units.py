@@ -18,7 +18,7 @@ from shardstage.cluster.links import LinearCost
 from shardstage.cost.compute import dispatch_s, kernels_s
 from shardstage.cost.kernels import Kernel
 from shardstage.cost.links import Links, each_exposed_s
-from shardstage.cost.reading import Bytes, Recompute, Work
+from shardstage.cost.reading import Again, Bytes, Recompute, Work
 
 __all__ = ["Cases", "KeptOf", "UnitCost", "UnitCosts", "costs_of_unit"]
 
@@ -222,7 +222,7 @@ def costs_of_unit(
     """``waits_for_kernels``: the host does not run ahead, each launch waits for the kernel before it (CUDA_LAUNCH_BLOCKING)."""
     size = cases.size
     seconds = _seconds(work.kernels, cases, device)
-    talk, volume = _tp_talk(work, size, tp_links)
+    talk, volume = _tp_talk(work.calls, size, tp_links)
     host_s = Pair(*(dispatch_s(device) * number for number in work.num_kernels))
     if waits_for_kernels:
         compute_s = Pair(seconds.forward + host_s.forward, seconds.backward + host_s.backward)
@@ -232,6 +232,7 @@ def costs_of_unit(
             np.maximum(seconds.backward, host_s.backward - talk.backward),
         )
     cp_s, ep_s = _context_s(seconds, work, cases), _expert_s(work, cases)
+    waits_s = _Waits(cp_s.forward, ep_s, waits_for_kernels)
     again_s = compute_s.forward + talk.forward + cp_s.forward + ep_s
     none = np.zeros_like(size)
     return UnitCosts(
@@ -253,7 +254,11 @@ def costs_of_unit(
         backward_flops=np.rint(work.backward_flops * size),
         saved_bytes={mode: _bytes_at(kept.saved, size) for mode, kept in work.kept.items()},
         recompute_s={
-            mode: again_s - seconds.forward_products * (1 - kept.flops_ratio) if kept.is_recomputed else none
+            mode: _again_s(kept.again, cases, device, tp_links, waits_s)
+            if kept.again
+            else again_s - seconds.forward_products * (1 - kept.flops_ratio)
+            if kept.is_recomputed
+            else none
             for mode, kept in work.kept.items()
         },
         extra_bytes={mode: _most_at(kept.extras, size) for mode, kept in work.kept.items()},
@@ -277,13 +282,43 @@ def _most_at(sizes: Sequence[Bytes], size: Array) -> Array:
     return found
 
 
+class _Waits(NamedTuple):
+    """A unit's waiting in its forward: for keys and values, for its experts; whether each launch waits for the kernel before it."""
+
+    cp_s: Array
+    ep_s: Array
+    for_kernels: bool
+
+
+def _again_s(
+    again: Again,
+    cases: Cases,
+    device: DeviceClass,
+    tp_links: Mapping[CollectiveKind, LinearCost],
+    waits: _Waits,
+) -> Array:
+    """Seconds of running kernels and calls of named modules again; what attention and experts wait for goes with them."""
+    seconds = _seconds(again.kernels, cases, device).forward if again.kernels else np.zeros_like(cases.size)
+    talk = _tp_talk(again.calls, cases.size, tp_links)[0].forward
+    host_s = dispatch_s(device) * len(again.kernels)
+    compute_s = seconds + host_s if waits.for_kernels else np.maximum(seconds, host_s - talk)
+    found: Array = compute_s + talk
+    if any(kernel.kind == "attention" for kernel in again.kernels):
+        found = found + waits.cp_s
+    if any(kernel.is_expert for kernel in again.kernels):
+        found = found + waits.ep_s
+    return found
+
+
 def _tp_talk(
-    work: Work, size: Array, tp_links: Mapping[CollectiveKind, LinearCost]
+    calls: Iterable[tuple[CollectiveKind, bool, Bytes]],
+    size: Array,
+    tp_links: Mapping[CollectiveKind, LinearCost],
 ) -> tuple[Pair, dict[CollectiveKind, Array]]:
     """Seconds along tp, and bytes of each kind of collective."""
     talk = [np.zeros_like(size), np.zeros_like(size)]
     volume: dict[CollectiveKind, Array] = {}
-    for kind, is_backward, moved in work.calls:
+    for kind, is_backward, moved in calls:
         num_bytes = _bytes_at(moved, size)
         talk[is_backward] = talk[is_backward] + tp_links[kind].seconds(num_bytes)  # type: ignore[arg-type]
         volume[kind] = volume.get(kind, 0.0) + num_bytes

@@ -5,6 +5,7 @@
     selective    its inputs, and the results of products and attention        everything else
     full         its inputs                                                   everything
 
+Where ``modules`` are named, selective means the ops in these: of a layer each run of them in full, the rest not (``named_modules``).
 Only layers are recomputed (``Block.is_layer``), all of a stage or its first ones (``recompute``): the embedding and the head with its loss
 keep their few, large tensors. Bytes count storages, once each; parameters and buffers live anyway, and what carries no gradient of the
 batch is listed apart.
@@ -18,7 +19,8 @@ from typing import Final
 from shardstage.graph.blocks import Block, within
 from shardstage.graph.flops import forward_flops
 from shardstage.graph.model_graph import ModelGraph, Op
-from shardstage.graph.recompute import Recompute, StageRecompute, block_modes
+from shardstage.graph.named_modules import Part, recompute_parts
+from shardstage.graph.recompute import StageRecompute
 
 __all__ = [
     "SELECTIVE_TARGETS",
@@ -26,6 +28,8 @@ __all__ = [
     "is_of_batch",
     "peak_extra_bytes",
     "recompute_flops",
+    "recomputed_of",
+    "recomputed_ops",
     "saved_bytes",
     "saved_input_bytes",
     "saved_values",
@@ -58,12 +62,13 @@ def saved_bytes(
     recompute: StageRecompute,
     *,
     blocks: Sequence[Block] | None = None,
+    modules: Sequence[str] = (),
 ) -> int:
     """Bytes that ops[start:stop] keep of one microbatch until its backward, without parameters, buffers and the batch.
 
-    ``blocks`` are those of the graph, to save finding them again.
+    ``blocks`` are those of the graph, to save finding them again; ``modules`` says what selective means.
     """
-    names = saved_values(graph, start, stop, recompute, blocks=blocks)
+    names = saved_values(graph, start, stop, recompute, blocks=blocks, modules=modules)
     return sum(graph.values[name].num_bytes for name in names if not is_of_batch(graph, name))
 
 
@@ -74,9 +79,10 @@ def saved_input_bytes(
     recompute: StageRecompute,
     *,
     blocks: Sequence[Block] | None = None,
+    modules: Sequence[str] = (),
 ) -> int:
     """Bytes of the batch's own tensors that ops[start:stop] keep, such as token ids and labels."""
-    names = saved_values(graph, start, stop, recompute, blocks=blocks)
+    names = saved_values(graph, start, stop, recompute, blocks=blocks, modules=modules)
     return sum(graph.values[name].num_bytes for name in names if is_of_batch(graph, name))
 
 
@@ -87,14 +93,15 @@ def saved_values(
     recompute: StageRecompute,
     *,
     blocks: Sequence[Block] | None = None,
+    modules: Sequence[str] = (),
 ) -> tuple[str, ...]:
     """The values whose storages ops[start:stop] keep, each storage once; parameters, buffers and constants left out.
 
     A view of a tensor that an earlier stage made counts by itself, for only the view has travelled.
     """
     owners: dict[str, None] = {}
-    for block, mode in _parts(graph, start, stop, recompute, blocks):
-        for name in _kept_of(graph, block, mode):
+    for part in _parts(graph, start, stop, recompute, blocks, modules):
+        for name in _kept_of(graph, part):
             owners[_owner_from(graph, name, start)] = None
     stored = ("parameter", "buffer", "constant")
     return tuple(name for name in owners if graph.values[name].kind not in stored)
@@ -107,6 +114,7 @@ def recompute_flops(
     recompute: StageRecompute,
     *,
     blocks: Sequence[Block] | None = None,
+    modules: Sequence[str] = (),
 ) -> int:
     """FLOPs of computing again what ops[start:stop] did not keep of one microbatch.
 
@@ -114,9 +122,22 @@ def recompute_flops(
     """
     return sum(
         forward_flops(graph, op)
-        for block, mode in _parts(graph, start, stop, recompute, blocks)
-        for op in _recomputed_ops(graph, block, mode)
+        for op in recomputed_ops(graph, start, stop, recompute, blocks=blocks, modules=modules)
     )
+
+
+def recomputed_ops(
+    graph: ModelGraph,
+    start: int,
+    stop: int,
+    recompute: StageRecompute,
+    *,
+    blocks: Sequence[Block] | None = None,
+    modules: Sequence[str] = (),
+) -> Iterator[Op]:
+    """The ops among ops[start:stop] that are computed again."""
+    for part in _parts(graph, start, stop, recompute, blocks, modules):
+        yield from recomputed_of(graph, part)
 
 
 def peak_extra_bytes(
@@ -126,9 +147,10 @@ def peak_extra_bytes(
     recompute: StageRecompute,
     *,
     blocks: Sequence[Block] | None = None,
+    modules: Sequence[str] = (),
 ) -> int:
-    """The most that recomputing one layer of ops[start:stop] brings back at once, beyond what is kept anyway."""
-    layers = extra_values(graph, start, stop, recompute, blocks=blocks)
+    """The most that recomputing a layer of ops[start:stop], or a run in named modules, brings back at once, beyond what is kept anyway."""
+    layers = extra_values(graph, start, stop, recompute, blocks=blocks, modules=modules)
     return max((sum(graph.values[name].num_bytes for name in names) for names in layers), default=0)
 
 
@@ -139,15 +161,23 @@ def extra_values(
     recompute: StageRecompute,
     *,
     blocks: Sequence[Block] | None = None,
+    modules: Sequence[str] = (),
 ) -> Iterator[tuple[str, ...]]:
-    """For each layer of ops[start:stop] the values that recomputing it brings back, beyond what is kept anyway."""
+    """For each layer of ops[start:stop] the values that recomputing it brings back, beyond what is kept anyway.
+
+    For each run in named modules what it makes: a result of it that is kept comes back a second time.
+    """
     if recompute == "none":
         return
-    kept = set(saved_values(graph, start, stop, recompute, blocks=blocks))
-    for block, mode in _parts(graph, start, stop, recompute, blocks):
-        if mode != "none":
-            names = saved_values(graph, block.start, block.stop, "none", blocks=())
-            yield tuple(name for name in names if name not in kept and not is_of_batch(graph, name))
+    kept = set(saved_values(graph, start, stop, recompute, blocks=blocks, modules=modules))
+    for part in _parts(graph, start, stop, recompute, blocks, modules):
+        if part.mode != "none":
+            names = saved_values(graph, part.start, part.stop, "none", blocks=())
+            if part.is_named:
+                made = _made_in(graph, part)
+                yield tuple(name for name in names if name in made)
+            else:
+                yield tuple(name for name in names if name not in kept and not is_of_batch(graph, name))
 
 
 def transient_bytes(graph: ModelGraph, start: int, stop: int) -> int:
@@ -171,23 +201,35 @@ def is_of_batch(graph: ModelGraph, name: str) -> bool:
 
 
 def _parts(
-    graph: ModelGraph, start: int, stop: int, recompute: StageRecompute, blocks: Sequence[Block] | None
-) -> Iterable[tuple[Block, Recompute]]:
-    """Blocks with what each recomputes."""
+    graph: ModelGraph,
+    start: int,
+    stop: int,
+    recompute: StageRecompute,
+    blocks: Sequence[Block] | None,
+    modules: Sequence[str],
+) -> Iterable[Part]:
+    """Blocks, or parts of them, with what each recomputes."""
     if recompute == "none":
-        return ((Block(start=start, stop=stop, module="", kind="", is_layer=False), "none"),)
+        return (Part(start, stop, "none"),)
     own = within(graph, graph.blocks if blocks is None else blocks, start, stop)
-    return zip(own, block_modes(recompute, own), strict=True)
+    return (part for parts in recompute_parts(graph, own, recompute, modules) for part in parts)
 
 
-def _kept_of(graph: ModelGraph, block: Block, mode: Recompute) -> Iterator[str]:
-    ops = graph.ops[block.start : block.stop]
-    if mode == "none":
+def _made_in(graph: ModelGraph, part: Part) -> frozenset[str]:
+    ops = graph.ops[part.start : part.stop]
+    made = (name for op in ops for name in (*op.outputs, *op.saved) if name is not None)
+    given = (name for op in ops for name in op.inputs if graph.producer.get(name, -1) < part.start)
+    return frozenset(made) - frozenset(given)
+
+
+def _kept_of(graph: ModelGraph, part: Part) -> Iterator[str]:
+    ops = graph.ops[part.start : part.stop]
+    if part.mode == "none":
         yield from (name for op in ops for name in op.saved)
         return
     made = {name for op in ops for name in op.outputs}
     yield from (name for op in ops for name in op.inputs if name not in made)
-    if mode == "selective":
+    if part.mode == "selective":
         for op in filter(_is_selected, ops):
             yield from (name for name in op.outputs if name is not None)
             yield from _kept_within(graph, op)
@@ -213,15 +255,16 @@ def _is_selected(op: Op) -> bool:
 _SELECTED: Final = frozenset(SELECTIVE_TARGETS)
 
 
-def _recomputed_ops(graph: ModelGraph, block: Block, mode: Recompute) -> Iterator[Op]:
-    if mode == "none":
+def recomputed_of(graph: ModelGraph, part: Part) -> Iterator[Op]:
+    """The ops of one part that are computed again."""
+    if part.mode == "none":
         return
-    ops = graph.ops[block.start : block.stop]
+    ops = graph.ops[part.start : part.stop]
     saving = [index for index, op in enumerate(ops) if op.saved]
     last = saving[-1] if saving else -1
     for index, op in enumerate(ops[: last + 1]):
         is_needed = index < last or not set(op.saved) <= set(op.inputs)
-        if is_needed and not (mode == "selective" and _is_selected(op)):
+        if is_needed and not (part.mode == "selective" and _is_selected(op)):
             yield op
 
 

@@ -15,7 +15,9 @@ from shardstage.graph import ModelGraph
 from shardstage.graph.blocks import within
 from shardstage.graph.file import fingerprint
 from shardstage.graph.recompute import num_counted
+from shardstage.graph.saved import recomputed_ops
 from shardstage.layout import AXES, Shard, balanced_sizes
+from shardstage.plan.modules import require_modules
 from shardstage.plan.plan import Plan
 from shardstage.plan.schedule import schedule_of
 from shardstage.sharding import shard
@@ -135,7 +137,14 @@ def _check_stages(plan: Plan, graph: ModelGraph) -> None:
 
 
 def _check_recompute(plan: Plan, graph: ModelGraph) -> None:
-    """Where it is said stage by stage, no stage recomputes more layers than it has."""
+    """Where it is said stage by stage, no stage recomputes more layers than it has; modules are named for what is selective."""
+    require_modules(plan.recompute_modules, graph, is_compiled=plan.is_compiled)
+    if plan.recompute_modules and not plan.is_selective:
+        named = "/".join(plan.recompute_modules)
+        raise PlanError(
+            f"modules={named} says what selective recomputation means, and the plan recomputes nothing selectively",
+            hint=f'--plan "...,recompute=selective,modules={named}"',
+        )
     if not plan.stage_recompute:
         return
     if len(plan.stage_recompute) != len(plan.stages):
@@ -265,6 +274,14 @@ def _note_recompute(plan: Plan, graph: ModelGraph, _cluster: Cluster | None) -> 
     return f"recompute={plan.recompute} counts {count} layers, and a stage has {most} at most: all of them are recomputed"
 
 
+def _note_modules(plan: Plan, graph: ModelGraph, _cluster: Cluster | None) -> str:
+    """Modules that keep nothing for backward, or only what is changed in place."""
+    modules = plan.recompute_modules
+    if not modules or any(recomputed_ops(graph, 0, len(graph.ops), "selective", modules=modules)):
+        return ""
+    return f"modules={'/'.join(modules)} recomputes nothing: these modules keep nothing that could be computed again"
+
+
 def _note_zero(plan: Plan, _graph: ModelGraph, _cluster: Cluster | None) -> str:
     if plan.zero and plan.mesh.dp == 1:
         return f"zero={plan.zero} changes nothing with dp=1: it shards over data-parallel ranks"
@@ -329,6 +346,7 @@ def _note_bucket(plan: Plan, _graph: ModelGraph, _cluster: Cluster | None) -> st
 _NOTES: Final[tuple[Callable[[Plan, ModelGraph, Cluster | None], str], ...]] = (
     _note_bubble,
     _note_recompute,
+    _note_modules,
     _note_zero,
     _note_zero_pipeline,
     _note_sequence_parallel,

@@ -84,6 +84,7 @@ def complete(
         zero=request.zero,
         recompute=alike,
         stage_recompute=by_stage,
+        recompute_modules=request.recompute_modules,
         ep=request.ep,
         zero_ranks=request.zero_ranks,
         schedule="1f1b" if request.schedule == "optimal" else request.schedule,

@@ -46,7 +46,7 @@ class _Priced:
         self.plan = plan
         self.graph = graph
         self.starts = tuple(boundaries)
-        self.folded: Folded = fold(graph, boundaries=boundaries)
+        self.folded: Folded = fold(graph, boundaries=boundaries, modules=plan.recompute_modules)
         custom = schedule_of(plan) if plan.schedule == "custom" else None
         starts = tuple(self.folded.unit_at(position) for position in boundaries)
         self.setup = setup_of(plan, self.folded, starts, custom)
@@ -73,6 +73,7 @@ def _summary(plan: Plan, graph: ModelGraph) -> Iterator[str]:
     yield f"batch    {plan.global_batch} samples{length}: {each} a data-parallel rank, in {cut}"
     recompute = "by stage" if plan.stage_recompute else plan.recompute
     savers = [f"zero={plan.zero}", f"recompute={recompute}"]
+    savers += [f"modules={'/'.join(plan.recompute_modules)}"] if plan.recompute_modules else []
     savers += [plan.schedule] if plan.mesh.pp > 1 else []
     savers += ["sequence parallel"] if plan.is_sequence_parallel else []
     savers += [f"grads={plan.gradient_dtype}"] if plan.gradient_dtype else []

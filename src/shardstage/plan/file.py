@@ -51,6 +51,7 @@ def plan_to_toml(plan: Plan) -> str:
                 **(
                     {"stage_recompute": tuple(map(str, plan.stage_recompute))} if plan.stage_recompute else {}
                 ),
+                **({"recompute_modules": plan.recompute_modules} if plan.recompute_modules else {}),
                 "precision": plan.precision,
                 **({"gradients": plan.gradient_dtype} if plan.gradient_dtype else {}),
                 **({"offload": plan.offload} if plan.offload != "none" else {}),
@@ -92,6 +93,7 @@ def plan_from_toml(text: str, *, where: str = "plan.toml") -> Plan:
         stage_recompute=tuple(
             _recompute_named(name, "stage_recompute", where) for name in memory.texts("stage_recompute")
         ),
+        recompute_modules=memory.texts("recompute_modules"),
         stages=tuple(
             StageRange(first=stage.text("first"), last=stage.text("last"))
             for stage in pipeline.sections("stage", ("first", "last"))
@@ -144,7 +146,7 @@ _SECTIONS: Final[dict[str, tuple[str, ...]]] = {
     "mesh": ("dp", "tp", "pp", "cp", "ep", "order"),
     "batch": ("global_batch", "sequence", "microbatch", "shares"),
     "memory": (
-        *("zero", "zero_ranks", "recompute", "stage_recompute"),
+        *("zero", "zero_ranks", "recompute", "stage_recompute", "recompute_modules"),
         *("precision", "gradients", "offload", "bucket_bytes"),
     ),
     "tensor": ("sequence_parallel", "replicate"),

@@ -27,7 +27,7 @@ def with_optimal_order(plan: Plan, graph: ModelGraph, cluster: Cluster | None = 
     named = replace(plan, schedule="gpipe" if plan.stages_per_rank == 1 else "looped-bfs")
     machine = cluster or any_cluster(plan.mesh.world_size)
     boundaries = _boundaries(plan, graph)
-    folded = fold(graph, boundaries=boundaries)
+    folded = fold(graph, boundaries=boundaries, modules=plan.recompute_modules)
     setup = setup_of(named, folded, tuple(folded.unit_at(position) for position in boundaries))
     priced = profile(
         folded,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from shardstage.graph.recompute import StageRecompute
+from shardstage.graph.recompute import StageRecompute, is_selective
 from shardstage.layout import Mesh, balanced_sizes
 
 __all__ = ["GradientDtype", "Offload", "Plan", "Precision", "ScheduleName", "StageRange"]
@@ -36,7 +36,9 @@ class Plan:
     microbatches of ``microbatch`` samples (its last one smaller where that does not divide).
     ``zero``: 0 everything replicated over dp; 1 optimizer state sharded; 2 gradients too; 3 parameters too.
     ``zero_ranks`` neighbouring replicas share what it cuts, and more of them hold copies (all replicas share it where nothing is said).
-    ``stage_recompute`` says for each stage what ``recompute`` says for all. ``ep`` replicas deal an expert layer's experts out among them.
+    ``stage_recompute`` says for each stage what ``recompute`` says for all. ``recompute_modules`` (globs over module paths) says what
+    selective means: what lies in these modules of a layer is computed again, the rest of it kept.
+    ``ep`` replicas deal an expert layer's experts out among them.
     ``precision`` is the dtype of computation; master weights and optimizer state are always float32 or wider. ``gradient_dtype`` is that of
     gradients where they are summed, over microbatches and over ranks (None: the master weights').
     ``offload``: ``optimizer`` keeps master weights and optimizer state in the host's memory, and updates there.
@@ -54,6 +56,7 @@ class Plan:
     zero: Literal[0, 1, 2, 3] = 0
     recompute: StageRecompute = "none"
     stage_recompute: tuple[StageRecompute, ...] = ()
+    recompute_modules: tuple[str, ...] = ()
     schedule: ScheduleName = "1f1b"
     actions: tuple[str, ...] = ()
     precision: Precision = "float32"
@@ -71,6 +74,11 @@ class Plan:
     def recompute_of(self, stage: int) -> StageRecompute:
         """What a stage computes again in its backward."""
         return self.stage_recompute[stage] if self.stage_recompute else self.recompute
+
+    @property
+    def is_selective(self) -> bool:
+        """Whether a stage recomputes some layer selectively."""
+        return any(map(is_selective, self.stage_recompute or (self.recompute,)))
 
     def microbatches(self, dp: int) -> tuple[int, ...]:
         """Sizes of the microbatches of data-parallel rank ``dp``, largest first; every rank runs equally many.

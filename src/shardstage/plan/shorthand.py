@@ -23,7 +23,8 @@ class Request:
     """What somebody asked of a plan; ``None`` leaves a decision to ``complete``.
 
     ``shares`` are relative: 5/3 gives the first data-parallel rank five samples for the second's three. ``stage_recompute`` may name runs
-    of stages, ``full:2*3/none``. ``dp_outside`` puts data parallelism outside the pipeline.
+    of stages, ``full:2*3/none``; ``recompute_modules`` says what of a layer selective computes again.
+    ``dp_outside`` puts data parallelism outside the pipeline.
     """
 
     dp: int | None = None
@@ -34,6 +35,7 @@ class Request:
     microbatch: int | None = None
     recompute: StageRecompute = "none"
     stage_recompute: tuple[StageRecompute, ...] = ()
+    recompute_modules: tuple[str, ...] = ()
     cp: int = 1
     ep: int = 1
     zero_ranks: int | None = None
@@ -95,6 +97,7 @@ def shorthand(plan: Plan, *, default_precision: Precision | None = None) -> str:
             microbatch=plan.microbatch,
             recompute=plan.recompute,
             stage_recompute=plan.stage_recompute,
+            recompute_modules=plan.recompute_modules,
             cp=plan.mesh.cp,
             ep=plan.ep,
             zero_ranks=plan.zero_ranks,
@@ -198,6 +201,15 @@ def _globs(key: str, value: str | None) -> tuple[str, ...]:
     return tuple(value.split("/"))
 
 
+def _modules(key: str, value: str | None) -> tuple[str, ...]:
+    found = tuple((value or "").split("/"))
+    if not all(found):
+        raise PlanError(
+            f"{key}={value or ''} names no module", hint=f'--plan "...,recompute=selective,{key}=*.mlp/*norm"'
+        )
+    return found
+
+
 def _choice(choices: tuple[str, ...], aliases: Mapping[str, str]) -> Callable[[str, str | None], str]:
     def read(key: str, value: str | None) -> str:
         meant = aliases.get(value or "", value)
@@ -229,6 +241,7 @@ _KEYS: Final[Mapping[str, tuple[str, Callable[[str, str | None], Any]]]] = Mappi
         "microbatch": ("microbatch", _count),
         "recompute": ("recompute", _mode),
         "stages": ("stage_recompute", _modes),
+        "modules": ("recompute_modules", _modules),
         "cp": ("cp", _count),
         "ep": ("ep", _count),
         "zr": ("zero_ranks", _count),

@@ -71,7 +71,12 @@ def cheapest_fit(graph: ModelGraph, cluster: Cluster, plan: Plan, *, limit_bytes
 def attempts(plan: Plan, *, has_host: bool = True) -> Iterator[tuple[Request, frozenset[str]]]:
     """What is asked of a search, and what of that it may not change: the least change first."""
     asked = Request(
-        tp=plan.mesh.tp, pp=plan.mesh.pp, dp=plan.mesh.dp, offload=plan.offload, is_compiled=plan.is_compiled
+        tp=plan.mesh.tp,
+        pp=plan.mesh.pp,
+        dp=plan.mesh.dp,
+        offload=plan.offload,
+        is_compiled=plan.is_compiled,
+        recompute_modules=plan.recompute_modules,
     )
     offloading = (replace(asked, offload="optimizer"),) if has_host else ()
     for request in dict.fromkeys((asked, *offloading)):
@@ -98,6 +103,7 @@ def _changes(before: Plan, after: Plan) -> Iterator[str]:
         ("zero", "zero"),
         ("recompute", "recompute"),
         ("stage_recompute", "recompute by stage"),
+        ("recompute_modules", "modules"),
         ("microbatch", "mb"),
         ("schedule", "schedule"),
         ("gradient_dtype", "grads"),

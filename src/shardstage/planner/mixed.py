@@ -51,14 +51,19 @@ def predict_mixed(graph: ModelGraph, plan: Plan, cluster: Cluster) -> Prediction
 
     Raises ``PlanError`` where a tensor-parallel group lies on two classes.
     """
-    return _Pricer(graph, cluster, plan.sequence, plan.is_compiled).predict(plan)
+    return _Pricer(graph, cluster, plan.sequence, plan.is_compiled, plan.recompute_modules).predict(plan)
 
 
 class _Pricer:
     """Units of one model on each class of a cluster."""
 
     def __init__(
-        self, graph: ModelGraph, cluster: Cluster, sequence: int | None, is_compiled: bool = False
+        self,
+        graph: ModelGraph,
+        cluster: Cluster,
+        sequence: int | None,
+        is_compiled: bool = False,
+        modules: tuple[str, ...] = (),
     ) -> None:
         self.graph = graph
         self.cluster = cluster
@@ -68,7 +73,7 @@ class _Pricer:
             replace(part, levels=cluster.levels, collectives=(), num_devices=cluster.num_devices)
             for part in (cluster.part(i) for i in range(len(cluster.parts)))
         ]
-        self.folded = fold(graph)
+        self.folded = fold(graph, modules=modules)
         self._profilers: dict[tuple[int, int, bool], Profiler] = {}
         self._profiles: dict[tuple[int, int, bool, int], Profile] = {}
 

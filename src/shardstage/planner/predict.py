@@ -29,7 +29,7 @@ def predict(graph: ModelGraph, plan: Plan, cluster: Cluster) -> Prediction:
         return predict_mixed(graph, plan, cluster)
     positions = {op.name: index for index, op in enumerate(graph.ops)}
     boundaries = tuple(positions[stage.first] for stage in plan.stages)
-    folded = fold(graph, boundaries=boundaries)
+    folded = fold(graph, boundaries=boundaries, modules=plan.recompute_modules)
     custom = schedule_of(plan) if plan.schedule == "custom" else None
     setup = setup_of(plan, folded, tuple(folded.unit_at(position) for position in boundaries), custom)
     profiler = Profiler(

@@ -79,10 +79,11 @@ class Pricing:
         precision: Precision,
         is_compiled: bool = False,
         modes: tuple[StageRecompute, ...] = RECOMPUTES,
+        modules: tuple[str, ...] = (),
     ) -> None:
         self.cluster = cluster
         self.costs = LinkCosts(cluster)
-        self.folded: Folded = _fold_for(graph, num_ranks)
+        self.folded: Folded = _fold_for(graph, num_ranks, modules)
         self.modes: tuple[Recompute, ...] = tuple(m for m in RECOMPUTES if m in modes) or RECOMPUTES
         self._asked = modes[0] if len(modes) == 1 else None
         self.savers = Savers()
@@ -375,9 +376,9 @@ def _sums(values: list[float]) -> list[float]:
     return sums
 
 
-def _fold_for(graph: ModelGraph, num_ranks: int) -> Folded:
+def _fold_for(graph: ModelGraph, num_ranks: int, modules: tuple[str, ...]) -> Folded:
     """Units are blocks, the unit of ZeRO's gathers, too; finer where there are too few of them to make stages of."""
-    folded = fold(graph)
+    folded = fold(graph, modules=modules)
     if len(folded.units) >= min(num_ranks, ENOUGH_UNITS):
         return folded
-    return fold(graph, boundaries=good_positions(graph))
+    return fold(graph, boundaries=good_positions(graph), modules=modules)

@@ -31,6 +31,7 @@ from shardstage.graph import ModelGraph
 from shardstage.layout import balanced_sizes
 from shardstage.plan import Plan, Precision, Request, shorthand
 from shardstage.plan.complete import ranges
+from shardstage.plan.modules import require_modules
 from shardstage.planner.bounds import Bounds, bounded
 from shardstage.planner.certificate import Certificate
 from shardstage.planner.figures import Figures
@@ -138,12 +139,14 @@ class Searcher:
     ) -> None:
         _check_size(cluster, num_ranks)
         request = fix or Request()
+        require_modules(request.recompute_modules, graph, is_compiled=request.is_compiled)
         self.graph = graph
         self.cluster = cluster
         self.precision: Precision = precision
         self.global_batch = global_batch
         self.sequence = sequence
         self.is_compiled = request.is_compiled
+        self.recompute_modules = request.recompute_modules
         self.pricing = Pricing(
             graph,
             cluster,
@@ -152,6 +155,7 @@ class Searcher:
             sequence=sequence,
             precision=precision,
             is_compiled=self.is_compiled,
+            modules=self.recompute_modules,
             **({"modes": (request.recompute,)} if "recompute" in fixed else {}),
         )
         has_host = host_of(cluster.device) is not None
@@ -264,7 +268,8 @@ class Searcher:
         return self.pricing.num_units
 
     def as_plan(self, priced: Priced) -> Plan:
-        return as_plan(self.graph, priced, self.precision, is_compiled=self.is_compiled)
+        plan = as_plan(self.graph, priced, self.precision, is_compiled=self.is_compiled)
+        return replace(plan, recompute_modules=self.recompute_modules) if plan.is_selective else plan
 
     @cached_property
     def _figures(self) -> Figures:

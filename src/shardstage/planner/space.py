@@ -121,6 +121,7 @@ class Space:
     zero_ranks: int | None = None
     uses_all_ranks: bool = False
     savers: Savers = NO_SAVERS
+    recompute_modules: tuple[str, ...] = ()
 
     @property
     def fingerprint(self) -> str:
@@ -249,6 +250,7 @@ def declared_space(
         zero_ranks=request.zero_ranks if "zero_ranks" in fixed else None,
         uses_all_ranks=is_runnable,
         savers=savers,
+        recompute_modules=request.recompute_modules,
     )
 
 

@@ -5,6 +5,8 @@
     with recompute: what needs nothing kept first, then the forward again up to the last op that keeps something, then the rest
                                                             3' │ 1 2 │ 2' 1'
 
+A block of which only named modules are recomputed does so run by run, the last one first.
+
 Autograd runs the nodes that are ready in the reverse order of their making, so the order of a backward is that of the graph reversed.
 """
 
@@ -16,7 +18,7 @@ from dataclasses import dataclass
 from shardstage.cost.collective import calls_of
 from shardstage.graph.blocks import Block
 from shardstage.graph.cuts import Segment
-from shardstage.graph.recompute import Recompute, block_modes
+from shardstage.graph.named_modules import Part, recompute_parts
 from shardstage.plan.plan import Plan
 from shardstage.program.program import Collective
 from shardstage.program.stage_parameters import Unit
@@ -47,14 +49,16 @@ def stage_calls(segment: Segment, plan: Plan, units: Sequence[Unit]) -> StageCal
     ends = {n for n in by_block if not _reads_gradients(segment, segment.blocks[n])}
     backward: list[Collective] = []
     waiting = sorted(gathering, reverse=True)
-    modes = block_modes(plan.recompute_of(segment.index), segment.blocks)
+    parts = recompute_parts(
+        segment.graph, segment.blocks, plan.recompute_of(segment.index), plan.recompute_modules
+    )
     for number in reversed(range(len(segment.blocks))):
-        block = segment.blocks[number]
         if number in gathering:
             # FSDP2 gathers what comes next while this block computes.
             while waiting and waiting[0] >= max((n for n in gathering if n < number), default=0):
                 backward.append(gathering[waiting.pop(0)].gather())
-        backward += _backward(segment, block, modes[number])
+        for part in reversed(parts[number]):
+            backward += _backward(segment, part)
         if number in by_block and by_block[number].is_trained and number not in ends:
             backward.append(by_block[number].reduce())
     backward += [unit.reduce() for unit in units if unit.block is None and unit.is_trained]
@@ -81,18 +85,18 @@ def _forward(segment: Segment, start: int, stop: int) -> list[Collective]:
     ]
 
 
-def _backward(segment: Segment, block: Block, recompute: Recompute) -> list[Collective]:
-    """A block that is recomputed says again what it said up to the last op that keeps something for backward."""
-    if recompute == "none":
-        return _reversed(segment, block.start, block.stop)
-    kept = _stop_of_kept(segment, block)
-    again = _forward(segment, block.start, kept)
-    return [*_reversed(segment, kept, block.stop), *again, *_reversed(segment, block.start, kept)]
+def _backward(segment: Segment, part: Part) -> list[Collective]:
+    """What is recomputed says again what it said up to the last op that keeps something for backward."""
+    if part.mode == "none":
+        return _reversed(segment, part.start, part.stop)
+    kept = _stop_of_kept(segment, part)
+    again = _forward(segment, part.start, kept)
+    return [*_reversed(segment, kept, part.stop), *again, *_reversed(segment, part.start, kept)]
 
 
-def _stop_of_kept(segment: Segment, block: Block) -> int:
-    keeping = [i for i in range(block.start, block.stop) if segment.graph.ops[i].saved]
-    return keeping[-1] + 1 if keeping else block.start
+def _stop_of_kept(segment: Segment, part: Part) -> int:
+    keeping = [i for i in range(part.start, part.stop) if segment.graph.ops[i].saved]
+    return keeping[-1] + 1 if keeping else part.start
 
 
 def _reversed(segment: Segment, start: int, stop: int) -> list[Collective]:

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from shardstage.graph.recompute import Recompute
 from shardstage.graph.saved import SELECTIVE_TARGETS
 from shardstage.operators import OperatorContext
-from shardstage.runtime.block_code import BlockCode
+from shardstage.runtime.block_code import BlockCode, BlockParts, PartCode
 
 __all__ = ["Block"]
 
@@ -23,26 +22,24 @@ class Block(nn.Module):
     """Runs its ops on local tensors.
 
     The parameters that only this block uses are its own (``self.<value name>``); those it shares with other blocks are read from
-    ``shared``, where the stage holds them. With recompute, only its inputs (full) or those and the results of its matrix products
-    (selective) are kept for backward.
+    ``shared``, where the stage holds them. With recompute, only the inputs of a part (full) or those and the results of its matrix
+    products (selective) are kept for backward.
     """
 
     def __init__(
         self,
         *,
         name: str,
-        codes: Mapping[int, BlockCode],
+        codes: Mapping[int, BlockParts],
         own: Mapping[str, nn.Parameter],
         shared: nn.Module,
         context: OperatorContext,
-        recompute: Recompute,
     ) -> None:
         super().__init__()
         self.block_name = name
         self._codes = dict(codes)
         self._shared = (shared,)  # in a tuple: not a submodule, its parameters are not this block's
         self._context = context
-        self._recompute = recompute
         for value, parameter in own.items():
             self.register_parameter(value, parameter)
 
@@ -50,25 +47,38 @@ class Block(nn.Module):
         self, size: int, positions: tuple[int, ...], inputs: tuple[Tensor, ...]
     ) -> tuple[Tensor, ...]:
         """Outputs for a microbatch of ``size`` samples that stand at ``positions`` of the global batch."""
-        if self._recompute == "none" or not torch.is_grad_enabled():
-            return self._run(size, positions, inputs)
-        outputs: tuple[Tensor, ...] = checkpoint(
-            self._run,
-            size,
-            positions,
-            inputs,
-            use_reentrant=False,
-            preserve_rng_state=False,
-            context_fn=_selective_contexts if self._recompute == "selective" else _no_contexts,
-        )
-        return outputs
+        code = self._codes[size]
+        known = dict(zip(code.inputs, inputs, strict=True))
+        for part in code.parts:
+            results = self._part(part, positions, tuple(known[name] for name in part.code.inputs))
+            known.update(zip(part.code.outputs, results, strict=True))
+            for name in part.last_used:
+                known.pop(name, None)
+        return tuple(known[name] for name in code.outputs)
 
     def outputs(self, size: int) -> tuple[str, ...]:
         """Names of the values that ``forward`` returns for a microbatch of ``size`` samples."""
         return self._codes[size].outputs
 
-    def _run(self, size: int, positions: tuple[int, ...], inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        code = self._codes[size]
+    def _part(
+        self, part: PartCode, positions: tuple[int, ...], inputs: tuple[Tensor, ...]
+    ) -> tuple[Tensor, ...]:
+        if part.recompute == "none" or not torch.is_grad_enabled():
+            return self._run(part.code, positions, inputs)
+        outputs: tuple[Tensor, ...] = checkpoint(
+            self._run,
+            part.code,
+            positions,
+            inputs,
+            use_reentrant=False,
+            preserve_rng_state=False,
+            context_fn=_selective_contexts if part.recompute == "selective" else _no_contexts,
+        )
+        return outputs
+
+    def _run(
+        self, code: BlockCode, positions: tuple[int, ...], inputs: tuple[Tensor, ...]
+    ) -> tuple[Tensor, ...]:
         self._context.random.positions = positions  # again when recomputed, under a later microbatch
         return code.function(*(self._parameter(name) for name in code.parameters), *inputs)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from types import MappingProxyType
 from typing import Any, Final
 
@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from shardstage.graph import Constant, ModelGraph, Op, Ref, Value, substitute
+from shardstage.graph.recompute import Recompute
 from shardstage.operators.resolve import literal, resolve
 
-__all__ = ["BlockCode", "BlockWriter"]
+__all__ = ["BlockCode", "BlockParts", "BlockWriter", "PartCode"]
 
 Function = Callable[..., tuple[Tensor, ...]]
 
@@ -33,6 +34,59 @@ class BlockCode:
     outputs: tuple[str, ...]
     products: tuple[str, ...] = ()
     others: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartCode:
+    """Consecutive ops of a block with what of them is recomputed; nothing after them in the block reads ``last_used``."""
+
+    code: BlockCode
+    recompute: Recompute
+    last_used: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockParts:
+    """A block for one size of microbatch: one part, or several that run one after the other. ``outputs`` are what others read of it."""
+
+    parts: tuple[PartCode, ...]
+    outputs: tuple[str, ...]
+
+    @staticmethod
+    def of(codes: Sequence[BlockCode], modes: Sequence[Recompute], outputs: tuple[str, ...]) -> BlockParts:
+        last: dict[str, int] = {}
+        for number, code in enumerate(codes):
+            last.update(dict.fromkeys((*code.inputs, *code.outputs), number))
+        return BlockParts(
+            parts=tuple(
+                PartCode(
+                    code=code,
+                    recompute=mode,
+                    last_used=tuple(name for name in last if last[name] == number and name not in outputs),
+                )
+                for number, (code, mode) in enumerate(zip(codes, modes, strict=True))
+            ),
+            outputs=outputs,
+        )
+
+    @cached_property
+    def parameters(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(name for part in self.parts for name in part.code.parameters))
+
+    @cached_property
+    def inputs(self) -> tuple[str, ...]:
+        """What the parts read of what none of them makes."""
+        made = {name for part in self.parts for name in part.code.outputs}
+        read = (name for part in self.parts for name in part.code.inputs)
+        return tuple(name for name in dict.fromkeys(read) if name not in made)
+
+    @cached_property
+    def products(self) -> tuple[str, ...]:
+        return tuple(name for part in self.parts for name in part.code.products)
+
+    @cached_property
+    def others(self) -> frozenset[str]:
+        return frozenset(name for part in self.parts for name in part.code.others)
 
 
 class BlockWriter:

@@ -111,6 +111,7 @@ def assemble_engine(
             context=context,
             writer=writer,
             recompute=plan.recompute_of(stage),
+            modules=plan.recompute_modules,
             parameter_dtype=storage.gradient_dtype if is_fully_sharded else None,
         )
         for stage in own

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from shardstage.graph.cuts import Segment
-from shardstage.graph.recompute import StageRecompute, block_modes
+from shardstage.graph.named_modules import Part, recompute_parts
+from shardstage.graph.recompute import StageRecompute
 from shardstage.operators import OperatorContext
 from shardstage.runtime.block import Block
-from shardstage.runtime.block_code import BlockCode, BlockWriter
+from shardstage.runtime.block_code import BlockCode, BlockParts, BlockWriter
 from shardstage.runtime.leaves import ParameterInfo
 
 __all__ = ["Stage", "build_stage"]
@@ -39,10 +40,10 @@ class Stage(nn.Module):
         self.buffer_fqns = dict(buffer_fqns)
         self.outputs = outputs
         self.blocks = nn.ModuleList()
-        self._codes: list[Mapping[int, BlockCode]] = []
+        self._codes: list[Mapping[int, BlockParts]] = []
         self._last_uses: dict[int, tuple[tuple[str, ...], ...]] = {}
 
-    def add(self, block: Block, codes: Mapping[int, BlockCode]) -> None:
+    def add(self, block: Block, codes: Mapping[int, BlockParts]) -> None:
         self.blocks.append(block)
         self._codes.append(codes)
         self._last_uses.clear()
@@ -102,12 +103,13 @@ def build_stage(
     writer: BlockWriter,
     recompute: StageRecompute,
     parameter_dtype: torch.dtype | None,
+    modules: Sequence[str] = (),
 ) -> Stage:
     """The stage with its parameters and buffers on meta.
 
     ``segments`` hold the same ops for every size of microbatch. ``parameter_dtype`` overrides the dtype of floating parameters (master
-    weights where FSDP2 casts them itself). Only layers are recomputed: the embedding and the head
-    with its loss keep their few, large activations.
+    weights where FSDP2 casts them itself). Only layers are recomputed, or of selective ones the ``modules`` alone: the embedding and the
+    head with its loss keep their few, large activations.
     """
     first = next(iter(segments.values()))
     blocks = first.blocks
@@ -115,16 +117,12 @@ def build_stage(
     buffer_fqns = {buffer.name: buffer.fqn for buffer in first.graph.buffers}
     stage = Stage(index=first.index, infos=infos, buffer_fqns=buffer_fqns, outputs=outputs)
     codes = [
-        {
-            size: _code(segment, number, [(b.start, b.stop) for b in blocks], outputs, writer)
-            for size, segment in segments.items()
-        }
-        for number in range(len(blocks))
+        {size: _block(segment, parts, outputs, writer) for size, segment in segments.items()}
+        for parts in recompute_parts(first.graph, blocks, recompute, modules)
     ]
     uses = Counter(name for by_size in codes for name in by_size[next(iter(by_size))].parameters)
     _hold_shared(stage, first, uses, parameter_dtype)
-    modes = block_modes(recompute, blocks)
-    for block, by_size, mode in zip(blocks, codes, modes, strict=True):
+    for block, by_size in zip(blocks, codes, strict=True):
         own = {
             name: _meta_parameter(first, name, parameter_dtype)
             for name in by_size[next(iter(by_size))].parameters
@@ -137,7 +135,6 @@ def build_stage(
                 own=own,
                 shared=stage,
                 context=context,
-                recompute=mode,
             ),
             by_size,
         )
@@ -163,23 +160,31 @@ def _meta_parameter(segment: Segment, name: str, dtype: torch.dtype | None) -> n
     )
 
 
+def _block(
+    segment: Segment, parts: Sequence[Part], stage_outputs: tuple[str, ...], writer: BlockWriter
+) -> BlockParts:
+    """Code of a block that these parts tile; its outputs are what later blocks read and what leaves the stage."""
+    codes = [_code(segment, part.start, part.stop, stage_outputs, writer) for part in parts]
+    read_later = {name for op in segment.graph.ops[parts[-1].stop :] for name in op.inputs}
+    outputs = (name for code in codes for name in code.outputs)
+    return BlockParts.of(
+        codes,
+        [part.mode for part in parts],
+        tuple(name for name in outputs if name in read_later or name in stage_outputs),
+    )
+
+
 def _code(
-    segment: Segment,
-    number: int,
-    bounds: Sequence[tuple[int, int]],
-    stage_outputs: tuple[str, ...],
-    writer: BlockWriter,
+    segment: Segment, start: int, stop: int, stage_outputs: tuple[str, ...], writer: BlockWriter
 ) -> BlockCode:
-    """Code of block ``number``; its outputs are what later blocks read and what leaves the stage."""
-    start, stop = bounds[number]
+    """Code of the ops[start:stop]; its outputs are what later ones read and what leaves the stage."""
     graph = segment.graph
-    produced = {name for op in graph.ops[start:stop] for name in op.outputs}
     read_later = {name for op in graph.ops[stop:] for name in op.inputs}
     outputs = tuple(
         name
         for op in graph.ops[start:stop]
         for name in op.outputs
-        if name is not None and name in produced and (name in read_later or name in stage_outputs)
+        if name is not None and (name in read_later or name in stage_outputs)
     )
     return writer.code(graph, graph.ops[start:stop], outputs)
 

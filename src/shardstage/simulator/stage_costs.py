@@ -17,8 +17,8 @@ from shardstage.cost.compute import gradient_sums_s, moved_s, op_time
 from shardstage.graph import ModelGraph, Op
 from shardstage.graph.cuts import Segment
 from shardstage.graph.flops import backward_flops, forward_flops
-from shardstage.graph.recompute import block_modes
-from shardstage.graph.saved import peak_extra_bytes, recompute_flops, saved_values, transient_bytes
+from shardstage.graph.named_modules import recompute_parts
+from shardstage.graph.saved import peak_extra_bytes, recomputed_of, saved_values, transient_bytes
 from shardstage.plan import Plan
 from shardstage.program import StageGraphs
 from shardstage.program.stage_parameters import gradient_dtype
@@ -88,7 +88,7 @@ class StageCosts:
             times[op.name].backward_s / max(1, round(backward_flops(graph, op) / forward_flops(graph, op)))
             for op in _split_ops(graph)
         )
-        recompute, num_ops = self.plan.recompute_of(segment.index), len(graph.ops)
+        num_ops = len(graph.ops)
         return StageCost(
             forward_s=forward_s,
             input_s=backward_s - weight_s + self._recompute_s(segment),
@@ -96,7 +96,14 @@ class StageCosts:
             saved=tuple(self._saved(segment)),
             deferred_bytes=_deferred_bytes(graph),
             transient_bytes=transient_bytes(graph, 0, num_ops),
-            recompute_bytes=peak_extra_bytes(graph, 0, num_ops, recompute, blocks=segment.blocks),
+            recompute_bytes=peak_extra_bytes(
+                graph,
+                0,
+                num_ops,
+                self.plan.recompute_of(segment.index),
+                blocks=segment.blocks,
+                modules=self.plan.recompute_modules,
+            ),
         )
 
     def _accumulation_s(self, graph: ModelGraph) -> float:
@@ -112,17 +119,19 @@ class StageCosts:
         return moved_s(elements * (dtype_bytes(plan.precision) + 2 * sum_bytes), self._device)
 
     def _recompute_s(self, segment: Segment) -> float:
-        """Seconds of computing layers again: products by their FLOPs, all else whole."""
-        graph = segment.graph
-        modes = block_modes(self.plan.recompute_of(segment.index), segment.blocks)
+        """Seconds of computing layers, or named modules of them, again: products by their FLOPs, all else whole."""
+        graph, plan = segment.graph, self.plan
+        parts = recompute_parts(
+            graph, segment.blocks, plan.recompute_of(segment.index), plan.recompute_modules
+        )
         total_s = 0.0
-        for block, mode in zip(segment.blocks, modes, strict=True):
-            if mode == "none":
+        for part in (part for of_block in parts for part in of_block):
+            if part.mode == "none":
                 continue
-            ops = [op for op in graph.ops[block.start : block.stop] if not is_communication(op)]
+            ops = [op for op in graph.ops[part.start : part.stop] if not is_communication(op)]
             times = [(op_time(graph, op, self._device).forward_s, forward_flops(graph, op)) for op in ops]
             flops = sum(count for _, count in times)
-            again = recompute_flops(graph, block.start, block.stop, mode, blocks=segment.blocks)
+            again = sum(forward_flops(graph, op) for op in recomputed_of(graph, part))
             products_s = sum(seconds for seconds, count in times if count)
             total_s += sum(seconds for seconds, _ in times) - products_s * (
                 1 - again / flops if flops else 0.0
@@ -133,8 +142,14 @@ class StageCosts:
         """What the engine keeps: what autograd saves, and what the stage hands on until its gradient comes."""
         graph = segment.graph
         received = {edge.value for edge in segment.receives}
-        recompute = self.plan.recompute_of(segment.index)
-        names = saved_values(graph, 0, len(graph.ops), recompute, blocks=segment.blocks)
+        names = saved_values(
+            graph,
+            0,
+            len(graph.ops),
+            self.plan.recompute_of(segment.index),
+            blocks=segment.blocks,
+            modules=self.plan.recompute_modules,
+        )
         sent = [
             edge.value
             for edge in segment.sends
