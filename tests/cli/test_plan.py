@@ -102,9 +102,8 @@ def test_a_plan_that_needs_more_than_a_rank_may_hold_is_said() -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--objective", "memory"), "--objective memory: a search over several classes"),
         (("--ranks", "4"), "--ranks 4: a search over several classes of devices plans for all 8"),
-        (("--fix", "mb=2"), "--fix mb=2: a search over several classes"),
+        (("--fix", "cp=2"), "--fix cp=2: a search over several classes"),
     ],
 )
 def test_what_a_search_over_a_mixed_cluster_would_not_heed_is_refused(

@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # what imports torch is imported when it is needed: help come
     from shardstage.cost import Prediction
     from shardstage.graph import ModelGraph
     from shardstage.graph.source import ModelSource
-    from shardstage.planner import MixedResult, Searcher, SearchResult
+    from shardstage.planner import MixedResult, MixedSearcher, Searcher, SearchResult
 
 __all__ = [
     "Chosen",
@@ -23,6 +23,7 @@ __all__ = [
     "Question",
     "capture_model",
     "choose_plan",
+    "chosen_mixed",
     "headline",
     "known_model",
     "load_source",
@@ -109,6 +110,11 @@ class Question:
 
         return usable_bytes(machine) if self.memory_bytes is None else self.memory_bytes
 
+    def limits(self, machine: Cluster) -> tuple[int, ...]:
+        """What a rank may hold of each class of a machine, never more than its devices have."""
+        parts = map(machine.part, range(len(machine.parts)))
+        return tuple(min(self.limit_bytes(part), part.device.memory_bytes) for part in parts)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Chosen:
@@ -119,6 +125,7 @@ class Chosen:
     found: SearchResult | None = None
     searcher: Searcher | None = None
     mixed: MixedResult | None = None
+    mixed_searcher: MixedSearcher | None = None
 
 
 def choose_plan(question: Question, graph: ModelGraph, machine: Cluster) -> Chosen:
@@ -148,22 +155,25 @@ def _search(question: Question, graph: ModelGraph, machine: Cluster) -> Chosen:
 
 
 def _search_mixed(question: Question, graph: ModelGraph, machine: Cluster) -> Chosen:
-    from shardstage.graph.file import fingerprint
-    from shardstage.planner import search_mixed
+    from shardstage.planner import MixedSearcher
 
-    parts = map(machine.part, range(len(machine.parts)))
-    mixed = search_mixed(
+    searcher = MixedSearcher(
         graph,
         machine,
         global_batch=question.batch,
         sequence=question.sequence,
         precision=question.precision,
-        limits=[question.limit_bytes(part) for part in parts],
         fix=question.fixed.request,
         fixed=question.fixed.names,
+        is_runnable=question.fixed.is_runnable,
     )
-    best = replace(mixed.best, graph_fingerprint=fingerprint(graph))
-    return Chosen(plan=best, prediction=mixed.prediction, mixed=mixed)
+    return chosen_mixed(searcher.best(question.limits(machine)), searcher)
+
+
+def chosen_mixed(found: MixedResult, searcher: MixedSearcher) -> Chosen:
+    """The plan of a search over several classes of devices."""
+    best = replace(found.best, graph_fingerprint=found.certificate.graph)
+    return Chosen(plan=best, prediction=found.prediction, mixed=found, mixed_searcher=searcher)
 
 
 def _given(question: Question, graph: ModelGraph, machine: Cluster) -> Chosen:

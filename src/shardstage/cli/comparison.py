@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from html import escape
-from typing import TYPE_CHECKING, Any, Final, Literal, get_args
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar, get_args
 
 from rich.console import Console
 from rich.table import Table
 
-from shardstage.cli.choosing import Chosen, Question, choose_plan
+from shardstage.cli.choosing import Chosen, Question, choose_plan, chosen_mixed
 from shardstage.errors import PlanError
 from shardstage.plan import plan_to_toml, shorthand
 from shardstage.units import format_bytes, format_ratio, format_s
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from shardstage.cluster import Cluster
     from shardstage.cost import Prediction
     from shardstage.graph import ModelGraph
-    from shardstage.planner import Alternative, Point, Searcher, SearchResult
+    from shardstage.planner import Alternative, Certificate, MixedResult, Point, SearchResult
 
 __all__ = [
     "Comparison",
@@ -71,10 +71,12 @@ def choose(
         chosen = _cheapest(question, graph, machine)
     else:
         chosen = choose_plan(question, graph, machine)
+    if chosen.mixed is not None and objective == "memory":
+        chosen = _smallest_mixed(chosen, question.limits(machine))
     if chosen.found is None or chosen.searcher is None:
         return chosen, Comparison(dollars=_dollars(chosen, machine))
     if objective == "memory":
-        found = _smallest(chosen.searcher, chosen.found)
+        found = _smallest(chosen.searcher.best, chosen.found)
         best = replace(found.best, graph_fingerprint=found.certificate.graph)
         chosen = Chosen(plan=best, prediction=found.prediction, found=found, searcher=chosen.searcher)
     assert chosen.found is not None and chosen.searcher is not None
@@ -85,14 +87,28 @@ def choose(
     )
 
 
-def _smallest(searcher: Searcher, fastest: SearchResult) -> SearchResult:
+Result = TypeVar("Result", "SearchResult", "MixedResult")
+
+
+def _smallest_mixed(chosen: Chosen, limits: Sequence[int]) -> Chosen:
+    """With as few bytes on the fullest rank of any class."""
+    searcher, fastest = chosen.mixed_searcher, chosen.mixed
+    assert searcher is not None and fastest is not None
+    found = _smallest(
+        lambda cap: searcher.best([min(cap, limit) for limit in limits]),
+        fastest,
+    )
+    return chosen_mixed(found, searcher)
+
+
+def _smallest(best_within: Callable[[int], Result], fastest: Result) -> Result:
     """The plan of least memory within the slack, by halving the memory between what is too little and what is enough."""
     slowest_s = MEMORY_SLACK * fastest.prediction.step_time_s
     best, low, high = fastest, 0, fastest.prediction.peak_bytes
     while high - low > high // MEMORY_STEPS:
         limit = (low + high) // 2
         try:
-            found = searcher.best(limit)
+            found = best_within(limit)
         except PlanError:
             low = limit
             continue
@@ -104,22 +120,35 @@ def _smallest(searcher: Searcher, fastest: SearchResult) -> SearchResult:
 
 
 def _cheapest(question: Question, graph: ModelGraph, machine: Cluster) -> Chosen:
-    """The plan whose step takes fewest device-seconds, over all ranks, half of them, a quarter, …"""
+    """The plan whose step takes fewest device-seconds, over all ranks, half of them, a quarter, …, or half of each class."""
     best: Chosen | None = None
-    ranks, error = question.num_ranks, None
-    while ranks:
+    least, error = math.inf, None
+    for fewer in _halves(question.num_ranks, machine):
         try:
-            chosen = choose_plan(replace(question, num_ranks=ranks), graph, machine)
+            chosen = choose_plan(replace(question, num_ranks=fewer.num_devices), graph, fewer)
         except PlanError as raised:
             error = error or raised
             break
-        if best is None or _device_s(chosen) < _device_s(best):
-            best = chosen
-        ranks //= 2
+        cost = _dollars(chosen, machine) or _device_s(chosen)
+        if cost < least:
+            best, least = chosen, cost
     if best is None:
         assert error is not None
         raise error
     return best
+
+
+def _halves(num_ranks: int, machine: Cluster) -> Iterator[Cluster]:
+    """A machine with so many devices, with half of them, a quarter, …; of several classes, of each."""
+    if not machine.is_mixed:
+        while num_ranks:
+            yield machine.with_devices(num_ranks)
+            num_ranks //= 2
+        return
+    counts = [part.num_devices for part in machine.parts]
+    while all(counts):
+        yield machine.with_parts(counts)
+        counts = [count // 2 for count in counts]
 
 
 def _device_s(chosen: Chosen) -> float:
@@ -127,6 +156,9 @@ def _device_s(chosen: Chosen) -> float:
 
 
 def _dollars(chosen: Chosen, machine: Cluster) -> float | None:
+    if chosen.mixed is not None:
+        all_price = chosen.mixed.cluster.price_per_hour
+        return None if all_price is None else all_price * chosen.prediction.step_time_s / 3600
     price = machine.device.price_per_hour
     return None if price is None or machine.is_mixed else price * _device_s(chosen) / 3600
 
@@ -136,18 +168,10 @@ def print_comparison(console: Console, chosen: Chosen, comparison: Comparison, m
     if comparison.dollars is not None:
         console.print(f"cost       ${comparison.dollars:,.4f} a step at the preset's hourly price")
     if chosen.mixed is not None:
-        _print_mixed(console, chosen, machine)
+        _print_mixed(console, chosen.mixed)
     if chosen.found is None:
         return
-    proof = chosen.found.certificate
-    console.print(
-        f"proof      best of {proof.enumerated:,} plans, gap {format_ratio(proof.gap)}: {proof.priced:,} priced, "
-        f"{proof.by_bound:,} too slow and {proof.by_memory + proof.unfit:,} too large by their bounds, "
-        f"{proof.by_rule:,} no better by rule",
-        soft_wrap=True,
-    )
-    if proof.needs:
-        console.print(f"needed     {proof.necessity()}", soft_wrap=True)
+    _print_proof(console, chosen.found.certificate)
     runners = [(c.text, c.prediction, "") for c in chosen.found.runners_up[:MOST_SHOWN]]
     _print_table(console, "runners-up", "plan", runners, chosen.prediction)
     whys = [(a.change, a.prediction, a.reason) for a in comparison.alternatives[: 2 * MOST_SHOWN]]
@@ -157,23 +181,35 @@ def print_comparison(console: Console, chosen: Chosen, comparison: Comparison, m
         _print_table(console, "less memory", "plan", points, chosen.prediction)
 
 
-def _print_mixed(console: Console, chosen: Chosen, machine: Cluster) -> None:
-    """Which layers, or how many samples, each class of devices takes."""
-    assert chosen.mixed is not None
-    plan, proof = chosen.plan, chosen.mixed.certificate
-    for stage, ops in enumerate(plan.stages) if plan.mesh.pp > 1 else ():
-        device = machine.device_at(plan.mesh.rank(pp=stage)).name
-        console.print(f"stage {stage}    {device}: {ops.first} to {ops.last}", soft_wrap=True)
-    if plan.mesh.pp == 1:
-        for part in machine.parts:
-            shares = {plan.shares[plan.mesh.coordinate(rank, "dp")] for rank in part.ranks}
-            each = f"{min(shares)}" if len(shares) == 1 else f"{min(shares)} to {max(shares)}"
-            console.print(
-                f"share      {part.device.name}: {each} samples of the batch a rank", soft_wrap=True
-            )
-    console.print(f"proof      best of {proof.enumerated:,} plans, all priced or too large")
-    rows = [(text, prediction, "") for text, prediction in chosen.mixed.runners_up]
-    _print_table(console, "runners-up", "plan", rows, chosen.prediction)
+def _print_proof(console: Console, proof: Certificate) -> None:
+    console.print(
+        f"proof      best of {proof.enumerated:,} plans, gap {format_ratio(proof.gap)}: {proof.priced:,} priced, "
+        f"{proof.by_bound:,} too slow and {proof.by_memory + proof.unfit:,} too large by their bounds, "
+        f"{proof.by_rule:,} no better by rule",
+        soft_wrap=True,
+    )
+    if proof.needs:
+        console.print(f"needed     {proof.necessity()}", soft_wrap=True)
+
+
+def _print_mixed(console: Console, found: MixedResult) -> None:
+    """Which layers, or how many samples, each class of devices takes, and what it holds; the proof, and runners-up."""
+    by_layers = found.choice.arrangement.by == "stages"
+    of = sum(share.num_layers if by_layers else share.num_samples for share in found.shares)
+    for share in found.shares:
+        takes = (
+            f"{share.num_layers} of {of} layers" if by_layers else f"{share.num_samples:,} of {of:,} samples"
+        )
+        held = f"{format_bytes(share.peak_bytes)} of {format_bytes(share.limit_bytes)}"
+        console.print(f"share      {share.num_used:,} × {share.name}: {takes}, {held}", soft_wrap=True)
+    idle = [f"{s.num_devices - s.num_used:,} × {s.name}" for s in found.shares if s.num_used < s.num_devices]
+    if idle:
+        console.print(
+            f"idle       {', '.join(idle)}: ranks are those of --cluster {found.cluster.name}", soft_wrap=True
+        )
+    _print_proof(console, found.certificate)
+    rows = [(text, prediction, "") for text, prediction in found.runners_up]
+    _print_table(console, "runners-up", "plan", rows, found.prediction)
 
 
 def _print_table(
@@ -202,6 +238,7 @@ def _print_table(
 def as_table(chosen: Chosen, comparison: Comparison, notes: Sequence[str]) -> dict[str, Any]:
     """Everything as one JSON object; seconds and bytes are numbers."""
     prediction, plan = chosen.prediction, chosen.plan
+    proof = next((each.certificate for each in (chosen.found, chosen.mixed) if each is not None), None)
     return {
         "plan": shorthand(plan),
         "plan_file": plan_to_toml(plan),
@@ -215,10 +252,9 @@ def as_table(chosen: Chosen, comparison: Comparison, notes: Sequence[str]) -> di
         "bubble_ratio": prediction.bubble_ratio,
         "rank_peak_bytes": [prediction.rank_peak_bytes(pp) for pp in range(plan.mesh.pp)],
         "dollars": comparison.dollars,
-        "certificate": None if chosen.found is None else chosen.found.certificate.to_dict(),
-        "runners_up": []
-        if chosen.found is None
-        else [{"plan": c.text, **_numbers(c.prediction)} for c in chosen.found.runners_up],
+        "certificate": None if proof is None else proof.to_dict(),
+        "classes": [] if chosen.mixed is None else [asdict(share) for share in chosen.mixed.shares],
+        "runners_up": [{"plan": text, **_numbers(found)} for text, found in _runners_up(chosen)],
         "why_not": [
             {"change": a.change, "reason": a.reason, **_numbers(a.prediction)}
             for a in comparison.alternatives
@@ -226,6 +262,12 @@ def as_table(chosen: Chosen, comparison: Comparison, notes: Sequence[str]) -> di
         "front": [{"plan": p.text, **_numbers(p.prediction)} for p in comparison.front],
         "notes": list(notes),
     }
+
+
+def _runners_up(chosen: Chosen) -> Sequence[tuple[str, Prediction]]:
+    if chosen.mixed is not None:
+        return chosen.mixed.runners_up
+    return () if chosen.found is None else [(c.text, c.prediction) for c in chosen.found.runners_up]
 
 
 def _numbers(prediction: Prediction | None) -> dict[str, float | int | None]:
@@ -248,9 +290,9 @@ def comparison_page(model: str, machine: Cluster, chosen: Chosen, comparison: Co
         f"<td>{format_bytes(a.prediction.peak_bytes) if a.prediction else ''}</td><td>{escape(a.reason)}</td></tr>"
         for a in comparison.alternatives
     )
-    proof = ""
-    if chosen.found is not None:
-        certificate = chosen.found.certificate
+    proof, found = "", chosen.found or chosen.mixed
+    if found is not None:
+        certificate = found.certificate
         proof = f"Best of {certificate.enumerated:,} plans, gap {format_ratio(certificate.gap)}."
     return (
         f"<!doctype html><html lang=en><meta charset=utf-8><title>Shardstage: {escape(model)}</title>"

@@ -19,7 +19,9 @@ RUNNABLE: Final = "runnable"
 KEPT: Final = "dp, tp, pp, sp, zero, zr, mb, recompute, modules, cp, ep, outer, schedule, v, dtype, grads, offload, compile"
 """What a search keeps to (``planner.space``)."""
 
-KEPT_ON_MIXED: Final = "tp, pp, zero, dtype"
+KEPT_ON_MIXED: Final = (
+    "dp, tp, pp, sp, zero, zr, mb, recompute, modules, outer, schedule, v, dtype, grads, offload, compile"
+)
 """What a search over several classes of devices keeps to (``planner.mixed``)."""
 
 ONLY_PRICED: Final = "cp, ep, zr, outer"

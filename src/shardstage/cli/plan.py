@@ -98,7 +98,7 @@ def plan(
         memory_bytes=memory_bytes,
         fixed=fixed,
     )
-    _require_answerable(question, machine, aim)
+    _require_answerable(question, machine)
     answer = _answer(console, model, machine, question, aim)
     answer.show(console, as_json=as_json, is_explained=show, out=out or ())
 
@@ -111,16 +111,11 @@ def _machine(console: Console, cluster: str, ranks: int | None) -> Cluster:
         return cluster_named(cluster, ranks=num_local)
 
 
-def _require_answerable(question: Question, machine: Cluster, objective: Objective) -> None:
+def _require_answerable(question: Question, machine: Cluster) -> None:
     """Refuses what a search over several classes of devices would not heed."""
     if not (machine.is_mixed and question.is_open):
         return
     question.fixed.require_kept_on(machine)
-    if objective != "time":
-        raise PlanError(
-            f"--objective {objective}: a search over several classes of devices is for the shortest step",
-            hint="--objective time",
-        )
     if question.num_ranks != machine.num_devices:
         raise PlanError(
             f"--ranks {question.num_ranks}: a search over several classes of devices plans for all {machine.num_devices}",

@@ -177,6 +177,19 @@ class Cluster:
             )
         return replace(self, num_devices=num_devices)
 
+    def with_parts(self, counts: Sequence[int]) -> Cluster:
+        """The same machine with so many devices of each part in use, named by them."""
+        if list(counts) == [part.num_devices for part in self.parts]:
+            return self
+        parts = [self.part(i).with_devices(count) for i, count in enumerate(counts)]
+        return Cluster.of_parts(
+            tuple(parts),
+            name="+".join(f"{part.name}:{count}" for part, count in zip(parts, counts, strict=True)),
+            network=self.levels[-1],
+            calibration=self.calibration,
+            notes=self.notes,
+        )
+
     def level_for(self, ranks: int | Sequence[int]) -> LinkLevel:
         """The innermost of ``levels`` that joins a group of ranks; a number stands for the first so many ranks."""
         group = self._group(ranks)

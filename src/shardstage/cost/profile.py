@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -85,13 +86,12 @@ class Profiler:
         local = localize(sharding, 0)
         of_local = _positions(folded, local)
         self._folded = folded
-        self._device = cluster.device
         self._waits_for_kernels = waits_for_kernels
         self._elements = {p.name: local.values[p.name].numel for p in local.parameters}
         self._shared = _shared_names(folded, self._elements)
         self._whole_flops = _whole_flops(folded, graph) / graph.microbatch
-        kinds: tuple[CollectiveKind, ...] = ("all_reduce", "all_gather", "reduce_scatter")
-        self._links = {kind: cluster.collective(kind, range(tp)) for kind in kinds}
+        self._tp = tp
+        self._use(cluster)
         self._works = Reading(
             local,
             [(of_local[start], of_local[stop]) for start, stop in folded.kept],
@@ -121,6 +121,17 @@ class Profiler:
             costs_of_unit(work, cases, self._device, self._links, waits_for_kernels=self._waits_for_kernels)
             for work in self._works
         ]
+
+    def on(self, cluster: Cluster) -> Profiler:
+        """The same sharding, priced on another cluster."""
+        other = copy(self)
+        other._use(cluster)
+        return other
+
+    def _use(self, cluster: Cluster) -> None:
+        kinds: tuple[CollectiveKind, ...] = ("all_reduce", "all_gather", "reduce_scatter")
+        self._device = cluster.device
+        self._links = {kind: cluster.collective(kind, range(self._tp)) for kind in kinds}
 
     @property
     def shared_elements(self) -> dict[str, int]:

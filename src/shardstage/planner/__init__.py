@@ -12,7 +12,7 @@ imports no torch.
 
 from shardstage.planner.certificate import Certificate
 from shardstage.planner.fit import Fit, cheapest_fit
-from shardstage.planner.mixed import MixedResult, predict_mixed, search_mixed
+from shardstage.planner.mixed import ClassShare, MixedResult, MixedSearcher, predict_mixed, search_mixed
 from shardstage.planner.predict import predict
 from shardstage.planner.search import Candidate, Searcher, SearchResult, search, usable_bytes
 from shardstage.planner.verify import Verification, verify_certificate
@@ -22,8 +22,10 @@ __all__ = [
     "Alternative",
     "Candidate",
     "Certificate",
+    "ClassShare",
     "Fit",
     "MixedResult",
+    "MixedSearcher",
     "Point",
     "SearchResult",
     "Searcher",

@@ -21,13 +21,15 @@ __all__ = ["Alike"]
 
 
 class Alike:
-    """Stages of one cut under a limit; ``setup`` holds their starts."""
+    """Stages of one cut under a limit, or under one for each rank; ``setup`` holds their starts."""
 
-    def __init__(self, profile: Profile, layers: Layers, setup: StepSetup, limit_bytes: int) -> None:
+    def __init__(
+        self, profile: Profile, layers: Layers, setup: StepSetup, limit_bytes: int | Sequence[int]
+    ) -> None:
         self._setup = setup
         self._profile = profile
         self._layers = layers
-        self._limit_bytes = limit_bytes
+        self._limits = [limit_bytes] * setup.mesh.pp if isinstance(limit_bytes, int) else limit_bytes
         self._binding: dict[int, _Rank] = {}
         self._spans = list(pairwise((*setup.starts, len(profile.units))))
         self._most = max(len(layers.ends(*span)) for span in self._spans) - 1
@@ -40,7 +42,7 @@ class Alike:
         """What each rank holds; None as soon as one of them, those at the ends first, exceeds the limit: from then on it binds."""
         memory, last = MemoryModel(self._profile, self.setup(recompute)), self._setup.mesh.pp - 1
         for rank in (last, 0, *range(1, last)):
-            if memory.rank(rank).total_bytes > self._limit_bytes:
+            if memory.rank(rank).total_bytes > self._limits[rank]:
                 assert rank not in self._binding, "what fits by its own figures fits"
                 self._binding[rank] = self._rank(memory, rank, recompute)
                 return None
@@ -65,7 +67,8 @@ class Alike:
         """Whether so many layers in full, and those up to an end selectively, let the ranks that bind fit."""
         recompute = counted(full, end - full, self._most)
         return all(
-            rank.peak_bytes(self._layers, recompute) <= self._limit_bytes for rank in self._binding.values()
+            of_rank.peak_bytes(self._layers, recompute) <= self._limits[rank]
+            for rank, of_rank in self._binding.items()
         )
 
     def _again_s(self, full: int, end: int) -> float:

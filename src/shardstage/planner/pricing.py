@@ -44,7 +44,7 @@ from shardstage.planner.stages import best_cut
 
 Array = npt.NDArray[np.float64]
 
-__all__ = ["Priced", "Pricing", "TooSlow"]
+__all__ = ["Priced", "Pricing", "TooSlow", "fold_for", "sharding_waits"]
 
 ENOUGH_UNITS: Final = 16
 """With so many blocks, stages of whole blocks are balanced well enough."""
@@ -83,7 +83,7 @@ class Pricing:
     ) -> None:
         self.cluster = cluster
         self.costs = LinkCosts(cluster)
-        self.folded: Folded = _fold_for(graph, num_ranks, modules)
+        self.folded: Folded = fold_for(graph, num_ranks, modules)
         self.modes: tuple[Recompute, ...] = tuple(m for m in RECOMPUTES if m in modes) or RECOMPUTES
         self._asked = modes[0] if len(modes) == 1 else None
         self.savers = Savers()
@@ -234,7 +234,7 @@ class Pricing:
             setup,
             limit_bytes,
             element_s / (setup.num_shards if setup.sharding_level >= 2 else 1),
-            None if setup.sharding_level < 2 else self._waits(chain, setup, links),
+            None if setup.sharding_level < 2 else sharding_waits(chain, setup, links),
             self._asked,
         )
         cut = best_cut(
@@ -261,31 +261,6 @@ class Pricing:
             bubble = bubble_s(setup.schedule, [mean] * p, p, setup.num_microbatches)
             beside_s += bubble / self.cluster.device.alone_ratio
         return beside_s
-
-    def _waits(self, chain: Chain, setup: StepSetup, links: Links) -> Callable[[int, int, float], float]:
-        """Seconds that ZeRO-2/3 adds to a run of units for each microbatch, in ``cost.step``'s way."""
-        gather = [
-            links.shards_s("all_gather", u.own_elements * setup.compute_bytes) for u in chain.profile.units
-        ]
-        scatter = [
-            links.shards_s("reduce_scatter", u.own_elements * setup.wire_bytes)
-            + links.copies_s(u.own_elements * setup.wire_bytes)
-            for u in chain.profile.units
-        ]
-        gathers, scatters = _sums(gather), _sums(scatter)
-        again = 1.0 if setup.sharding_level == 3 else 0.0
-        slowdown = links.overlap_slowdown
-
-        def waits(start: int, stop: int, again_s: float) -> float:
-            gathered = gathers[stop] - gathers[start]
-            scattered = again * gathered + scatters[stop] - scatters[start]
-            forward_s = chain.forward_s[stop] - chain.forward_s[start]
-            backward_s = chain.backward_s[stop] - chain.backward_s[start] + again_s
-            return exposed_s(gathered, forward_s, slowdown, gather[start]) + exposed_s(
-                scattered, backward_s, slowdown, scatter[start]
-            )
-
-        return waits
 
     def _even(
         self, uncut: _Uncut, limit_bytes: int, below_s: float
@@ -368,6 +343,30 @@ def _with_stages(setup: StepSetup, starts: tuple[int, ...], modes: tuple[StageRe
     return replace(setup, starts=starts, recompute_of_stages=modes)
 
 
+def sharding_waits(chain: Chain, setup: StepSetup, links: Links) -> Callable[[int, int, float], float]:
+    """Seconds that ZeRO-2/3 adds to a run of units for each microbatch, in ``cost.step``'s way."""
+    gather = [links.shards_s("all_gather", u.own_elements * setup.compute_bytes) for u in chain.profile.units]
+    scatter = [
+        links.shards_s("reduce_scatter", u.own_elements * setup.wire_bytes)
+        + links.copies_s(u.own_elements * setup.wire_bytes)
+        for u in chain.profile.units
+    ]
+    gathers, scatters = _sums(gather), _sums(scatter)
+    again = 1.0 if setup.sharding_level == 3 else 0.0
+    slowdown = links.overlap_slowdown
+
+    def waits(start: int, stop: int, again_s: float) -> float:
+        gathered = gathers[stop] - gathers[start]
+        scattered = again * gathered + scatters[stop] - scatters[start]
+        forward_s = chain.forward_s[stop] - chain.forward_s[start]
+        backward_s = chain.backward_s[stop] - chain.backward_s[start] + again_s
+        return exposed_s(gathered, forward_s, slowdown, gather[start]) + exposed_s(
+            scattered, backward_s, slowdown, scatter[start]
+        )
+
+    return waits
+
+
 def _sums(values: list[float]) -> list[float]:
     total, sums = 0.0, [0.0]
     for value in values:
@@ -376,7 +375,7 @@ def _sums(values: list[float]) -> list[float]:
     return sums
 
 
-def _fold_for(graph: ModelGraph, num_ranks: int, modules: tuple[str, ...]) -> Folded:
+def fold_for(graph: ModelGraph, num_ranks: int, modules: tuple[str, ...]) -> Folded:
     """Units are blocks, the unit of ZeRO's gathers, too; finer where there are too few of them to make stages of."""
     folded = fold(graph, modules=modules)
     if len(folded.units) >= min(num_ranks, ENOUGH_UNITS):

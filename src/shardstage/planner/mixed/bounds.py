@@ -1,0 +1,444 @@
+"""``bounds_of``: of all choices of one sharding at once, seconds that a step takes at least, and which cannot fit.
+
+k_i stages or ranks of a pipeline on class i, τ the slowest one's seconds for a microbatch; c_ui seconds of unit u on class i, r_ua more
+where it recomputes in the way a, b_ua bytes that it then keeps, L_i the limit. For any prices y, λ >= 0 (weak duality of the linear
+program that deals units out by fractions):
+
+    τ Σ k_i y_i  >=  Σ_u min_ia [ y_i (c_ui + r_ua) + λ_i b_ua ]  -  Σ λ_i k_i L_i
+
+y_i is the speed of class i; λ_i is zero, or such that a way of recomputation costs what its memory is worth. No time at all fits where
+Σ_u min_ia b_ua > Σ k_i L_i. And layers are whole: Σ k_i ⌊τ / c_i⌋ >= their number.
+
+step >= pipeline (its formula at τ and at Σ_u min_i c_ui) + transfers + optimizer + what of the first reduction nothing hides
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from shardstage.cluster import CollectiveKind, LinearCost
+from shardstage.cost import StepSetup
+from shardstage.cost.compute import moved_s, optimizer_s
+from shardstage.cost.links import overlap_slowdown
+from shardstage.cost.memory import MOMENTS
+from shardstage.cost.pipeline import LATE_BUBBLES, SPLITTING
+from shardstage.cost.profile import RECOMPUTES, Recompute
+from shardstage.layout import Mesh
+from shardstage.planner.mixed.pricing import MixedPricing
+from shardstage.planner.mixed.space import Arrangement, MixedChoice, MixedSpace
+from shardstage.planner.space import Schedule, Zero
+
+__all__ = ["Bounds", "MixedFigures", "bounds_of"]
+
+Array = npt.NDArray[np.float64]
+
+INTEGER_STEPS: Final = 12
+"""So often is the time of whole layers raised to the next at which a class takes one more."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixedFigures:
+    """What units cost for each of some ``sizes`` of a microbatch: ``forward_s`` and ``backward_s`` [class, kind, size] with all waiting,
+    ``again_s`` [mode][class, kind, size], ``saved`` [mode][kind, size], ``own`` [kind], ``number`` [kind], ``received`` [size]."""
+
+    sizes: npt.NDArray[np.int64]
+    number: Array
+    forward_s: Array
+    backward_s: Array
+    again_s: Mapping[Recompute, Array]
+    saved: Mapping[Recompute, Array]
+    own: Array
+    first_own: float
+    received: Array
+
+    @property
+    def whole_s(self) -> Array:
+        """[class, size]: seconds of all units."""
+        found: Array = np.einsum("u,cus->cs", self.number, self.forward_s + self.backward_s)
+        return found
+
+    @staticmethod
+    def of(pricing: MixedPricing, tp: int, *, is_sp: bool, sizes: Sequence[int]) -> MixedFigures:
+        costs = pricing.unit_costs(tp, is_sp, sizes)
+        one, twins = costs[0], pricing.twins
+
+        def table(figure: Any) -> Array:
+            return np.array([[figure(unit) for unit in kinds] for kinds in costs], dtype=np.float64)
+
+        def shared(figure: Any) -> Array:
+            return np.array([figure(unit) for unit in one], dtype=np.float64)
+
+        own = shared(lambda unit: unit.own_elements[0])
+        received = shared(lambda unit: unit.input_bytes)
+        return MixedFigures(
+            sizes=np.array(sizes),
+            number=pricing.num_of_kinds,
+            forward_s=table(lambda unit: unit.forward_s),
+            backward_s=table(lambda unit: unit.backward_s),
+            again_s={mode: table(lambda unit, m=mode: unit.recompute_s[m]) for mode in RECOMPUTES},
+            saved={mode: shared(lambda unit, m=mode: unit.saved_bytes[m]) for mode in RECOMPUTES},
+            own=own,
+            first_own=float(own[twins[0]]),
+            received=received[sorted({*twins[1:]})].min(axis=0) if len(twins) > 1 else received[0] * 0,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bounds:
+    """Of each arrangement, ZeRO and schedule [row, column]: the least seconds, infinite where that is no choice of the space; whether it
+    cannot fit."""
+
+    arrangements: Sequence[Arrangement]
+    columns: Sequence[tuple[Zero, Schedule]]
+    seconds: Array
+    is_large: npt.NDArray[np.bool_]
+    num_by_rule: int
+
+    def choice(self, index: int) -> MixedChoice:
+        """By its flat index."""
+        row, column = divmod(index, len(self.columns))
+        return MixedChoice(self.arrangements[row], *self.columns[column])
+
+
+class _Lanes(NamedTuple):
+    """One lane of each row: ``k`` [class, row] ranks of a pipeline on each class, ``size`` [class, row] places of its sizes in the table,
+    ``held`` [class, row] microbatches that the last of these ranks holds under 1F1B."""
+
+    k: Array
+    size: npt.NDArray[np.int64]
+    held: Array
+
+
+def bounds_of(
+    pricing: MixedPricing,
+    space: MixedSpace,
+    figures: MixedFigures,
+    arrangements: Sequence[Arrangement],
+    limits: Sequence[int],
+) -> Bounds:
+    """Of all choices with these arrangements, which are of one sharding."""
+    rows = _Rows(pricing, figures, arrangements, limits)
+    zeros = sorted({zero for of in arrangements for zero in space.zeros_of(of)}, key=str)
+    columns = [(zero, schedule) for zero in zeros for schedule in space.declared.schedules]
+    shape = (len(arrangements), len(columns))
+    seconds, is_large = np.full(shape, np.inf), np.zeros(shape, dtype=bool)
+    is_offered, is_dominated = _offered(space, arrangements, columns)
+    is_open = is_offered & ~is_dominated
+    for zero in zeros:
+        of_zero = rows.at(zero)
+        for column, (its_zero, schedule) in enumerate(columns):
+            if its_zero == zero and is_open[:, column].any():
+                seconds[:, column], is_large[:, column] = of_zero.of(schedule)
+    return Bounds(
+        arrangements=arrangements,
+        columns=columns,
+        seconds=np.where(is_open, seconds, np.inf),
+        is_large=is_large & is_open,
+        num_by_rule=int((is_offered & is_dominated).sum()),
+    )
+
+
+def _offered(
+    space: MixedSpace, arrangements: Sequence[Arrangement], columns: Sequence[tuple[Zero, Schedule]]
+) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+    """Which columns each row may take, and which of these another one equals."""
+    known: dict[tuple[int, int], Any] = {}
+    dominated = space.declared.dominated
+    rows = []
+    for of in arrangements:
+        key = (of.pp, of.dp)
+        if key not in known:
+            zeros, schedules = {*space.zeros_of(of)}, {*space.schedules_of(of)}
+            known[key] = [zero in zeros and schedule in schedules for zero, schedule in columns]
+        rows.append(known[key])
+    is_offered = np.array(rows, dtype=bool).reshape(len(arrangements), len(columns))
+    return is_offered, np.broadcast_to([s in dominated for _, s in columns], is_offered.shape)
+
+
+class _Rows:
+    """Arrangements as arrays; what talking over each mesh costs is found once for each."""
+
+    def __init__(
+        self,
+        pricing: MixedPricing,
+        figures: MixedFigures,
+        arrangements: Sequence[Arrangement],
+        limits: Sequence[int],
+    ) -> None:
+        self.pricing = pricing
+        self.figures = figures
+        self.limits = np.array(limits, dtype=np.float64)
+        self.setup = pricing.setup(MixedChoice(arrangements[0], Zero(0), Schedule("1f1b", 1)))
+        self.p = np.array([of.pp for of in arrangements], dtype=np.float64)
+        self.m = np.array([of.num_microbatches for of in arrangements], dtype=np.float64)
+        self.dp = np.array([of.dp for of in arrangements], dtype=np.float64)
+        self.talk = _Talk(pricing, [of.mesh for of in arrangements])
+        self.kinds = [
+            (np.array([row for row, of in enumerate(arrangements) if of.by == by]), by)
+            for by in ("stages", "shares")
+        ]
+        self._arrangements = arrangements
+
+    def at(self, zero: Zero) -> _OfZero:
+        return _OfZero(self, zero)
+
+    def lanes(self) -> Iterator[tuple[npt.NDArray[np.int64], tuple[int, ...], _Lanes]]:
+        """Rows with one of their lanes: the classes that it lies on, and how."""
+        places = {int(size): place for place, size in enumerate(self.figures.sizes)}
+        num_classes = len(self.limits)
+        for rows, by in self.kinds:
+            if not len(rows):
+                continue
+            own = [self._arrangements[row] for row in rows]
+            size = np.array([[places[size] for size in of.sizes] for of in own]).T
+            if by == "stages":
+                k = np.array([of.ways for of in own], dtype=np.float64).T
+                last = np.cumsum(k, axis=0)
+                held = np.minimum(self.m[rows], self.p[rows] - last + 1)
+                yield rows, tuple(range(num_classes)), _Lanes(k, size, held)
+                continue
+            for number in range(num_classes):
+                yield (
+                    rows,
+                    (number,),
+                    _Lanes(self.p[rows][None], size[number : number + 1], np.ones((1, len(rows)))),
+                )
+
+
+class _Talk:
+    """Seconds before the first byte and for each byte, [row, 2], by kind of collective over replicas; and between stages."""
+
+    def __init__(self, pricing: MixedPricing, meshes: Sequence[Mesh]) -> None:
+        self._meshes = {mesh: number for number, mesh in enumerate(dict.fromkeys(meshes))}
+        self._which = np.array([self._meshes[mesh] for mesh in meshes])
+        self._costs = pricing.costs.link_costs
+        self.reduce = self.over_replicas("all_reduce", None)
+        self.transfer = self._each(lambda mesh: self._costs.cost("p2p", min(2, mesh.pp), mesh.stride("pp")))
+        self.norm_s = self._each(lambda mesh: self._costs.cost("all_reduce", mesh.world_size, 1))[:, 0]
+
+    def over_replicas(self, kind: CollectiveKind, num_ranks: int | None) -> Array:
+        """Over all of them, or over so many neighbours."""
+        return self._each(
+            lambda mesh: self._costs.cost(kind, min(num_ranks or mesh.dp, mesh.dp), mesh.stride("dp"))
+        )
+
+    def _each(self, cost: Callable[[Mesh], LinearCost]) -> Array:
+        found = [cost(mesh) for mesh in self._meshes]
+        table: Array = np.array([(each.latency_s, 1 / each.bytes_per_s) for each in found])[self._which]
+        return table
+
+
+class _OfZero:
+    """Bounds of all rows under one ZeRO level."""
+
+    def __init__(self, rows: _Rows, zero: Zero) -> None:
+        self._rows = rows
+        self._level = np.where(rows.dp > 1, zero.level, 0)
+        setup = rows.setup
+        self._shards = np.where(self._level > 0, zero.num_ranks or rows.dp, 1.0)
+        self._gather = rows.talk.over_replicas("all_gather", zero.num_ranks)
+        self._scatter = rows.talk.over_replicas("reduce_scatter", zero.num_ranks)
+        self._lanes = [(own, on, lanes, self._costs(own, on, lanes)) for own, on, lanes in rows.lanes()]
+        self._slowest: dict[tuple[int, str], tuple[Array, Array]] = {}
+        self._state = _state_bytes(setup, self._level, self._shards)
+
+    def of(self, schedule: Schedule) -> tuple[Array, npt.NDArray[np.bool_]]:
+        """[row]: least seconds, and whether a choice cannot fit."""
+        seconds, is_large = np.zeros(len(self._rows.p)), np.zeros(len(self._rows.p), dtype=bool)
+        for place, (own, on, lanes, costs) in enumerate(self._lanes):
+            how = schedule.name if schedule.name in ("1f1b", "zb-h1") else ""
+            if (place, how) not in self._slowest:
+                self._slowest[place, how] = self._slowest_s(how, own, on, lanes, costs)
+            slowest, least_bytes = self._slowest[place, how]
+            found = self._of_lane(schedule, own, costs, slowest)
+            large = least_bytes > (lanes.k * self._rows.limits[list(on)][:, None]).sum(axis=0)
+            seconds[own] = np.maximum(seconds[own], found)
+            is_large[own] |= large
+        return seconds, is_large
+
+    def _costs(self, own: Any, on: tuple[int, ...], lanes: _Lanes) -> _Costs:
+        """Of each lane's units, [class, kind, row]."""
+        f, rows, setup = self._rows.figures, self._rows, self._rows.setup
+        numbers = np.array(on)[:, None]
+
+        def sized(values: Array) -> Array:
+            found: Array = values[numbers, :, lanes.size].transpose(0, 2, 1)
+            return found
+
+        reference = rows.pricing.costs.reference(on).device
+        element_s = moved_s(setup.accumulation_bytes, reference)
+        level, m = self._level[own], rows.m[own]
+        added_s = element_s * np.where(m > 1, 1.0, 0.0) / np.where(level >= 2, self._shards[own], 1.0)
+        talk_s = self._talk_s(own, level)
+        forward, backward = sized(f.forward_s), sized(f.backward_s)
+        extra = f.own[:, None] * added_s + overlap_slowdown(reference) * talk_s
+        both = forward + backward + extra
+        return _Costs(
+            all_forward=_sums(f.number, forward.min(axis=0)),
+            all_backward=_sums(f.number, backward.min(axis=0)),
+            all_both=_sums(f.number, both.min(axis=0)),
+            both=both,
+            talk=talk_s,
+            again=[sized(f.again_s[mode]) for mode in self._modes],
+            saved=[f.saved[mode][:, lanes.size].transpose(1, 0, 2) for mode in self._modes],
+            ratio=reference.alone_ratio,
+            beside=self._beside_s(own, on, lanes),
+        )
+
+    @property
+    def _modes(self) -> tuple[Recompute, ...]:
+        asked = self._rows.pricing.asked
+        return RECOMPUTES if asked is None or asked not in RECOMPUTES else (asked,)
+
+    def _talk_s(self, own: Any, level: Array) -> Array:
+        """[kind, row]: seconds of ZeRO-2/3's collectives for a microbatch."""
+        f, setup = self._rows.figures, self._rows.setup
+        calls = (f.own > 0)[:, None]
+
+        def each(table: Array, element_bytes: float) -> Array:
+            found: Array = calls * table[own, 0] + f.own[:, None] * element_bytes * table[own, 1]
+            return found
+
+        gathers = np.where(level >= 3, 2.0, 1.0) * each(self._gather, setup.compute_bytes)
+        return np.where(level >= 2, gathers + each(self._scatter, setup.wire_bytes), 0.0)
+
+    def _beside_s(self, own: Any, on: tuple[int, ...], lanes: _Lanes) -> Array:
+        """[row]: transfers, the optimizer on the mean rank, new parameters, the norm's sum, and what of reductions nothing hides."""
+        rows, f, setup, level = self._rows, self._rows.figures, self._rows.setup, self._level[own]
+        talk, p = rows.talk, rows.p[own]
+        reference = rows.pricing.costs.reference(on).device
+        elements = f.number @ f.own
+        part = elements / p / self._shards[own]
+        received = f.received[lanes.size[0]]
+        transfer = talk.transfer[own, 0] + received * talk.transfer[own, 1]
+        update = 0.0 if setup.is_offloaded else part * optimizer_s(1, setup.master_bytes, 0, reference)
+        gather = self._gather[own, 0] + elements / p * setup.compute_bytes * self._gather[own, 1]
+        sums = np.where((level == 1)[:, None], self._scatter[own], talk.reduce[own])
+        least = np.where(p == 1, elements, f.first_own) * setup.wire_bytes * sums[:, 1]
+        exposed = overlap_slowdown(reference) * least * ((level < 2) & (rows.dp[own] > 1))
+        waits = np.where(p > 1, 2 * (p - 1) * transfer, 0.0)
+        found: Array = waits + update + np.where(level == 1, gather, 0.0) + exposed + talk.norm_s[own]
+        return found
+
+    def _slowest_s(
+        self, how: str, own: Any, on: tuple[int, ...], lanes: _Lanes, costs: _Costs
+    ) -> tuple[Array, Array]:
+        """[row]: of the slowest rank, and bytes of a pipeline; ``how`` names a schedule that holds as 1F1B or ZB-H1 do, or is empty."""
+        rows = self._rows
+        held = np.ones_like(lanes.held)
+        if how:
+            held = (
+                lanes.held if how == "1f1b" else np.broadcast_to(np.minimum(rows.p, rows.m)[own], held.shape)
+            )
+        state = self._state[own] * rows.figures.own[:, None]
+        return _slowest_s(costs, rows.figures.number, lanes.k, held, state, rows.limits[list(on)])
+
+    def _of_lane(self, schedule: Schedule, own: Any, costs: _Costs, slowest: Array) -> Array:
+        """[row]: least seconds of a step."""
+        rows = self._rows
+        sums = (costs.all_forward, costs.all_backward, costs.all_both)
+        pipeline = _pipeline_s(schedule, slowest, *sums, rows.p[own], rows.m[own])
+        found: Array = rows.pricing.least_factor * (pipeline / costs.ratio + costs.beside)
+        return found
+
+
+class _Costs(NamedTuple):
+    """Of a lane's units [class, kind, row]: seconds of both directions with what sums and ZeRO add at least; ``talk`` [kind, row] of ZeRO;
+    by mode of recomputation its seconds, and bytes that are kept. ``all_*`` [row] are sums over units, each on its quickest class."""
+
+    all_forward: Array
+    all_backward: Array
+    all_both: Array
+    both: Array
+    talk: Array
+    again: Sequence[Array]
+    saved: Sequence[Array]
+    ratio: float
+    beside: Array
+
+
+def _sums(number: Array, each: Array) -> Array:
+    """[row]: of all units; ``each`` [kind, row]."""
+    found: Array = number @ each
+    return found
+
+
+def _slowest_s(
+    costs: _Costs, number: Array, k: Array, held: Array, state: Array, limits: Array
+) -> tuple[Array, Array]:
+    """[row]: what the slowest rank takes at least for one microbatch, and bytes of all ranks of a pipeline."""
+    speed = 1 / np.einsum("u,cur->cr", number, costs.both)
+    y = speed / (k * speed).sum(axis=0)
+    dealt = [y[:, None] * (costs.both + again) for again in costs.again]
+    kept = [held[:, None] * saved + state[None] for saved in costs.saved]
+    room = k * limits[:, None]
+    found = np.einsum("u,ur->r", number, (y[:, None] * costs.talk[None]).min(axis=0))
+    for worth in product(range(len(costs.again)), repeat=len(k)):
+        price = np.stack([_price(number, dealt, kept, way, place) for place, way in enumerate(worth)])
+        each = [t + price[:, None] * b for t, b in zip(dealt, kept, strict=True)]
+        least = np.minimum.reduce([e.min(axis=0) for e in each])
+        found = np.maximum(found, number @ least - (price * room).sum(axis=0))
+    found = np.maximum(found, _whole_layers_s(costs.both, number, k))
+    least_bytes = number @ np.minimum.reduce([b.min(axis=0) for b in kept])
+    return found, least_bytes
+
+
+def _price(number: Array, dealt: Sequence[Array], kept: Sequence[Array], way: int, place: int) -> Array:
+    """[row]: λ at which recomputing so costs what its memory is worth on a class; 0 for the first way."""
+    if way == 0:
+        return np.zeros(dealt[0].shape[2])
+    seconds = number @ (dealt[way][place] - dealt[way - 1][place])
+    spared = number @ (kept[way - 1][place] - kept[way][place])
+    found: Array = np.where(spared > 0, np.maximum(seconds, 0.0) / np.where(spared > 0, spared, 1.0), 0.0)
+    return found
+
+
+def _whole_layers_s(both: Array, number: Array, k: Array) -> Array:
+    """[row]: of each kind of unit the least seconds in which its units, whole, are dealt out."""
+    found: Array = both.min(axis=0).max(axis=0)
+    for kind in np.flatnonzero(number > 1):
+        each = both[:, kind]
+        seconds = np.maximum(number[kind] / (k / each).sum(axis=0), each.min(axis=0)) * (1 - 1e-12)
+        for _ in range(INTEGER_STEPS):
+            dealt = (k * np.floor(seconds * (1 + 1e-9) / each)).sum(axis=0)
+            following = (each * (np.floor(seconds * (1 + 1e-9) / each) + 1)).min(axis=0)
+            seconds = np.where(dealt < number[kind], following * (1 - 1e-9), seconds)
+        found = np.maximum(found, seconds)
+    return found
+
+
+def _pipeline_s(
+    schedule: Schedule, slowest: Array, forward: Array, backward: Array, all_s: Array, p: Array, m: Array
+) -> Array:
+    """[row]: ``cost.pipeline`` of ranks that take so long at most, and of the mean stage."""
+    if schedule.name in ("1f1b", "gpipe"):
+        return (m - 1) * slowest + np.maximum(slowest, all_s)
+    v, few = schedule.per_rank, np.maximum(0.0, p - m)
+    mean_forward, mean_backward = forward / (p * v), backward / (p * v)
+    if schedule.name in SPLITTING:
+        late = LATE_BUBBLES.get(schedule.name, 0.0) * np.minimum(p, np.maximum(0.0, 2 * p - m)) / p
+        bubble = (p - 1) * mean_forward * (1 + late) + few * v * mean_backward / 2
+    else:
+        bubble = (p - 1 + few * (v - 1)) * (mean_forward + mean_backward)
+    found: Array = m * slowest + np.where(p > 1, bubble, 0.0)
+    return found
+
+
+def _state_bytes(setup: StepSetup, level: Array, shards: Array) -> Array:
+    """[row]: bytes of parameters, gradients and optimizer for each element of a stage, at least (``cost.memory``'s table)."""
+    c, g, w = setup.compute_bytes, setup.gradient_bytes, setup.master_bytes
+    is_cut = level >= 2
+    stored = np.where(is_cut, g, c)
+    has_own_masters = setup.is_offloaded | (stored != w)
+    of_master = np.where(is_cut | has_own_masters, w, 0)
+    of_owned = np.zeros_like(shards) if setup.is_offloaded else of_master + MOMENTS * w
+    of_owned = of_owned + np.where(level >= 1, g, 0) + np.where(is_cut & has_own_masters, g, 0)
+    whole = np.where(level >= 3, 0, np.where(level == 2, c, c + g))
+    found: Array = whole + of_owned / shards
+    return found

@@ -1,0 +1,136 @@
+"""``LanesAsStages``: what ``best_cut`` asks, where stages lie on classes of devices and several pipelines have the same cut.
+
+A stage takes what it takes the slowest of the pipelines, and recomputes what fits into all of them.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import accumulate
+from typing import Final
+
+from shardstage.cost import Links, StepSetup
+from shardstage.cost.compute import moved_s
+from shardstage.graph.recompute import StageRecompute
+from shardstage.planner.chain import Chain, ChainCosts
+from shardstage.planner.mixed.space import Lane
+from shardstage.planner.pricing import sharding_waits
+from shardstage.planner.stages import Fitted
+
+__all__ = ["LaneAsStages", "LanesAsStages", "balanced_on"]
+
+PRECISION: Final = 1e-5
+"""Relative precision of the seconds of a balanced cut's slowest stage."""
+
+
+class LaneAsStages:
+    """``StageCosts`` of one lane: each stage is a run of the chain of its own class. ``chains`` and ``limits`` are by class."""
+
+    def __init__(
+        self,
+        lane: Lane,
+        chains: Sequence[Chain | None],
+        setup: StepSetup,
+        links: Links,
+        limits: Sequence[int],
+        asked: StageRecompute | None = None,
+    ) -> None:
+        self._lane = lane
+        self._args = (chains, setup, links, limits)
+        element_s = (
+            moved_s(setup.accumulation_bytes, links.cluster.device) if setup.num_microbatches > 1 else 0.0
+        )
+        self._of: dict[int, ChainCosts] = {}
+        for number in {*lane.classes}:
+            chain = chains[number]
+            assert chain is not None
+            self._of[number] = ChainCosts(
+                chain,
+                replace(setup, microbatch=lane.size),
+                limits[number],
+                element_s / (setup.num_shards if setup.sharding_level >= 2 else 1),
+                None if setup.sharding_level < 2 else sharding_waits(chain, setup, links),
+                asked,
+            )
+        self._asked: dict[StageRecompute, LaneAsStages] = {}
+
+    @property
+    def num_units(self) -> int:
+        return self._of[self._lane.classes[0]].num_units
+
+    def plain_s(self, stage: int, start: int, stop: int) -> float:
+        return self._of[self._lane.classes[stage]].plain_s(stage, start, stop)
+
+    def fitted(self, stage: int, start: int, stop: int) -> Fitted | None:
+        return self._of[self._lane.classes[stage]].fitted(stage, start, stop)
+
+    def recomputing(self, mode: StageRecompute) -> LaneAsStages:
+        """The same where every stage recomputes so."""
+        if mode not in self._asked:
+            self._asked[mode] = LaneAsStages(self._lane, *self._args, asked=mode)
+        return self._asked[mode]
+
+
+class LanesAsStages:
+    """``StageCosts`` of several lanes with one cut."""
+
+    def __init__(self, lanes: Sequence[LaneAsStages]) -> None:
+        self._lanes = lanes
+        self.num_units = lanes[0].num_units
+
+    def plain_s(self, stage: int, start: int, stop: int) -> float:
+        return max(lane.plain_s(stage, start, stop) for lane in self._lanes)
+
+    def fitted(self, stage: int, start: int, stop: int) -> Fitted | None:
+        found = [lane.fitted(stage, start, stop) for lane in self._lanes]
+        each = [fitted for fitted in found if fitted is not None]
+        if len(each) < len(found):
+            return None
+        fitting = (self._all(mode, stage, start, stop) for mode in dict.fromkeys(f.recompute for f in each))
+        return min((fitted for fitted in fitting if fitted), key=lambda fitted: fitted.seconds, default=None)
+
+    def _all(self, mode: StageRecompute, stage: int, start: int, stop: int) -> Fitted | None:
+        """Where all lanes recompute so; None where that does not fit one of them."""
+        found = [lane.recomputing(mode).fitted(stage, start, stop) for lane in self._lanes]
+        if any(fitted is None for fitted in found):
+            return None
+        return Fitted(max(fitted.seconds for fitted in found if fitted), mode)
+
+
+def balanced_on(sums: Sequence[Sequence[float]]) -> tuple[int, ...]:
+    """First units of stages of nearly equal seconds; ``sums`` are for each stage the seconds of the units before each one on its class.
+
+    The slowest stage is as quick as can be, to ``PRECISION``; under that cap each stage ends as near as it may to where its share of the
+    speed of all stages has it end.
+    """
+    num_units, last = len(sums[0]) - 1, len(sums) - 1
+    low, high = min(each[-1] for each in sums) / len(sums), max(each[-1] for each in sums)
+    while high - low > PRECISION * high:
+        middle = (low + high) / 2
+        low, high = (low, middle) if _reaches(sums, middle) else (middle, high)
+    ends = [num_units] * len(sums)  # no stage may end earlier than the following ones can make up for
+    for stage in range(last, 0, -1):
+        own, stop = sums[stage], ends[stage]
+        ends[stage - 1] = max(stage, min(stop - 1, bisect_left(own, own[stop] - high)))
+    speeds = [1 / each[-1] for each in sums]
+    shares = [*accumulate(speeds)]
+    starts = [0]
+    for stage in range(last):
+        own, start = sums[stage], starts[-1]
+        wanted = bisect_left(sums[0], sums[0][-1] * shares[stage] / shares[-1] * (1 - PRECISION))
+        most = max(bisect_right(own, own[start] + high) - 1, start + 1)
+        starts.append(min(max(wanted, ends[stage], start + 1), most, num_units - last + stage))
+    return tuple(starts)
+
+
+def _reaches(sums: Sequence[Sequence[float]], cap: float) -> bool:
+    """Whether stages that take as many units as the cap lets them take all."""
+    start, num_units = 0, len(sums[0]) - 1
+    for stage, own in enumerate(sums):
+        stop = bisect_right(own, own[start] + cap, start) - 1
+        if stop == start:
+            return False
+        start = min(stop, num_units - (len(sums) - stage - 1))
+    return start == num_units

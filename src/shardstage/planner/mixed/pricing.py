@@ -1,0 +1,337 @@
+"""``MixedPricing``: what a choice costs exactly, at the best cut that its pipelines have in common."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from shardstage.cluster import Cluster
+from shardstage.cost import Links, MemoryModel, Prediction, StepSetup, step_seconds
+from shardstage.cost.offload import has_host_room
+from shardstage.cost.pipeline import StageTime, pipeline_s
+from shardstage.cost.units import Cases, UnitCosts
+from shardstage.graph import ModelGraph
+from shardstage.graph.recompute import StageRecompute
+from shardstage.layout import Mesh
+from shardstage.plan import Plan, Precision
+from shardstage.plan.complete import ranges
+from shardstage.planner.alike import Alike
+from shardstage.planner.chain import Chain
+from shardstage.planner.mixed.cuts import LaneAsStages, LanesAsStages, balanced_on
+from shardstage.planner.mixed.lanes import LaneCosts, classes_of_stages, combined
+from shardstage.planner.mixed.space import Lane, MixedChoice
+from shardstage.planner.pricing import fold_for
+from shardstage.planner.space import Savers
+from shardstage.planner.stages import best_cut
+
+__all__ = ["MixedPriced", "MixedPricing", "TooLong"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class MixedPriced:
+    """A choice with its plan and price; ``peaks`` are the bytes of the fullest rank of each class."""
+
+    choice: MixedChoice
+    setup: StepSetup
+    plan: Plan
+    prediction: Prediction
+    peaks: tuple[int, ...]
+
+    @property
+    def seconds(self) -> float:
+        return self.prediction.step_time_s
+
+
+class TooLong(Exception):
+    """A choice whose price is not below the best one's."""
+
+    def __init__(self, seconds: float = math.inf) -> None:
+        super().__init__(seconds)
+        self.seconds = seconds
+
+
+class MixedPricing:
+    """Prices choices for one graph, cluster and batch; a class may hold ``limits`` bytes a rank."""
+
+    def __init__(
+        self,
+        graph: ModelGraph,
+        cluster: Cluster,
+        *,
+        global_batch: int,
+        sequence: int | None,
+        precision: Precision,
+        is_compiled: bool = False,
+        asked: StageRecompute | None = None,
+        modules: tuple[str, ...] = (),
+    ) -> None:
+        self.graph = graph
+        self.cluster = cluster
+        self.global_batch = global_batch
+        self.sequence = sequence
+        self.precision: Precision = precision
+        self.is_compiled = is_compiled
+        self.asked = asked
+        self._modules = modules
+        self.savers = Savers()
+        self.folded = fold_for(graph, cluster.num_devices, modules)
+        self.costs = LaneCosts(cluster, self.folded, sequence=sequence, is_compiled=is_compiled)
+        calibrations = (part.calibration for part in self.costs.classes)
+        factors = [f for each in calibrations if each is not None for f in each.factors.values()]
+        self.least_factor = min([1.0, *factors])
+        self._twins = [unit.twin for unit in self.folded.units]
+        self._chains: dict[tuple[int, bool, int, int], Chain] = {}
+        self._starts: dict[tuple[object, ...], tuple[int, ...]] = {}
+
+    @property
+    def num_units(self) -> int:
+        return len(self.folded.units)
+
+    def unit_costs(self, tp: int, is_sp: bool, sizes: Sequence[int]) -> list[list[UnitCosts]]:
+        """[class][kind]: what units cost at each size."""
+        links = Links(self.costs.classes[0], Mesh(tp=tp), costs=self.costs.link_costs)
+        cases = Cases.of(sizes, [links] * len(sizes))
+        return [
+            self.costs.profiler(tp, is_sp, number).costs(cases) for number in range(len(self.costs.classes))
+        ]
+
+    @property
+    def num_of_kinds(self) -> npt.NDArray[np.float64]:
+        """[kind]: how many units there are of each."""
+        found: npt.NDArray[np.float64] = np.bincount(self._twins).astype(np.float64)
+        return found
+
+    @property
+    def twins(self) -> list[int]:
+        return self._twins
+
+    def price(
+        self, choice: MixedChoice, limits: Sequence[int], below_s: float = math.inf
+    ) -> MixedPriced | None:
+        """The choice at its best cut; None where it does not fit. Raises ``TooLong`` where it cannot come below ``below_s``."""
+        setup = self.setup(choice)
+        found = (self._cut if choice.schedule.per_rank == 1 else self._even)(choice, setup, limits, below_s)
+        if found is None:
+            return None
+        lanes, is_sp = choice.arrangement.lanes, choice.arrangement.is_sequence_parallel
+        predictions = [self.costs.predict(lane, found, is_sp) for lane in lanes]
+        peaks = [0] * len(limits)
+        for lane, prediction in zip(lanes, predictions, strict=True):
+            for pp, number in enumerate(lane.classes):
+                peaks[number] = max(peaks[number], prediction.rank_peak_bytes(pp))
+        has_room = all(
+            has_host_room(prediction.host_bytes, self.costs.classes[number].device)
+            for lane, prediction in zip(lanes, predictions, strict=True)
+            for number in {*lane.classes}
+        )
+        if not has_room or any(peak > limit for peak, limit in zip(peaks, limits, strict=True)):
+            return None
+        plan = self._plan(choice, found)
+        used = self.cluster.with_parts(choice.arrangement.used)
+        return MixedPriced(
+            choice=choice,
+            setup=found,
+            plan=plan,
+            prediction=combined(predictions, plan, used),
+            peaks=tuple(peaks),
+        )
+
+    def layers_by_class(self, priced: MixedPriced) -> list[int]:
+        """How many layers lie on each class: those that begin there; units, of a model without layers."""
+        setup, layers = priced.setup, self.folded.layers
+        stops, found = (*setup.starts[1:], self.num_units), [0] * len(self.costs.classes)
+        has_layers = any(layer >= 0 for layer in layers)
+        for lane in priced.choice.arrangement.lanes:
+            for number, start, stop in zip(classes_of_stages(lane, setup), setup.starts, stops, strict=True):
+                units = range(start, stop)
+                found[number] += sum(
+                    not has_layers or (layers[unit] >= 0 and (not unit or layers[unit - 1] != layers[unit]))
+                    for unit in units
+                )
+        return found
+
+    def setup(self, choice: MixedChoice) -> StepSetup:
+        """The choice before its stages are cut."""
+        of = choice.arrangement
+        return StepSetup(
+            mesh=of.mesh,
+            starts=tuple(range(of.pp * choice.schedule.per_rank)),
+            microbatch=max(of.sizes),
+            num_microbatches=of.num_microbatches,
+            global_batch=self.global_batch,
+            sequence=self.sequence,
+            zero=choice.zero.level,
+            zero_ranks=choice.zero.num_ranks,
+            recompute=self.asked or "none",
+            schedule=choice.schedule.name,
+            precision=self.precision,
+            bucket_bytes=Plan.bucket_bytes,
+            gradient_dtype=self.savers.gradient_dtype,
+            is_offloaded=self.savers.offload == "optimizer",
+            layers=self.folded.layers,
+        )
+
+    def chain(self, choice: MixedChoice, number: int, size: int) -> Chain:
+        """The units on one class, with their sums."""
+        key = (choice.arrangement.tp, choice.arrangement.is_sequence_parallel, number, size)
+        if key not in self._chains:
+            profile, twins = self.costs.profile(*key), self._twins
+            kinds = [profile.units[twins.index(twin)] for twin in range(max(twins) + 1)]
+            self._chains[key] = Chain(profile, kinds, twins, self.folded.layers)
+        return self._chains[key]
+
+    def _chains_of(self, choice: MixedChoice, lane: Lane) -> list[Chain | None]:
+        own = {*lane.classes}
+        return [
+            self.chain(choice, number, lane.size) if number in own else None
+            for number in range(len(self.costs.classes))
+        ]
+
+    def _cut(
+        self, choice: MixedChoice, setup: StepSetup, limits: Sequence[int], below_s: float
+    ) -> StepSetup | None:
+        """Stages and what they recompute: exact for one lane, for several by the slowest at each stage."""
+        lanes = choice.arrangement.lanes
+        of_lanes = [
+            LaneAsStages(
+                lane,
+                self._chains_of(choice, lane),
+                setup,
+                self.costs.links(lane, setup),
+                limits,
+                self.asked,
+            )
+            for lane in lanes
+        ]
+        is_single = len(lanes) == 1
+        cut = best_cut(
+            of_lanes[0] if is_single else LanesAsStages(of_lanes),
+            setup.mesh.pp,
+            setup.num_microbatches,
+            below_s=self._pipeline_below_s(lanes[0], below_s) if is_single else math.inf,
+            counts_sum=setup.schedule in ("1f1b", "gpipe"),
+        )
+        if cut is None:
+            return None
+        is_alike = len({*cut.recompute}) == 1
+        found = replace(
+            setup,
+            starts=cut.starts,
+            recompute=cut.recompute[0] if is_alike else "none",
+            recompute_of_stages=() if is_alike else cut.recompute,
+        )
+        self._check_seconds(choice, found, below_s)
+        return found
+
+    def _pipeline_below_s(self, lane: Lane, below_s: float) -> float:
+        """What the pipeline may take where the step takes ``below_s``, were nothing to come on top of it."""
+        return self.costs.reference(lane.classes).device.alone_ratio * below_s / self.least_factor
+
+    def _check_seconds(self, choice: MixedChoice, setup: StepSetup, below_s: float) -> None:
+        """Raises ``TooLong`` where a step takes ``below_s`` or more; that is known sooner than what its ranks hold."""
+        if below_s == math.inf:
+            return
+        is_sp = choice.arrangement.is_sequence_parallel
+        seconds = max(
+            step_seconds(
+                self.costs.lane_profile(lane, setup, is_sp),
+                replace(setup, microbatch=lane.size),
+                self.costs.links(lane, setup),
+            )
+            for lane in choice.arrangement.lanes
+        )
+        if seconds >= below_s:
+            raise TooLong(seconds)
+
+    def _even(
+        self, choice: MixedChoice, setup: StepSetup, limits: Sequence[int], below_s: float
+    ) -> StepSetup | None:
+        """Several stages a rank: cut for balance on the slowest lane, all recomputing as many layers, as few as fit into all lanes."""
+        lanes, is_sp = choice.arrangement.lanes, choice.arrangement.is_sequence_parallel
+        made = replace(setup, starts=self._balanced(choice, setup))
+        self._check_pipeline(choice, made, below_s)
+        self._check_seconds(choice, made, below_s)
+        needs: list[StageRecompute] = []
+        alikes = [self._alike(choice, lane, replace(made, microbatch=lane.size), limits) for lane in lanes]
+        for alike in alikes:
+            recompute = _least(alike, self.asked)
+            if recompute is None:
+                return None
+            needs.append(recompute)
+        for mode in dict.fromkeys(needs):
+            if all(_holds(self.costs, lane, replace(made, recompute=mode), is_sp, limits) for lane in lanes):
+                found = replace(made, recompute=mode)
+                self._check_seconds(choice, found, below_s)
+                return found
+        return None
+
+    def _alike(self, choice: MixedChoice, lane: Lane, setup: StepSetup, limits: Sequence[int]) -> Alike:
+        profile = self.costs.lane_profile(lane, setup, choice.arrangement.is_sequence_parallel)
+        layers = self.chain(choice, lane.classes[0], lane.size).layers
+        return Alike(profile, layers, setup, [limits[number] for number in lane.classes])
+
+    def _balanced(self, choice: MixedChoice, setup: StepSetup) -> tuple[int, ...]:
+        """Stages of nearly equal seconds, each on its own class, of what the units take the first lane for about as many samples."""
+        of, lane = choice.arrangement, choice.arrangement.lanes[0]
+        places, size = tuple(classes_of_stages(lane, setup)), 1 << (lane.size.bit_length() - 1)
+        key = (of.tp, of.is_sequence_parallel, size, places)
+        if key not in self._starts:
+            sums = {number: self.chain(choice, number, size).both_s for number in {*places}}
+            self._starts[key] = balanced_on([sums[number] for number in places])
+        return self._starts[key]
+
+    def _check_pipeline(self, choice: MixedChoice, setup: StepSetup, below_s: float) -> None:
+        """Raises ``TooLong`` where the pipeline alone takes ``below_s``, before ZeRO's waits, sums of gradients and recomputation."""
+        if below_s == math.inf:
+            return
+        stops = (*setup.starts[1:], self.num_units)
+        for lane in choice.arrangement.lanes:
+            chains = [self.chain(choice, number, lane.size) for number in classes_of_stages(lane, setup)]
+            times = [
+                StageTime(chain.forward_s[b] - chain.forward_s[a], chain.backward_s[b] - chain.backward_s[a])
+                for chain, a, b in zip(chains, setup.starts, stops, strict=True)
+            ]
+            seconds = pipeline_s(setup.schedule, times, setup.mesh.pp, setup.num_microbatches)
+            if seconds >= self._pipeline_below_s(lane, below_s):
+                raise TooLong
+
+    def _plan(self, choice: MixedChoice, setup: StepSetup) -> Plan:
+        of = choice.arrangement
+        plan = Plan(
+            mesh=setup.mesh,
+            stages=ranges(self.graph, [self.folded.units[start].start for start in setup.starts]),
+            global_batch=self.global_batch,
+            sequence=self.sequence,
+            microbatch=max(of.sizes),
+            shares=of.shares(self.global_batch),
+            zero=choice.zero.level,
+            zero_ranks=choice.zero.num_ranks,
+            recompute=setup.recompute,
+            stage_recompute=setup.recompute_of_stages,
+            schedule=choice.schedule.name,
+            precision=self.precision,
+            is_sequence_parallel=of.is_sequence_parallel,
+            is_compiled=self.is_compiled,
+            gradient_dtype=self.savers.gradient_dtype,
+            offload=self.savers.offload,
+        )
+        return replace(plan, recompute_modules=self._modules) if plan.is_selective else plan
+
+
+def _least(alike: Alike, asked: StageRecompute | None) -> StageRecompute | None:
+    """The least recomputation that lets all ranks of a lane fit."""
+    recompute: StageRecompute | None = asked or "none"
+    while recompute is not None:
+        if alike.within(recompute) is not None:
+            return recompute
+        recompute = alike.least() if asked is None else None
+    return None
+
+
+def _holds(costs: LaneCosts, lane: Lane, setup: StepSetup, is_sp: bool, limits: Sequence[int]) -> bool:
+    memory = MemoryModel(costs.lane_profile(lane, setup, is_sp), replace(setup, microbatch=lane.size))
+    return all(memory.rank(rank).total_bytes <= limits[number] for rank, number in enumerate(lane.classes))

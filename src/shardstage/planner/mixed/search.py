@@ -1,0 +1,351 @@
+"""``search_mixed``: the fastest plan of the declared space for a cluster of several device classes, with a certificate.
+
+All choices are bounded (``bounds``) and priced best bound first (``pricing``) until no bound beats the best price; where nothing fits,
+again with savers.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from shardstage.cluster import Cluster
+from shardstage.cost import Prediction
+from shardstage.cost.offload import host_of
+from shardstage.errors import PlanError
+from shardstage.graph import ModelGraph
+from shardstage.graph.file import fingerprint
+from shardstage.plan import Plan, Precision, Request, shorthand
+from shardstage.plan.modules import require_modules
+from shardstage.planner.certificate import Certificate, Counts, cluster_hash
+from shardstage.planner.mixed.bounds import Bounds, MixedFigures, bounds_of
+from shardstage.planner.mixed.pricing import MixedPriced, MixedPricing, TooLong
+from shardstage.planner.mixed.space import Arrangement, MixedChoice, MixedSpace
+from shardstage.planner.space import Savers, declared_space, ladder
+from shardstage.units import format_bytes
+
+__all__ = ["ClassShare", "MixedResult", "MixedSearcher", "search_mixed"]
+
+KEPT_RUNNERS_UP: Final = 5
+TRIED_OF_MESH: Final = 3
+"""Of each mesh that may be a runner-up so many choices of the least bounds are priced, and as many with one stage a rank, whose bounds
+know more of memory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassShare:
+    """What a class of devices does: ``num_layers`` of a pipeline's (units, of a model without layers), ``num_samples`` of a step.
+
+    ``peak_bytes`` are those of its fullest rank, of ``limit_bytes``; of ``num_devices`` so many are used.
+    """
+
+    name: str
+    num_devices: int
+    num_used: int
+    num_layers: int
+    num_samples: int
+    peak_bytes: int
+    limit_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixedResult:
+    """The best plan for a mixed cluster, its price, and the proof.
+
+    The plan's ranks count through ``cluster``, the devices that compute. ``shares`` say what each class does; ``runners_up`` are the best
+    of other meshes that were priced.
+    """
+
+    best: Plan
+    prediction: Prediction
+    certificate: Certificate
+    cluster: Cluster
+    shares: tuple[ClassShare, ...]
+    savers: Savers
+    choice: MixedChoice
+    runners_up: tuple[tuple[str, Prediction], ...] = field(repr=False)
+
+
+def search_mixed(
+    graph: ModelGraph,
+    cluster: Cluster,
+    *,
+    global_batch: int,
+    sequence: int | None,
+    precision: Precision,
+    limits: Sequence[int],
+    fix: Request | None = None,
+    fixed: frozenset[str] = frozenset(),
+    is_runnable: bool = False,
+) -> MixedResult:
+    """The fastest plan for a mixed cluster; ``limits`` are the bytes that a rank of each class may hold.
+
+    ``fixed`` names decisions that ``fix`` has taken. ``is_runnable`` leaves out what this release prices but does not run. Raises
+    ``PlanError`` where nothing fits.
+    """
+    searcher = MixedSearcher(
+        graph,
+        cluster,
+        global_batch=global_batch,
+        sequence=sequence,
+        precision=precision,
+        fix=fix,
+        fixed=fixed,
+        is_runnable=is_runnable,
+    )
+    return searcher.best(limits)
+
+
+class MixedSearcher:
+    """One space; it may be searched again under other limits."""
+
+    def __init__(
+        self,
+        graph: ModelGraph,
+        cluster: Cluster,
+        *,
+        global_batch: int,
+        sequence: int | None,
+        precision: Precision,
+        fix: Request | None = None,
+        fixed: frozenset[str] = frozenset(),
+        is_runnable: bool = False,
+    ) -> None:
+        request = fix or Request()
+        require_modules(request.recompute_modules, graph, is_compiled=request.is_compiled)
+        self.graph = graph
+        self.cluster = cluster
+        self.pricing = MixedPricing(
+            graph,
+            cluster,
+            global_batch=global_batch,
+            sequence=sequence,
+            precision=precision,
+            is_compiled=request.is_compiled,
+            asked=request.recompute if "recompute" in fixed else None,
+            modules=request.recompute_modules,
+        )
+        declared = declared_space(
+            graph,
+            cluster,
+            num_ranks=cluster.num_devices,
+            global_batch=global_batch,
+            sequence=sequence,
+            num_units=self.pricing.num_units,
+            num_experts=0,
+            has_attention=False,
+            fix=fix,
+            fixed=fixed,
+            is_runnable=is_runnable,
+        )
+        self.space = MixedSpace(
+            declared=declared,
+            num_devices=tuple(part.num_devices for part in cluster.parts),
+            num_units=self.pricing.num_units,
+            is_scalable=graph.is_scalable,
+        )
+        has_host = all(host_of(part.device) is not None for part in cluster.parts)
+        self._ladder = ladder(precision, request, fixed, has_host=has_host)
+        self._known: dict[tuple[int, bool], tuple[MixedFigures, list[Arrangement]]] = {}
+        self.use(self._ladder[0])
+
+    def use(self, savers: Savers) -> None:
+        """From here on plans are bounded and priced with these savers."""
+        self.pricing.savers = savers
+
+    def best(self, limits: Sequence[int]) -> MixedResult:
+        """The fastest plan within limits for each class; ``PlanError`` where none fits, savers or not."""
+        without = 0
+        for savers in self._ladder:
+            self.use(savers)
+            found = _Found()
+            self._search(limits, found)
+            if found.best is not None:
+                return self._result(found, found.best, limits, without)
+            without += found.counts.enumerated
+        raise PlanError(
+            f"none of {without:,} plans for {self.cluster.name} fits into {' and '.join(format_bytes(b) for b in limits)} a rank"
+            if without
+            else f"no plan for {self.cluster.name} has what was fixed",
+            hint="--max-memory with more, a larger cluster, or fewer --fix",
+        )
+
+    def figures(self, tp: int, is_sp: bool) -> tuple[MixedFigures, list[Arrangement]]:
+        """What units cost under a sharding, and its arrangements."""
+        if (tp, is_sp) not in self._known:
+            figures = MixedFigures.of(self.pricing, tp, is_sp=is_sp, sizes=self.space.sizes)
+            arrangements = [*self.space.arrangements(tp, is_sp=is_sp, seconds=figures.whole_s)]
+            self._known[tp, is_sp] = figures, arrangements
+        return self._known[tp, is_sp]
+
+    def bounds(self, limits: Sequence[int]) -> Iterator[Bounds]:
+        """Of all choices, sharding by sharding."""
+        for tp, is_sp in self.space.shardings:
+            figures, arrangements = self.figures(tp, is_sp)
+            if arrangements:
+                yield bounds_of(self.pricing, self.space, figures, arrangements, limits)
+
+    def _search(self, limits: Sequence[int], found: _Found) -> None:
+        """All choices best bound first; what is open when a bound reaches the best price is left out by it."""
+        tables = [*self.bounds(limits)]
+        found.counts.by_rule = sum(each.num_by_rule for each in tables)
+        found.counts.by_memory = sum(int(each.is_large.sum()) for each in tables)
+        seconds = [np.where(each.is_large, np.inf, each.seconds).ravel() for each in tables]
+        firsts = np.cumsum([0, *(len(each) for each in seconds)])
+        flat = np.concatenate(seconds) if seconds else np.zeros(0)
+        order = np.argsort(flat, kind="stable")[: int(np.isfinite(flat).sum())]
+        found.order = _Order(tables, firsts, order)
+        for place, index in enumerate(order):
+            if flat[index] >= found.best_s:
+                found.counts.by_bound = len(order) - place
+                found.least_pruned_s = float(flat[index])
+                break
+            self._price(found.order.choice(int(index)), limits, found)
+
+    def _price(self, choice: MixedChoice, limits: Sequence[int], found: _Found) -> None:
+        try:
+            priced = self.pricing.price(choice, limits, found.best_s)
+        except TooLong as slower:
+            found.counts.priced += 1
+            found.add_slower(choice, slower.seconds)
+            return
+        if priced is None:
+            found.counts.unfit += 1
+            return
+        found.counts.priced += 1
+        found.add(priced)
+
+    def _runners_up(self, found: _Found, best: MixedPriced, limits: Sequence[int]) -> list[MixedPriced]:
+        """The best of other meshes: those of least bounds are priced a few times, whatever was too slow to be asked for its memory."""
+        own = _key(best.choice)
+        for key, choices in found.order.by_mesh(own) if found.order is not None else ():
+            asked = [found.slower[key][1]] if key in found.slower else []
+            for choice in dict.fromkeys((*asked, *choices)):
+                priced = self.pricing.price(choice, limits)
+                if priced is not None:
+                    found.add(priced)
+        others = [priced for key, priced in found.by_mesh.items() if key != own]
+        return heapq.nsmallest(KEPT_RUNNERS_UP, others, key=lambda priced: priced.seconds)
+
+    def _result(self, found: _Found, best: MixedPriced, limits: Sequence[int], without: int) -> MixedResult:
+        counts = found.counts
+        return MixedResult(
+            best=best.plan,
+            prediction=best.prediction,
+            certificate=Certificate(
+                graph=fingerprint(self.graph),
+                cluster=cluster_hash(self.cluster),
+                space=self.space.fingerprint,
+                limit_bytes=min(limits),
+                cost_s=best.seconds,
+                best_bound_s=min(best.seconds, found.least_pruned_s),
+                priced=counts.priced,
+                unfit=counts.unfit,
+                by_bound=counts.by_bound,
+                by_memory=counts.by_memory,
+                by_rule=counts.by_rule,
+                needs=str(self.pricing.savers.beyond(self._ladder[0])),
+                without=without,
+            ),
+            cluster=self.cluster.with_parts(best.choice.arrangement.used),
+            shares=tuple(self._shares(best, limits)),
+            savers=self.pricing.savers,
+            choice=best.choice,
+            runners_up=tuple(
+                (shorthand(each.plan, default_precision=self.pricing.precision), each.prediction)
+                for each in self._runners_up(found, best, limits)
+            ),
+        )
+
+    def _shares(self, best: MixedPriced, limits: Sequence[int]) -> Iterator[ClassShare]:
+        of = best.choice.arrangement
+        layers = self.pricing.layers_by_class(best)
+        samples = of.samples(self.pricing.global_batch)
+        for number, part in enumerate(self.cluster.parts):
+            yield ClassShare(
+                name=part.device.name,
+                num_devices=part.num_devices,
+                num_used=of.used[number],
+                num_layers=layers[number],
+                num_samples=samples[number],
+                peak_bytes=best.peaks[number],
+                limit_bytes=limits[number],
+            )
+
+
+MeshKey = tuple[str, int, int]
+
+
+def _key(choice: MixedChoice) -> MeshKey:
+    """What makes two plans alike to a reader."""
+    return choice.arrangement.by, choice.arrangement.tp, choice.arrangement.pp
+
+
+class _Order:
+    """Bounded choices, best first."""
+
+    def __init__(
+        self, tables: Sequence[Bounds], firsts: npt.NDArray[np.int64], order: npt.NDArray[np.int64]
+    ) -> None:
+        self._tables = tables
+        self._firsts = firsts
+        self._order = order
+
+    def choice(self, index: int) -> MixedChoice:
+        table = int(np.searchsorted(self._firsts, index, side="right")) - 1
+        return self._tables[table].choice(index - int(self._firsts[table]))
+
+    def by_mesh(self, besides: MeshKey) -> Iterator[tuple[MeshKey, list[MixedChoice]]]:
+        """The choices of least bounds of each mesh, the mesh of the least one first."""
+        rows = [(of.by, of.tp, of.pp) for table in self._tables for of in table.arrangements]
+        numbers = {key: number for number, key in enumerate(dict.fromkeys(rows))}
+        of_rows = np.array([numbers[key] for key in rows])
+        columns = np.concatenate([np.full(len(t.arrangements), len(t.columns)) for t in self._tables])
+        meshes = np.repeat(of_rows, columns)[self._order]
+        known, firsts = np.unique(meshes, return_index=True)
+        per_rank = np.concatenate(
+            [np.tile([s.per_rank for _, s in t.columns], len(t.arrangements)) for t in self._tables]
+        )[self._order]
+        for mesh in known[np.argsort(firsts)][: KEPT_RUNNERS_UP + 3]:
+            of_mesh = meshes == mesh
+            chosen = (
+                *np.flatnonzero(of_mesh)[:TRIED_OF_MESH],
+                *np.flatnonzero(of_mesh & (per_rank == 1))[:TRIED_OF_MESH],
+            )
+            choices = [self.choice(int(self._order[place])) for place in chosen]
+            if _key(choices[0]) != besides:
+                yield _key(choices[0]), choices
+
+
+@dataclass
+class _Found:
+    """The state of a search."""
+
+    best: MixedPriced | None = None
+    counts: Counts = field(default_factory=Counts)
+    least_pruned_s: float = math.inf
+    by_mesh: dict[MeshKey, MixedPriced] = field(default_factory=dict)
+    slower: dict[MeshKey, tuple[float, MixedChoice]] = field(default_factory=dict)
+    order: _Order | None = None
+
+    @property
+    def best_s(self) -> float:
+        return math.inf if self.best is None else self.best.seconds
+
+    def add(self, priced: MixedPriced) -> None:
+        key = _key(priced.choice)
+        if key not in self.by_mesh or priced.seconds < self.by_mesh[key].seconds:
+            self.by_mesh[key] = priced
+        if priced.seconds < self.best_s:
+            self.best = priced
+
+    def add_slower(self, choice: MixedChoice, seconds: float) -> None:
+        key = _key(choice)
+        if seconds < math.inf and (key not in self.slower or seconds < self.slower[key][0]):
+            self.slower[key] = seconds, choice

@@ -1,0 +1,238 @@
+"""``MixedSpace``: everything that a search over several classes of devices may choose.
+
+by stages    each pipeline runs through all classes: so many pipeline ranks (``ways``) on each, samples dealt out evenly
+by shares    each pipeline lies on one class: so many pipelines (``ways``) on each; a class takes as many samples of a microbatch as it
+             computes in the time of the others
+
+tp × sp              a tensor-parallel group lies on one class; devices of a class that fill no group stay idle
+ways × pp × dp       stages: the largest dp for each ``ways``, or the least that runs as few microbatches; shares: every pp
+microbatch           the sizes of the search over one class, and between classes of unlike speed every size up to ``EVERY_SIZE``
+ZeRO, schedule       as over one class; ZeRO cuts over all replicas
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate, chain, pairwise
+from typing import Final, Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from shardstage.layout import AXES, Mesh
+from shardstage.plan.complete import proportional_shares
+from shardstage.planner.space import DP_OUTSIDE, Schedule, Space, Zero
+
+__all__ = ["Arrangement", "Lane", "MixedChoice", "MixedSpace"]
+
+Array = npt.NDArray[np.float64]
+
+EVERY_SIZE: Final = 64
+"""Up to here a class may take any number of samples of a microbatch; beyond, those that the search over one class tries."""
+
+
+class Lane(NamedTuple):
+    """Pipelines that are alike: the class of each pipeline rank, and the samples of the largest microbatch."""
+
+    classes: tuple[int, ...]
+    size: int
+
+
+class Arrangement(NamedTuple):
+    """Who does how much: ``sizes`` are the samples of a microbatch on each class, of which there are ``num_microbatches``."""
+
+    by: Literal["stages", "shares"]
+    tp: int
+    is_sequence_parallel: bool
+    pp: int
+    dp: int
+    ways: tuple[int, ...]
+    sizes: tuple[int, ...]
+    num_microbatches: int
+
+    @property
+    def mesh(self) -> Mesh:
+        is_outside = self.by == "shares" and self.pp > 1
+        return Mesh(pp=self.pp, dp=self.dp, tp=self.tp, order=DP_OUTSIDE if is_outside else AXES)
+
+    @property
+    def used(self) -> tuple[int, ...]:
+        """Devices of each class that compute; the others stay idle."""
+        each = self.tp * (self.dp if self.by == "stages" else self.pp)
+        return tuple(each * number for number in self.ways)
+
+    @property
+    def lanes(self) -> tuple[Lane, ...]:
+        if self.by == "stages":
+            return (
+                Lane(tuple(i for i, number in enumerate(self.ways) for _ in range(number)), self.sizes[0]),
+            )
+        return tuple(Lane((i,) * self.pp, size) for i, size in enumerate(self.sizes))
+
+    def shares(self, global_batch: int) -> tuple[int, ...]:
+        """Samples of each data-parallel rank."""
+        return proportional_shares(global_batch, self._weights)
+
+    def samples(self, global_batch: int) -> tuple[int, ...]:
+        """Samples of a step that each class sees: all of them by stages."""
+        if self.by == "stages":
+            return (global_batch,) * len(self.ways)
+        ends = [0, *accumulate(self.ways)]
+        shares = self.shares(global_batch)
+        return tuple(sum(shares[first:end]) for first, end in pairwise(ends))
+
+    @property
+    def _weights(self) -> tuple[int, ...]:
+        if self.by == "stages":
+            return (1,) * self.dp
+        return tuple(size for size, number in zip(self.sizes, self.ways, strict=True) for _ in range(number))
+
+
+class MixedChoice(NamedTuple):
+    """One point of the space."""
+
+    arrangement: Arrangement
+    zero: Zero
+    schedule: Schedule
+
+
+_Mesh = tuple[Literal["stages", "shares"], int, int, tuple[int, ...]]
+"""By what, pp, dp and ways."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixedSpace:
+    """``declared`` says what each decision may be; ``num_devices`` are those of each class."""
+
+    declared: Space
+    num_devices: tuple[int, ...]
+    num_units: int
+    is_scalable: bool = True
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the declaration."""
+        return hashlib.sha256(repr((self.declared, self.num_devices, self.num_units)).encode()).hexdigest()[
+            :16
+        ]
+
+    @property
+    def shardings(self) -> tuple[tuple[int, bool], ...]:
+        """tp, and whether sequences are cut between its ranks."""
+        return tuple(
+            (tp, is_sp)
+            for tp in self.declared.tps
+            if tp <= min(self.num_devices)
+            for is_sp in (self.declared.sequence_parallel if tp > 1 else (False,))
+        )
+
+    @cached_property
+    def sizes(self) -> tuple[int, ...]:
+        """Samples of a microbatch that a class may take."""
+        offered = self.declared.microbatches
+        if not self.is_scalable:
+            return offered
+        if len(offered) == 1:
+            return tuple(range(1, offered[0] + 1))
+        return tuple(sorted({*offered, *range(1, min(EVERY_SIZE, offered[-1]) + 1)}))
+
+    def zeros_of(self, arrangement: Arrangement) -> tuple[Zero, ...]:
+        return self.declared.zeros_of(arrangement.mesh)
+
+    def schedules_of(self, arrangement: Arrangement) -> tuple[Schedule, ...]:
+        """Those with no more stages than there are units."""
+        return tuple(
+            schedule
+            for schedule in self.declared.schedules_of(arrangement.pp)
+            if arrangement.pp * schedule.per_rank <= self.num_units
+        )
+
+    def arrangements(self, tp: int, *, is_sp: bool, seconds: Array) -> Iterator[Arrangement]:
+        """Of one sharding; ``seconds`` [class, size] are what all units take a class for a microbatch of each of ``sizes``."""
+        groups, paced = [number // tp for number in self.num_devices], self._paced(seconds)
+        for by, pp, dp, ways in chain(self._meshes_by_stages(groups), self._meshes_by_shares(groups)):
+            deals = self._even_deals(dp) if by == "stages" else self._uneven_deals(ways, paced)
+            for sizes, num_microbatches in deals:
+                sizes = sizes * len(groups) if by == "stages" else sizes
+                found = Arrangement(by, tp, is_sp, pp, dp, ways, sizes, num_microbatches)
+                if not self.declared.uses_all_ranks or found.used == self.num_devices:
+                    yield found
+
+    def _meshes_by_stages(self, groups: Sequence[int]) -> Iterator[_Mesh]:
+        """For each number of pipeline ranks on the classes the most pipelines, or the fewest with as small a share."""
+        if AXES not in self.declared.orders:
+            return
+        batch, known = self.declared.global_batch, set()
+        for most in self.declared.dps or range(min(*groups, batch), 0, -1):
+            ways = tuple(number // most for number in groups)
+            pp = sum(ways)
+            if min(ways) < 1 or most > batch or pp not in self.declared.pps or ways in known:
+                continue
+            known.add(ways)
+            fewest = most if self.declared.dps else -(-batch // (-(-batch // most)))
+            for dp in dict.fromkeys((most, fewest)):
+                yield "stages", pp, dp, ways
+
+    def _meshes_by_shares(self, groups: Sequence[int]) -> Iterator[_Mesh]:
+        """All pipelines that a class has ranks for."""
+        for pp in self.declared.pps:
+            ways = tuple(number // pp for number in groups)
+            dp = sum(ways)
+            is_ordered = pp == 1 or DP_OUTSIDE in self.declared.orders
+            is_asked = not self.declared.dps or dp in self.declared.dps
+            if min(ways) >= 1 and dp <= self.declared.global_batch and is_ordered and is_asked:
+                yield "shares", pp, dp, ways
+
+    def _even_deals(self, dp: int) -> Iterator[tuple[tuple[int, ...], int]]:
+        """Sizes of microbatches of equal shares, as over one class."""
+        share = -(-self.declared.global_batch // dp)
+        for size in self.declared.microbatches:
+            if bool(self.declared.sizes(size, dp, share)):
+                yield (size,), -(-share // size)
+
+    def _uneven_deals(
+        self, ways: tuple[int, ...], paced: npt.NDArray[np.int64]
+    ) -> Iterator[tuple[tuple[int, ...], int]]:
+        """For every number of microbatches that some size leads to the samples of each class that are done soonest."""
+        batch = self.declared.global_batch
+        capacity = paced @ np.array(ways)
+        numbers = np.unique(-(-batch // capacity))
+        places = np.searchsorted(capacity, -(-batch // numbers))
+        for m, sizes in zip(numbers.tolist(), map(tuple, paced[places].tolist()), strict=True):
+            found = _largest(batch, ways, sizes, m)
+            if found is not None and self._is_offered(found):
+                yield found, m
+
+    def _is_offered(self, sizes: tuple[int, ...]) -> bool:
+        """Where a size was asked for, it is the largest one."""
+        return len(self.declared.microbatches) > 1 or max(sizes) == self.declared.microbatches[0]
+
+    def _paced(self, seconds: Array) -> npt.NDArray[np.int64]:
+        """[pace, class]: samples that each class takes at most where none is to take longer than the slowest of them, fewest first."""
+        seconds = np.maximum.accumulate(seconds, axis=1)
+        sizes = np.array(self.sizes)
+        at_least = seconds[:, 0].max()
+        paces = np.unique(seconds[seconds >= at_least])
+        columns = [sizes[np.searchsorted(row, paces, side="right") - 1] for row in seconds]
+        return np.unique(np.stack(columns, axis=1), axis=0)
+
+
+def _largest(
+    batch: int, ways: tuple[int, ...], sizes: tuple[int, ...], num_microbatches: int
+) -> tuple[int, ...] | None:
+    """The largest microbatch of each class where shares go in proportion to sizes; None where one would be empty, or fewer would do."""
+    m, total = num_microbatches, sum(n * size for n, size in zip(ways, sizes, strict=True))
+    whole = [batch * size // total for size in sizes]
+    order = sorted(range(len(ways)), key=lambda i: (-(batch * sizes[i] % total), i))
+    left, more = batch - sum(n * each for n, each in zip(ways, whole, strict=True)), [0] * len(ways)
+    for i in order:
+        more[i] = min(left, ways[i])
+        left -= more[i]
+    if min(each + (extra == n) for each, extra, n in zip(whole, more, ways, strict=True)) < m:
+        return None
+    found = tuple(-(-(each + (extra > 0)) // m) for each, extra in zip(whole, more, strict=True))
+    most = max(each + (extra > 0) for each, extra in zip(whole, more, strict=True))
+    return found if -(-most // max(found)) == m else None
