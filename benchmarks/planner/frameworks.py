@@ -23,7 +23,8 @@ class Framework:
     ``gathers_logits``, each tensor-parallel rank computes the whole vocabulary's loss; ``num_gates`` are the column-parallel products of
     an MLP that sum their input's gradient on their own, beyond the first. A vocabulary is padded to a multiple of ``vocab_multiple`` on
     each tensor-parallel rank. ``waits_for_kernels``: it ran with CUDA_LAUNCH_BLOCKING. ``dispatch_s`` is what its host takes for
-    a kernel, where another than the preset's was measured.
+    a kernel, where another than the preset's was measured. ``products_ratio``: what its library reached of today's rate of products.
+    ``overlaps_tp``: what travels along tensor parallelism does so beside the products.
     """
 
     kernels: Kernels
@@ -36,6 +37,8 @@ class Framework:
     vocab_multiple: int = 1
     waits_for_kernels: bool = False
     dispatch_s: float | None = None
+    products_ratio: float = 1.0
+    overlaps_tp: bool = False
 
 
 MEGATRON_2021 = Execution(
@@ -95,6 +98,13 @@ DEEPSPEED_ZERO3_2021 = Execution(accumulation_bytes=0.0, wire_bytes=2.0, gathers
 (github.com/deepspeedai/DeepSpeed v0.3.13, runtime/zero: _allgather_param and _reduce_scatter_gradient in partition_parameters.py,
 fetch_sub_module in stage3.py). torch's ProcessGroupNCCL copies what each rank sent in a kernel of its own."""
 
+H100_PRODUCTS_OF_2023 = 0.774 / 0.955
+"""cuBLAS for Hopper was young: bfloat16 products of a Llama 70B on an H100 with the PyTorch of August and September 2023 (rows of
+16,384; 8192 x 1280: 604 and 622 us, 1024 x 8192: 500 and 499, 8192 x 7168: 3,570 and 3,445, 3584 x 8192: 1,590 and 1,628;
+github.com/meta-pytorch/float8_experimental, pull requests 38 and 100) ran at 0.774 (median) of the preset's rate before its sustained
+ratio. Today's, 789 TFLOP/s at 4096 cubed and 798 at 8192 cubed (torch 2.7, github.com/zzc0721/torch-performance-test-data issue 79),
+reach it."""
+
 ALEPH_ALPHA = replace(MEGATRON_2021, scatters_sends=False, wire_bytes=4.0)
 """Gradients are added up in bfloat16 and reduced in float32 (github.com/Aleph-Alpha/scaling core/optimizer/allreduce.py)."""
 
@@ -153,6 +163,7 @@ def framework_of(row: dict[str, Any]) -> Framework:
         execution=_execution_of(group, plan),
         loss_bytes=INTERNEVO_LOSS_BYTES if group == "internevo" else 0.0,
         bucket_bytes=2 * 512 * 2**20 if group == "internevo" else 200 * 2**20,
+        products_ratio=H100_PRODUCTS_OF_2023 if row["hardware"]["gpu"] == "H100-80GB" else 1.0,
     )
 
 

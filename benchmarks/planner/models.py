@@ -37,10 +37,11 @@ class Shape:
 class Kernels:
     """What ran as one kernel: all of attention (flash), its scale, mask and softmax, or none of these; the norm or its parts.
 
-    ``flash-1`` and ``flash-triton`` are FlashAttention before its second version, which compute the same more slowly.
+    ``flash-1`` and ``flash-triton`` are FlashAttention before its second version, which compute the same more slowly, ``cudnn`` is that
+    of cuDNN, on Hopper a quicker one.
     """
 
-    attention: Literal["flash", "flash-1", "flash-triton", "fused-softmax", "written-out"] = "flash"
+    attention: Literal["flash", "flash-1", "flash-triton", "cudnn", "fused-softmax", "written-out"] = "flash"
     norm: Literal["layer", "rms", "eager-rms"] = "layer"
     is_rotary: bool = False
     dropout: float = 0.0
@@ -107,7 +108,7 @@ class _Attention(nn.Module):
         width = shape.kv_heads * (self.per_group + 2) * shape.head_dim
         self.qkv = nn.Linear(shape.hidden, width, bias=kernels.has_bias)
         self.out = nn.Linear(shape.heads * shape.head_dim, shape.hidden, bias=kernels.has_bias)
-        self.is_flash = kernels.attention.startswith("flash")
+        self.is_flash = kernels.attention.startswith(("flash", "cudnn"))
         self.dropout = kernels.dropout
 
     def forward(self, x: Tensor, angles: Tensor | None, ahead: Tensor | None) -> Tensor:

@@ -28,8 +28,10 @@ from shardstage.cost import (
     stage_times,
 )
 from shardstage.cost.compute import moved_s
+from shardstage.cost.links import exposed_s
 from shardstage.cost.pipeline import bubble_s
 from shardstage.graph.capture import capture
+from shardstage.graph.recompute import StageRecompute, parse_recompute
 from shardstage.graph.source import ModelSource
 from shardstage.graph.tasks import causal_task
 from shardstage.layout import Mesh
@@ -52,6 +54,7 @@ __all__ = [
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 CAPTURED_LAYERS = 3
 PRESETS = {"A100-80GB": "a100-80", "A100-40GB": "a100-40", "H100-80GB": "h100"}
+TORCHTITAN_RECOMPUTE = "every-second-product"
 
 
 def rows(group: str | None = None) -> Iterator[dict[str, Any]]:
@@ -102,6 +105,7 @@ def shape_of(model: dict[str, Any]) -> Shape:
 class Job:
     """Everything that a prediction needs; ``layers_of`` are the layers of each stage where the source says so.
 
+    Selective recomputation computes ``products_again`` of a layer's products, too.
     ZB-2p, which holds twice the activations, has no bubble where F + I <= 2W (Qi et al. 2023, table 2).
     """
 
@@ -113,23 +117,27 @@ class Job:
     stages_per_rank: int
     schedule: str
     zero: int
-    recompute: str
+    recompute: StageRecompute
     microbatch: int
     global_batch: int
     is_sequence_parallel: bool
     zero_ranks: int | None = None
+    products_again: float = 0.0
     layers_of: tuple[int, ...] = ()
     has_bubble: bool = True
 
 
-def job_of(row: dict[str, Any]) -> Job:
+def job_of(row: dict[str, Any], framework: Framework | None = None) -> Job:
+    """``framework`` ran a row of none of the groups that ``framework_of`` knows."""
     model, plan = row["model"], row["plan"]
-    mesh = Mesh(dp=plan["dp"], tp=plan["tp"], pp=plan["pp"])
+    mesh = Mesh(dp=plan["dp"], tp=plan["tp"], pp=plan["pp"], cp=plan.get("cp") or 1)
     vpp = plan.get("vpp") or 1
-    framework = framework_of(row)
+    framework = framework or framework_of(row)
     multiple = framework.vocab_multiple * mesh.tp
+    shape = shape_of(model)
+    is_by_ops = plan["recompute"] == TORCHTITAN_RECOMPUTE
     return Job(
-        shape=replace(shape_of(model), vocab=-(-model["vocab"] // multiple) * multiple),
+        shape=replace(shape, vocab=-(-model["vocab"] // multiple) * multiple),
         sequence=model["seq_len"],
         framework=framework,
         cluster=_as_run_by(framework, _cluster_of_row(row, mesh.world_size)),
@@ -140,7 +148,8 @@ def job_of(row: dict[str, Any]) -> Job:
         else {"zb-1p": "zb-h1", "zb-2p": "zb-h1"}.get(plan["schedule"], "1f1b"),
         has_bubble=plan["schedule"] != "zb-2p",
         zero=plan["zero"] if plan["zero"] in (0, 1, 2, 3) else 3,
-        recompute=plan["recompute"] if plan["recompute"] in ("none", "full") else "none",
+        recompute="selective" if is_by_ops else parse_recompute(plan["recompute"] or "none") or "none",
+        products_again=_every_second_product(shape, model["seq_len"]) if is_by_ops else 0.0,
         microbatch=plan["microbatch"],
         global_batch=plan["global_batch"],
         is_sequence_parallel=bool(plan["sp"]),
@@ -151,12 +160,24 @@ def job_of(row: dict[str, Any]) -> Job:
     )
 
 
+def _every_second_product(shape: Shape, sequence: int) -> float:
+    """Of the FLOPs of a layer's products and attention, what torchtitan's selective recomputation computes again: it keeps attention and
+    the results of the first, third, ... product of q, k, v, out, gate, up, down (_get_custom_policy in parallelize_llama.py); of down's
+    nothing needs the result."""
+    inner, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    products = [shape.hidden * width for width in (inner, keys, keys, inner, *(shape.ffn_hidden,) * 3)]
+    return sum(products[1::2]) / (sum(products) + sequence * inner)
+
+
 def _layers_of(row: dict[str, Any]) -> tuple[int, ...]:
     """Stages whose embedding and head take the place of a layer each, where the source says so (BLOOM, Zero Bubble)."""
     model, plan = row["model"], row["plan"]
+    if plan.get("layers_of"):
+        return tuple(plan["layers_of"])
     num_stages = plan["pp"] * (plan.get("vpp") or 1)
     slots = model["layers"] + 2
-    if num_stages == 1 or slots % num_stages or row["group"] not in _WITH_SLOTS:
+    has_slots = row["group"] in _WITH_SLOTS or plan.get("has_slots")
+    if num_stages == 1 or slots % num_stages or not has_slots:
         return ()
     each = slots // num_stages
     return (each - 1, *(each for _ in range(num_stages - 2)), each - 1)
@@ -183,17 +204,37 @@ def profile_of(job: Job) -> Profile:
     node = replace(job.cluster, num_devices=max(8, job.mesh.tp))  # where tensor parallelism stays
     profiler = _profiler(few, job.framework, node, job.mesh.tp, job.sequence, job.is_sequence_parallel)
     microbatch, _ = microbatches_of(job)
-    kept = profiler.at(microbatch)
-    *first, last = (_with_gates(unit, job, microbatch) for unit in kept.units[:-1])
+    kept = profiler.at(microbatch, Links(job.cluster, job.mesh))
+    share = microbatch / job.mesh.cp
+    units = [_overlapped(unit, job) for unit in kept.units]
+    *first, last = (_again(_with_gates(unit, job, share), job) for unit in units[:-1])
     more = job.shape.layers - few.layers
     return replace(
         kept,
-        units=(*first, *(last,) * (more + 1), _with_loss(kept.units[-1], job, microbatch)),
+        units=(*first, *(last,) * (more + 1), _with_loss(units[-1], job, share)),
         whole_flops=kept.whole_flops + more * last.forward_flops * job.mesh.tp,
     )
 
 
-def _with_gates(unit: UnitCost, job: Job, microbatch: int) -> UnitCost:
+def _overlapped(unit: UnitCost, job: Job) -> UnitCost:
+    """A unit whose framework sends and receives along tp beside the products, all but the first of tp parts."""
+    if job.mesh.tp == 1 or not job.framework.overlaps_tp:
+        return unit
+    slowdown = Links(job.cluster, job.mesh).overlap_slowdown
+    talks = ((unit.tp_forward_s, unit.forward_s), (unit.tp_backward_s, unit.backward_s))
+    forward_s, backward_s = (exposed_s(talk, busy, slowdown, talk / job.mesh.tp) for talk, busy in talks)
+    return replace(unit, tp_forward_s=forward_s, tp_backward_s=backward_s)
+
+
+def _again(unit: UnitCost, job: Job) -> UnitCost:
+    """A layer whose selective recomputation computes products, too."""
+    full, selective = unit.kept["full"], unit.kept["selective"]
+    more_s = job.products_again * (full.recompute_s - selective.recompute_s)
+    again = replace(selective, recompute_s=selective.recompute_s + more_s)
+    return replace(unit, kept={**unit.kept, "selective": again}) if more_s else unit
+
+
+def _with_gates(unit: UnitCost, job: Job, microbatch: float) -> UnitCost:
     """A layer whose framework sums the gradient of an MLP's input for each of its products."""
     tp = job.mesh.tp
     if (
@@ -203,15 +244,15 @@ def _with_gates(unit: UnitCost, job: Job, microbatch: int) -> UnitCost:
         or not unit.kept["full"].recompute_s
     ):
         return unit
-    num_bytes = 2 * microbatch * job.sequence * job.shape.hidden
+    num_bytes = round(2 * microbatch * job.sequence * job.shape.hidden)
     sum_s = job.cluster.collective("all_reduce", range(tp)).seconds(num_bytes)
     return replace(unit, tp_backward_s=unit.tp_backward_s + job.framework.num_gates * sum_s)
 
 
-def _with_loss(head: UnitCost, job: Job, microbatch: int) -> UnitCost:
+def _with_loss(head: UnitCost, job: Job, microbatch: float) -> UnitCost:
     """The head and the loss, as the framework computes it."""
     tp, device = job.mesh.tp, job.cluster.device
-    num_logits = microbatch * job.sequence * job.shape.vocab
+    num_logits = round(microbatch * job.sequence * job.shape.vocab)
     head = replace(
         head, forward_s=head.forward_s + moved_s(job.framework.loss_bytes * num_logits / tp, device)
     )
@@ -247,7 +288,8 @@ def setup_of(job: Job) -> StepSetup:
         sequence=job.sequence,
         zero=job.zero,
         zero_ranks=job.zero_ranks,
-        recompute=job.recompute,  # type: ignore[arg-type]
+        recompute=job.recompute,
+        layers=(-1, *range(job.shape.layers), -1),
         schedule=job.schedule,
         precision="bfloat16",
         bucket_bytes=job.framework.bucket_bytes,
@@ -284,6 +326,7 @@ def cluster_of_gpu(gpu: str, num_devices: int) -> Cluster:
 def cluster_of(hardware: dict[str, Any], num_devices: int) -> Cluster:
     """The preset with the network that the source states, at the ratio of achieved to nominal bandwidth of the preset."""
     cluster = cluster_of_gpu(hardware["gpu"], num_devices)
+    cluster = replace(cluster, device=replace(cluster.device, **hardware.get("device", {})))
     nominal = hardware["inter_bw_GBs_per_gpu"]
     if not nominal:
         return cluster
@@ -307,12 +350,13 @@ github.com/bigscience-workshop/bigscience; their README there: NCCL "doesn't ful
 
 @cache
 def _as_run_by(framework: Framework, cluster: Cluster) -> Cluster:
-    """What earlier kernels reached of FlashAttention-2's rate, and what a framework's host takes for a kernel."""
+    """What other kernels reached of FlashAttention-2's rate and of today's products, and what a framework's host takes for a kernel."""
     model = cluster.device.kernels
     assert model is not None
     factor = SLOWER_ATTENTION.get(framework.kernels.attention, 1.0)
     slower = replace(
         model,
+        tiles=tuple(tile._replace(ratio=tile.ratio * framework.products_ratio) for tile in model.tiles),
         dispatch_s=framework.dispatch_s or model.dispatch_s,
         attention_forward_ratio=model.attention_forward_ratio / factor,
         attention_backward_ratio=model.attention_backward_ratio / factor,
@@ -320,9 +364,10 @@ def _as_run_by(framework: Framework, cluster: Cluster) -> Cluster:
     return replace(cluster, device=replace(cluster.device, kernels=slower))
 
 
-SLOWER_ATTENTION = {"flash-1": 2.0, "flash-triton": 1.5}
+SLOWER_ATTENTION = {"flash-1": 2.0, "flash-triton": 1.5, "cudnn": 1 / 1.6}
 """FlashAttention-2 is around 2 times as fast as its first version and 1.3 to 2.5 times as that in Triton (Dao, "FlashAttention-2", 2023,
-§4.1)."""
+§4.1). On an H100 cuDNN's is 1.6 times as fast: 518 and 529 TFLOP/s where it reaches 319 and 333, backward 499 and 518 for 310 and 318
+(heads of 128, 4,096 and 8,192 positions; Shah et al., "FlashAttention-3", 2024, figures 5 and 6)."""
 
 
 def _few(shape: Shape) -> Shape:
