@@ -178,7 +178,6 @@ def chosen_mixed(found: MixedResult, searcher: MixedSearcher) -> Chosen:
 
 def _given(question: Question, graph: ModelGraph, machine: Cluster) -> Chosen:
     """A plan file, or the plan that a shorthand stands for."""
-    from shardstage.graph.file import fingerprint
     from shardstage.planner import predict
 
     if question.is_file:
@@ -193,7 +192,7 @@ def _given(question: Question, graph: ModelGraph, machine: Cluster) -> Chosen:
             precision=question.precision,
             cluster=machine,
         )
-    plan = replace(plan, graph_fingerprint=plan.graph_fingerprint or fingerprint(graph))
+    plan = replace(plan, graph_fingerprint=plan.graph_fingerprint or graph.fingerprint)
     check(plan, graph, num_ranks=question.num_ranks, cluster=machine)
     return Chosen(plan=plan, prediction=predict(graph, plan, machine))
 

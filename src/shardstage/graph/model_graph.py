@@ -136,6 +136,13 @@ class ModelGraph:
         return find_blocks(self)
 
     @cached_property
+    def fingerprint(self) -> str:
+        """``file.fingerprint``, asked once."""
+        from shardstage.graph.file import fingerprint
+
+        return fingerprint(self)
+
+    @cached_property
     def consumers(self) -> Mapping[str, tuple[int, ...]]:
         """Indices of the ops that read a value, in order."""
         found: dict[str, list[int]] = {name: [] for name in self.values}

@@ -13,7 +13,6 @@ from shardstage.cost.offload import has_host_room
 from shardstage.errors import PlanError
 from shardstage.graph import ModelGraph
 from shardstage.graph.blocks import within
-from shardstage.graph.file import fingerprint
 from shardstage.graph.recompute import num_counted
 from shardstage.graph.saved import recomputed_ops
 from shardstage.layout import AXES, Shard, balanced_sizes
@@ -68,10 +67,10 @@ def require_runnable(plan: Plan) -> None:
 
 
 def _check_model(plan: Plan, graph: ModelGraph) -> None:
-    if plan.graph_fingerprint and plan.graph_fingerprint != fingerprint(graph):
+    if plan.graph_fingerprint and plan.graph_fingerprint != graph.fingerprint:
         raise PlanError(
             f"the plan was made for another model: its graph is {plan.graph_fingerprint[:12]}, "
-            f"this one's {fingerprint(graph)[:12]}",
+            f"this one's {graph.fingerprint[:12]}",
             hint="--plan auto, or the model that the plan was made for",
         )
     dtypes = {graph.values[p.name].dtype for p in graph.parameters}

@@ -12,7 +12,6 @@ from typing import Any
 
 from shardstage.cluster import Cluster
 from shardstage.graph import ModelGraph
-from shardstage.graph.file import fingerprint
 from shardstage.planner.space import Space
 
 __all__ = ["Certificate", "Counts"]
@@ -69,7 +68,7 @@ class Certificate:
         without: int = 0,
     ) -> Certificate:
         return Certificate(
-            graph=fingerprint(graph),
+            graph=graph.fingerprint,
             cluster=cluster_hash(cluster),
             space=space.fingerprint,
             limit_bytes=limit_bytes,

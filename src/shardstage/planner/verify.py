@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Final
 
-from shardstage.graph.file import fingerprint
 from shardstage.planner.certificate import cluster_hash
 from shardstage.planner.predict import predict
 from shardstage.planner.search import Searcher, SearchResult
@@ -45,7 +44,7 @@ def verify_certificate(searcher: Searcher, found: SearchResult, *, max_checked: 
     problems = [
         f"the {what} is another one: {there}, not {said}"
         for what, said, there in (
-            ("graph", proof.graph, fingerprint(searcher.graph)),
+            ("graph", proof.graph, searcher.graph.fingerprint),
             ("cluster", proof.cluster, cluster_hash(searcher.cluster)),
             ("space", proof.space, searcher.space.fingerprint),
         )

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from operator import le
+from types import MappingProxyType
 from typing import Final
+
+import numpy as np
+import numpy.typing as npt
 
 from shardstage.schedule.action import Action
 from shardstage.schedule.places import Places, place_stages
@@ -15,6 +18,9 @@ __all__ = ["held_by_stage", "held_together", "stages_of_rank", "steady_microbatc
 STEADY_ROUNDS: Final = 3
 """After so many rounds of microbatches over all ranks every schedule of ours has held as much as it ever will; what does not fill a round
 makes one longer."""
+
+
+_HELD_MORE: Final = MappingProxyType({"F": 1, "B": -1, "W": -1})
 
 
 def steady_microbatches(num_microbatches: int, num_ranks: int) -> int:
@@ -72,24 +78,13 @@ def held_together(
 @lru_cache(maxsize=4096)
 def _held_together(name: str, num_stages: int, p: int, m: int, rank: int) -> tuple[tuple[int, ...], ...]:
     stages = stages_of_rank(name, num_stages, p, rank)
-    place = {stage: i for i, stage in enumerate(stages)}
-    now = [0] * len(stages)
-    peaks: set[tuple[int, ...]] = set()
-    was_forward = False
-    for action in _row(name, num_stages, p, m, rank):
-        if action.kind == "F":
-            now[place[action.stage]] += 1
-        elif action.kind != "I":
-            if was_forward:
-                peaks.add(tuple(now))
-            now[place[action.stage]] -= 1
-        else:
-            continue
-        was_forward = action.kind == "F"
-    peaks.add(tuple(now))
-    if now != [0] * len(stages):  # forwards only, of which one at a time holds anything
-        peaks = {tuple(int(i == j) for j in range(len(stages))) for i in range(len(stages))}
-    return _largest(peaks)
+    steps = [(a.stage, _HELD_MORE[a.kind]) for a in _row(name, num_stages, p, m, rank) if a.kind != "I"]
+    stage, more = np.array(steps, dtype=np.int64).T
+    now = ((stage[:, None] == np.array(stages)) * more[:, None]).cumsum(axis=0)
+    if now[-1].any():  # forwards only, of which one at a time holds anything
+        return tuple(tuple(int(i == j) for j in range(len(stages))) for i in range(len(stages)))
+    is_peak = (more[:-1] > 0) & (more[1:] < 0)
+    return _largest(now[:-1][is_peak])
 
 
 def _row(name: str, num_stages: int, p: int, m: int, rank: int) -> tuple[Action, ...]:
@@ -99,10 +94,11 @@ def _row(name: str, num_stages: int, p: int, m: int, rank: int) -> tuple[Action,
     return make_schedule(name, num_stages=num_stages, num_ranks=p, num_microbatches=m).actions[rank]
 
 
-def _largest(found: set[tuple[int, ...]]) -> tuple[tuple[int, ...], ...]:
-    """Those that no other one is at least as large as on all stages."""
-    kept: list[tuple[int, ...]] = []
-    for each in sorted(found, key=sum, reverse=True):
-        if not any(all(map(le, each, other)) for other in kept):
-            kept.append(each)
+def _largest(moments: npt.NDArray[np.int64]) -> tuple[tuple[int, ...], ...]:
+    """Those that no other one is at least as large as on all stages; of the fullest in all, none is."""
+    total = moments.sum(axis=1)
+    kept = {*map(tuple, moments[total == total.max()].tolist())}
+    for each in sorted({*map(tuple, moments[total < total.max()].tolist())}, key=sum, reverse=True):
+        if not (np.array([*kept]) >= each).all(axis=1).any():
+            kept.add(each)
     return tuple(kept)

@@ -13,7 +13,6 @@ from shardstage.data import PackedText, SampleSource
 from shardstage.errors import ConfigError, DataError
 from shardstage.graph import ModelGraph
 from shardstage.graph.fallback import capture_or_blocks
-from shardstage.graph.file import fingerprint
 from shardstage.graph.source import ModelSource
 from shardstage.plan import check, complete, load_plan, parse_request
 from shardstage.plan.plan import Plan, Precision
@@ -95,7 +94,7 @@ def choose_plan(config: RunConfig, graph: ModelGraph, *, num_ranks: int, cluster
             precision=config.precision,
             cluster=cluster,
         )
-    plan = replace(plan, graph_fingerprint=plan.graph_fingerprint or fingerprint(graph))
+    plan = replace(plan, graph_fingerprint=plan.graph_fingerprint or graph.fingerprint)
     check(plan, graph, num_ranks=num_ranks)
     return plan
 

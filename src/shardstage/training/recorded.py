@@ -14,7 +14,6 @@ from shardstage.cost.calibrate import Observation
 from shardstage.errors import ClusterError, ConfigError
 from shardstage.graph import ModelGraph
 from shardstage.graph.fallback import capture_or_blocks
-from shardstage.graph.file import fingerprint
 from shardstage.plan import Plan, load_plan
 from shardstage.planner import predict
 from shardstage.training.folder import RunFolder
@@ -90,7 +89,7 @@ def observations_of(runs: Sequence[RecordedRun], cluster: Cluster) -> tuple[Obse
 
 
 def _observation(run: RecordedRun, graph: ModelGraph, cluster: Cluster) -> Observation:
-    if run.plan.graph_fingerprint not in ("", fingerprint(graph)):
+    if run.plan.graph_fingerprint not in ("", graph.fingerprint):
         raise ConfigError(
             f"the model {run.config.model} has changed since the run in {run.folder}: its plan is of another graph",
             hint=f"leave out {run.folder}",
