@@ -24,7 +24,6 @@ _COLLECTED_OBJECTS = 100_000
 are kept and none is part of a cycle. What was imported stays anyway and is left out for good."""
 
 
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs ``shardstage`` and exits."""
     os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)  # libgomp reads it once, when torch is loaded

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import combinations_with_replacement
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,7 @@ from shardstage.planner.lattice import Lattice, Rows
 from shardstage.planner.space import MAX_STAGES_PER_RANK, Choice
 from shardstage.planner.terms import BoundSettings, Terms
 from shardstage.planner.trade import Trade
-from shardstage.schedule import SCHEDULES
+from shardstage.schedule import SCHEDULES, STEADY_ROUNDS
 
 __all__ = ["Bounds", "bounded"]
 
@@ -272,7 +273,7 @@ class _Table:
         return self._seconds(total, mean), least_bytes
 
     def _of_most_layers(self, held: Any) -> tuple[Any, Any]:
-        """Of the stage that has most units of the kind that takes longest in all: at least their even share, rounded up."""
+        """Of the stage that has most units of the kinds that take longest in all: at least their even share, rounded up."""
         terms, group = self.terms, self.group
         number = np.ceil(terms.most_number[group] / self.p)
         own, experts = number * terms.most_own[group], number * terms.most_experts[group]
@@ -284,7 +285,7 @@ class _Table:
         return seconds, state + held * number * terms.most_trade.least_saved[group]
 
     def _of_one_layer(self, held: Any) -> tuple[Any, Any]:
-        """Of a unit of that kind by itself, which is recomputed in one of the ways and not between them."""
+        """Of a unit of these kinds by itself, which is recomputed in one of the ways and not between them."""
         terms, group, limit_bytes = self.terms, self.group, self.settings.limit_bytes
         own = terms.most_own[group]
         state = self.rank_state_bytes(own, terms.most_experts[group], own)
@@ -321,7 +322,7 @@ class _Table:
 
         What the fullest rank lacks, each of its stages spares.
         """
-        terms, limit_bytes, held = self.terms, self.settings.limit_bytes, ranks.held
+        terms, limit_bytes = self.terms, self.settings.limit_bytes
         none, *others = self.settings.modes
         whole_bytes = ranks.num_bytes(none)
         saved = np.minimum.reduce([ranks.of("saved", mode) for mode in others])
@@ -329,16 +330,17 @@ class _Table:
         trade = terms.layer_trade
         if trade is not None:
             passing = np.maximum(passing, terms.layer_passing[self.group])
-        least_bytes = np.minimum(whole_bytes, ranks.state + held * saved + passing)
+        least_bytes = np.minimum(whole_bytes, ranks.state + ranks.in_flight(saved) + passing)
         if trade is None:
             return 0.0, 0.0, least_bytes
-        room = (limit_bytes - ranks.state - passing) / held
-        missing = np.where(whole_bytes > limit_bytes, np.maximum(0.0, ranks.of("saved", none) - room), 0.0)
+        room = limit_bytes - ranks.state - passing
+        missing = ranks.in_flight(ranks.of("saved", none)) - room
+        missing = np.where(whole_bytes > limit_bytes, np.maximum(0.0, missing), 0.0)
         mean_again, least_again = np.zeros_like(missing), np.zeros_like(missing)
         at = np.nonzero(missing > 0)
         if len(at[0]):
             group = np.broadcast_to(self.group, missing.shape)[at]
-            mean_again[at], least_again[at] = ranks.again_s(at, missing[at], group, trade)
+            mean_again[at], least_again[at] = ranks.again_s(at[0], missing[at], group, trade)
         return mean_again, least_again, least_bytes
 
     def _ranks_of(self, name: str, v: Any) -> _EvenRanks:
@@ -353,15 +355,23 @@ class _Table:
         reduced = np.where(self._is_scattered, largest_unit * self.settings.gradient_bytes, 0.0)
         return self._state_bytes(own, self._part_elements(own, experts)) + reduced
 
-    def held(self, name: str, v: Any) -> Any:
-        """Pairs (stage, microbatch) that one of the ranks holds at once: the first in rounds, the last in a V (``schedule.held``)."""
-        m, p = self.m, self.p
+    def held(self, name: str, v: Any, most: int) -> Any:
+        """[row, stage]: microbatches that one of the ranks holds at once on each of its stages, 0 beyond the v-th: the first in rounds,
+        just before its first backward, the last in a V (``schedule.held``)."""
+        m, p, stage = self.m, self.p, np.arange(most)[None]
         if name in SPLITTING:
-            return 2 * np.minimum(m, p) * np.ones_like(v)
-        if name == "looped-bfs":
-            return m * v
-        largest_round = np.ceil(m / np.maximum(1, np.floor(m / p)))
-        return np.minimum(m * v, 2 * (p - 1) + (v - 1) * largest_round + 1)
+            each = np.minimum(m, p)
+        elif name == "looped-bfs":
+            each = m
+        else:
+            m = np.minimum(m, STEADY_ROUNDS * p + m % p)
+            rounds = np.maximum(1, np.floor(m / p))
+            done = np.minimum(m * v, 2 * (p - 1) + (v - 1) * np.ceil(m / rounds) + 1)
+            full = np.floor(done * rounds / (m * v))
+            full += (full < rounds) & (v * np.floor(m * (full + 1) / rounds) <= done)
+            start, stop = (np.floor(m * np.minimum(n, rounds) / rounds) for n in (full, full + 1))
+            each = start + np.clip(done - v * start - stage * (stop - start), 0, stop - start)
+        return np.where(stage < v, each, 0.0)
 
     def _bubble_s(self, name: str, v: Any, forward: Any, backward: Any) -> Any:
         """``cost.pipeline.bubble_s`` of mean stages, ``v`` a rank."""
@@ -379,7 +389,7 @@ def _seconds_of(cost: Array, num_bytes: Any, calls: Any) -> Any:
 
 
 class _EvenRanks:
-    """Ranks of even cuts, [row, 1]; what was asked once is kept."""
+    """Ranks of even cuts, [row, 1], or [row, stage] of their fullest one; what was asked once is kept."""
 
     def __init__(self, table: _Table, name: str, v: Any) -> None:
         self._known: dict[tuple[str, Recompute], Any] = {}
@@ -387,41 +397,43 @@ class _EvenRanks:
         self._name = name
         p, v_ = table.p.astype(np.int64), v.astype(np.int64)
         place = terms.even.ranks(name).place
-        self._places = place[p, np.minimum(v_, place.shape[1] - 1)] * terms.num_groups + table.group
-        self.held = table.held(name, v)
+        self._places = (place[p, np.minimum(v_, place.shape[1] - 1)] * terms.num_groups + table.group)[:, 0]
+        self._held = table.held(name, v, place.shape[1] - 1)
         self.state = table.rank_state_bytes(self.of("own"), self.of("experts"), self.of("largest"))
         self.mean_first_s = table.first_s(self.of("mean first own"), self.of("mean first calls"))
         self.least_first_s = sum(table.first_s(self.of("least first own"), self.of("least first calls")))
 
     def of(self, figure: str, mode: Recompute = "none") -> Any:
         if (figure, mode) not in self._known:
-            self._known[figure, mode] = self._terms.of_ranks(self._name, figure, mode)[self._places]
+            found = self._terms.of_ranks(self._name, figure, mode)[self._places]
+            self._known[figure, mode] = found if found.ndim == 2 else found[:, None]
         return self._known[figure, mode]
 
-    def again_s(self, at: Any, missing: Any, group: Any, trade: Trade) -> tuple[Any, Any]:
-        """Seconds of recomputation of a mean rank and of any rank, at least, where a stage of the fullest lacks so many bytes.
+    def in_flight(self, of_stages: Any) -> Any:
+        """What the fullest rank's microbatches add up to, of a figure of its stages."""
+        return np.einsum("rs,rs->r", self._held, of_stages)[:, None]
 
-        Short stages recompute whole layers: f in full and some selectively, as few as spare enough; of a long one a fraction.
+    def again_s(self, at: Any, missing: Any, group: Any, trade: Trade) -> tuple[Any, Any]:
+        """Seconds of recomputation of a mean rank and of any rank, at least, in the rows ``at``, whose fullest rank lacks so many bytes.
+
+        Short stages recompute whole layers: f in full and those up to e selectively, where these spare enough; of a long one a fraction.
         """
         table, row = self._terms.even.ranks(self._name), self._places[at] // self._terms.num_groups
-        most = table.most_layers[row]
-        of_long = trade.again_s(-missing / most, group) * (table.layers[:, row, -1])
+        held, most = self._held[at], table.most_layers[row]
+        of_long = trade.again_s(-missing / held.sum(axis=1) / most, group) * table.layers[:, row, -1]
         selective, full = (each[group] for each in self._terms.layer_seconds)
         spared, spared_full = (each[group] for each in self._terms.layer_bytes)
+        layers = [table.layers[:, row, number] for number in range(COUNTED_LAYERS + 1)]
+        kept = [np.einsum("rs,rs->r", held, of_stages[row]) for of_stages in table.layers_of_fullest[:-1]]
         found = np.full((2, len(most)), np.inf)
-        for number in range(COUNTED_LAYERS + 1):
-            left = np.maximum(0.0, missing - number * spared_full)
-            with np.errstate(divide="ignore", invalid="ignore"):
-                end = number + np.where(left > 0, np.ceil(left / spared - 1e-9), 0.0)
-            is_possible = np.isfinite(end) & (end <= most) & (end <= COUNTED_LAYERS)
-            last = np.where(is_possible, end, 0.0).astype(np.int64)
-            in_full, in_all = table.layers[:, row, number], table.layers[:, row, last]
-            seconds = in_full * full + (in_all - in_full) * selective
-            found = np.where(is_possible, np.minimum(found, seconds), found)
+        for f, e in combinations_with_replacement(range(COUNTED_LAYERS + 1), 2):
+            is_enough = kept[f] * spared_full + (kept[e] - kept[f]) * spared >= missing * (1 - 1e-9)
+            seconds = layers[f] * full + (layers[e] - layers[f]) * selective
+            found = np.where(is_enough, np.minimum(found, seconds), found)
         is_long = (most > COUNTED_LAYERS) | ~np.isfinite(found[0])
         found = np.where(is_long, of_long, found)
         return found[0], found[1]
 
     def num_bytes(self, mode: Recompute) -> Any:
         """What the fullest rank holds at least."""
-        return self.state + self.held * self.of("saved", mode) + self.of("passing", mode)
+        return self.state + self.in_flight(self.of("saved", mode)) + self.of("passing", mode)

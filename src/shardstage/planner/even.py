@@ -72,6 +72,7 @@ class EvenCuts:
         most_layers = np.ones(len(sizes) + 1)
         limits = np.array([*range(COUNTED_LAYERS + 1), n])[:, None]
         layers = np.zeros((2, len(sizes) + 1, COUNTED_LAYERS + 2))
+        of_fullest = np.zeros((COUNTED_LAYERS + 2, len(sizes) + 1, most))
         for row, (p, v) in enumerate(sizes, start=1):
             place[p, v] = row
             of_rank = [list(stages_of_rank(schedule, p * v, p, rank)) for rank in range(p)]
@@ -81,12 +82,23 @@ class EvenCuts:
             mean_firsts[row] = of_firsts.sum(axis=(0, 1)) / p
             of_stages = self._num_layers(p * v)
             most_layers[row] = of_stages.max()
-            counted = np.minimum(of_stages[None], limits)[:, of_rank].sum(axis=2)
+            of_each = np.minimum(of_stages[None], limits)[:, of_rank]
+            counted = of_each.sum(axis=2)
             layers[0, row], layers[1, row] = counted.mean(axis=1), counted.min(axis=1)
-            stages[row] = of_ranks[p - 1 if is_v else 0, [*range(v), *([0] * (most - v))]]
+            fullest = p - 1 if is_v else 0
+            of_fullest[:, row, :v] = of_each[:, fullest]
+            stages[row] = of_ranks[fullest, [*range(v), *([0] * (most - v))]]
             is_stage[row, :v] = 1.0
         return RankTable(
-            place, _padded(each), stages, is_stage, _padded(firsts), mean_firsts, most_layers, layers
+            place,
+            _padded(each),
+            stages,
+            is_stage,
+            _padded(firsts),
+            mean_firsts,
+            most_layers,
+            layers,
+            of_fullest,
         )
 
     def _num_layers(self, num_stages: int) -> Array:
@@ -140,7 +152,7 @@ class RankTable:
     surely holds most microbatches at once, the first where stages go round, the last in a V; ``is_stage`` tells them from repeated ones.
     ``firsts`` are the first units of the stages of each rank, in all ways, and ``mean_firsts`` those of a mean rank. ``most_layers`` are
     those of a stage, and ``layers`` [2, row, number] those of a mean rank, and of the one that has fewest, where of each stage at most so
-    many count; in the last column all do.
+    many count; in the last column all do. ``layers_of_fullest`` [number, row, stage] are those of the stages in ``stages``.
     """
 
     place: Any
@@ -151,6 +163,7 @@ class RankTable:
     mean_firsts: Array
     most_layers: Array
     layers: Array
+    layers_of_fullest: Array
 
     def least_first(self, of_kinds: Array) -> Array:
         """[row, group]: the least that the first units of a rank's stages add up to, of a figure [kind, group]."""
@@ -172,9 +185,9 @@ class RankTable:
         found: Array = (self.stages * self.is_stage[:, :, None]).sum(axis=1) @ of_kinds
         return found
 
-    def least_of_fullest(self, of_kinds: Array) -> Array:
-        """What the units of the least of its stages add up to."""
-        found: Array = (self.stages @ of_kinds).min(axis=1)
+    def stages_of_fullest(self, of_kinds: Array) -> Array:
+        """What the units of each of its stages add up to, [row, group, stage]."""
+        found: Array = (self.stages @ of_kinds).transpose(0, 2, 1)
         return found
 
     def most_of_fullest(self, of_kinds: Array) -> Array:

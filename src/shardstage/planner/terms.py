@@ -24,6 +24,9 @@ __all__ = ["BoundSettings", "Terms"]
 
 Array = npt.NDArray[np.float64]
 
+ALIKE_RATIO: Final = 0.9
+"""Units that take so much of the time of those that take longest in all are as many of them: the first layer, say, a kind of its own."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class BoundSettings:
@@ -46,7 +49,8 @@ class BoundSettings:
 
 
 class Terms:
-    """Of some groups, [group] each: sums over all units, the heaviest unit, and what the kind of unit that takes longest in all has.
+    """Of some groups, [group] each: sums over all units, the heaviest unit, and what any unit has of the kind that takes longest in all, or
+    of a kind that takes as long (``most``).
 
     ``number`` [group of the lattice] is where a group stands here.
     """
@@ -79,26 +83,26 @@ class Terms:
         again, saved = (np.array([each[mode] for mode in settings.modes]) for each in (f.again_s, f.saved))
         self.trade = Trade(again, saved, whole)
         self.again_whole = {mode: f.whole @ f.again_s[mode] for mode in settings.modes}
-        most = np.argmax(whole * f.both_s, axis=0)[None]
-
-        def of_most(values: Any) -> Any:
-            return np.take_along_axis(values, most, axis=0)
-
         self.layer_trade = self._layer_trade()
         self.num_groups = len(groups)
         self._of_ranks: dict[tuple[str, str, Recompute], Array] = {}
-        self.most_number = f.whole[most[0]]
-        self.most_both = of_most(f.both_s)[0]
-        self.most_own, self.most_experts = of_most(f.own)[0], of_most(f.experts)[0]
+        most = np.take_along_axis(f.both_s, np.argmax(whole * f.both_s, axis=0)[None], axis=0)
+        is_alike = f.both_s >= ALIKE_RATIO * most
+
+        def least(values: Any) -> Any:
+            return np.where(is_alike, values, np.inf).min(axis=0)
+
+        self.most_number = (whole * is_alike).sum(axis=0)
+        self.most_both = least(f.both_s)
+        self.most_own, self.most_experts = least(f.own), least(f.experts)
         self.most_modes = [
-            tuple(of_most(each[mode])[0] for each in (f.again_s, f.saved, f.passing))
-            for mode in settings.modes
+            tuple(least(each[mode]) for each in (f.again_s, f.saved, f.passing)) for mode in settings.modes
         ]
         self.most_passing = np.min([passing for _, _, passing in self.most_modes], axis=0)
         self.most_trade = Trade(
-            np.array([of_most(each) for each in again]),
-            np.array([of_most(each) for each in saved]),
-            np.ones_like(most, dtype=np.float64),
+            np.array([[seconds] for seconds, _, _ in self.most_modes]),
+            np.array([[num_bytes] for _, num_bytes, _ in self.most_modes]),
+            np.ones((1, len(groups))),
         )
 
     def _layer_trade(self) -> Trade | None:
@@ -115,11 +119,11 @@ class Terms:
         return Trade(seconds[:, None], -spared[:, None], np.ones((1, 1)))
 
     def of_ranks(self, schedule: str, figure: str, mode: Recompute) -> Array:
-        """A figure of ranks of even cuts, for each row of their table and each group, flat."""
+        """A figure of ranks of even cuts, for each row of their table and each group, flat but for stages."""
         key = (SCHEDULES[schedule].places, figure, mode)
         if key not in self._of_ranks:
             found = _OF_RANKS[figure](self.even.ranks(schedule), self, mode)
-            self._of_ranks[key] = found.ravel()
+            self._of_ranks[key] = found.reshape(-1, *found.shape[2:])
         return self._of_ranks[key]
 
 
@@ -136,7 +140,7 @@ _OF_RANKS: Final[Mapping[str, Callable[[RankTable, Terms, Recompute], Array]]] =
         "slowest, summing": lambda ranks, of, mode: ranks.slowest(
             of.figures.both_s + of.figures.again_s[mode] + of.summing_s
         ),
-        "saved": lambda ranks, of, mode: ranks.least_of_fullest(of.figures.saved[mode]),
+        "saved": lambda ranks, of, mode: ranks.stages_of_fullest(of.figures.saved[mode]),
         "passing": lambda ranks, of, mode: ranks.most_of_fullest(of.figures.passing[mode]),
     }
 )

@@ -11,7 +11,13 @@ from shardstage.schedule.draw import draw
 from shardstage.schedule.dualpipe_v import dualpipe_v
 from shardstage.schedule.forward_only import forward_only
 from shardstage.schedule.gpipe import gpipe
-from shardstage.schedule.held import held_by_stage, held_together, stages_of_rank, steady_microbatches
+from shardstage.schedule.held import (
+    STEADY_ROUNDS,
+    held_by_stage,
+    held_together,
+    stages_of_rank,
+    steady_microbatches,
+)
 from shardstage.schedule.interleaved_1f1b import interleaved_1f1b
 from shardstage.schedule.looped_bfs import looped_bfs
 from shardstage.schedule.one_f_one_b import one_f_one_b
@@ -25,6 +31,7 @@ from shardstage.schedule.zb_v import zb_v
 
 __all__ = [
     "SCHEDULES",
+    "STEADY_ROUNDS",
     "Action",
     "ActionKind",
     "OptimalSchedule",

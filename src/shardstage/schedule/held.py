@@ -13,7 +13,7 @@ from shardstage.schedule.action import Action
 from shardstage.schedule.places import Places, place_stages
 from shardstage.schedule.registry import SCHEDULES, make_schedule
 
-__all__ = ["held_by_stage", "held_together", "stages_of_rank", "steady_microbatches"]
+__all__ = ["STEADY_ROUNDS", "held_by_stage", "held_together", "stages_of_rank", "steady_microbatches"]
 
 STEADY_ROUNDS: Final = 3
 """After so many rounds of microbatches over all ranks every schedule of ours has held as much as it ever will; what does not fill a round
