@@ -15,9 +15,11 @@ stages alone take too long or hold too much get no closer bound.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from itertools import combinations_with_replacement
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -30,7 +32,7 @@ from shardstage.cost.pipeline import LATE_BUBBLES, SPLITTING
 from shardstage.cost.profile import Recompute
 from shardstage.planner.even import COUNTED_LAYERS, EvenCuts
 from shardstage.planner.figures import Figures
-from shardstage.planner.lattice import Lattice, Rows
+from shardstage.planner.lattice import Lattice, Pairs, Rows
 from shardstage.planner.space import MAX_STAGES_PER_RANK, Choice
 from shardstage.planner.terms import BoundSettings, Terms
 from shardstage.planner.trade import Trade
@@ -75,42 +77,80 @@ def bounded(
     settings: BoundSettings,
     even: EvenCuts,
     below_s: float = math.inf,
+    most_per_rank: float = math.inf,
 ) -> Bounds:
     """Bounds of all choices of groups (their numbers) that may take less than ``below_s`` and fit. ``figures`` are of all groups,
-    ``even`` the cuts of schedules with several stages a rank."""
-    rows = lattice.rows(groups)
+    ``even`` the cuts of schedules with several stages a rank. Schedules of more than ``most_per_rank`` stages a rank are not looked at."""
     terms = Terms(lattice, figures.at(groups), groups, settings, even)
-    mean = _Table(terms, rows)
-    is_large = (mean.mean_bytes > settings.limit_bytes)[:, 0]
-    mean_s = mean.mean_s[:, 0]
+    pairs = lattice.pairs(groups)
+    pair_s = _loosest_s(terms, pairs)
+    is_early = pair_s >= below_s
+    rows = lattice.rows(pairs.at(~is_early))
+    table = _Table(terms, rows)
+    is_large = (table.mean_bytes > settings.limit_bytes)[:, 0]
+    mean_s, mean_bytes = table.mean_s[:, 0], table.mean_bytes[is_large]
     is_slow = ~is_large & (mean_s >= below_s)
-    has = lattice.meshes.has_schedule
-    num_schedules = has.sum(axis=1)[rows.mesh]
+    meshes = lattice.meshes
+    num_schedules = meshes.has_schedule.sum(axis=1)[rows.mesh]
     is_open = ~is_large & ~is_slow
-    left = rows.at(is_open)
-    seconds = np.full((len(left.mesh), len(lattice.schedules)), np.inf)
-    least_bytes = np.full_like(seconds, np.inf)
-    if len(left.mesh):
-        table, whole = _Table(terms, left), np.arange(len(left.mesh))
-        for name in dict.fromkeys(schedule.name for schedule in lattice.schedules):
-            places = np.array([i for i, each in enumerate(lattice.schedules) if each.name == name])
-            row, number = np.nonzero(has[left.mesh][:, places])
-            if len(row):
-                per_rank = np.array([lattice.schedules[i].per_rank for i in places], dtype=np.float64)
-                part = table if np.array_equal(row, whole) else _Table(terms, left.at(row))
-                found_s, found_bytes = part.of(name, per_rank[number][:, None])
-                seconds[row, places[number]] = found_s[:, 0]
-                least_bytes[row, places[number]] = found_bytes[:, 0]
+    rows = rows.at(is_open)
+    seconds, least_bytes = _of_schedules(lattice, rows, table.at(is_open), below_s, most_per_rank)
     return Bounds(
         lattice=lattice,
-        rows=left,
+        rows=rows,
         seconds=seconds,
         least_bytes=least_bytes,
-        num_slow=int(num_schedules[is_slow].sum()),
+        num_slow=int(num_schedules[is_slow].sum() + meshes.num_choices[pairs.mesh[is_early]].sum()),
         num_large=int(num_schedules[is_large].sum()),
-        least_slow_s=float(mean_s[is_slow].min(initial=math.inf)),
-        least_large_bytes=float(mean.mean_bytes[is_large].min(initial=math.inf)),
+        least_slow_s=float(
+            min(mean_s[is_slow].min(initial=math.inf), pair_s[is_early].min(initial=math.inf))
+        ),
+        least_large_bytes=float(mean_bytes.min(initial=math.inf)),
     )
+
+
+def _loosest_s(terms: Terms, pairs: Pairs) -> Array:
+    """[pair]: whatever the ZeRO and the schedule, all microbatches on the mean stage and the least bubble of all schedules."""
+    meshes, group = terms.meshes, terms.number[pairs.group]
+    p, m = meshes.pp[pairs.mesh], np.ceil(meshes.share[pairs.mesh] / terms.microbatch[group])
+    forward = terms.forward[group] / p
+    mean = forward + terms.backward[group] / p
+    slowest = np.maximum(mean, terms.slowest_unit[group])
+    bubble = (p - 1) * np.minimum(mean / MAX_STAGES_PER_RANK, forward / 2)
+    found: Array = terms.settings.step_s(m * slowest + bubble, m * mean, 0.0)
+    return found
+
+
+def _of_schedules(
+    lattice: Lattice, rows: Rows, table: _Table, below_s: float, most_per_rank: float
+) -> tuple[Array, Array]:
+    """[row, schedule]: seconds and bytes."""
+    seconds = np.full((len(rows.mesh), len(lattice.schedules)), np.inf)
+    least_bytes = np.full_like(seconds, np.inf)
+    has, mean_bytes = lattice.meshes.has_schedule[rows.mesh], table.mean_bytes[:, 0]
+    for name in dict.fromkeys(schedule.name for schedule in lattice.schedules):
+        columns = [
+            (i, each.per_rank)
+            for i, each in enumerate(lattice.schedules)
+            if each.name == name and each.per_rank <= most_per_rank
+        ]
+        if not columns:
+            continue
+        places, numbers = np.array(columns).T
+        row, number = np.nonzero(has[:, places])
+        column, per_rank = places[number], numbers[number][:, None].astype(np.float64)
+        loose_s = table.at(row, _LOOSE).loose_s(name, per_rank)[:, 0]
+        seconds[row, column], least_bytes[row, column] = loose_s, mean_bytes[row]
+        is_open = loose_s < below_s
+        if is_open.any():
+            row, column, per_rank = row[is_open], column[is_open], per_rank[is_open]
+            found_s, found_bytes = table.at(row).of(name, per_rank)
+            seconds[row, column], least_bytes[row, column] = found_s[:, 0], found_bytes[:, 0]
+    return seconds, least_bytes
+
+
+_LOOSE: Final = ("p", "m", "forward", "backward", "after", "_slowest_unit_s")
+"""What ``_Table.loose_s`` asks for."""
 
 
 class _Table:
@@ -156,6 +196,16 @@ class _Table:
         self.after = after + self._update_s(part) + self._of_meshes(talk.norm_s) + travel
         self.state_bytes = self._state_bytes(elements / p, part)
 
+    def at(self, rows: Any, names: Sequence[str] = ()) -> _Table:
+        """Of some of the rows, by a mask or by their numbers; all figures, or only those of these names."""
+        part = copy(self)
+        for name in names or vars(self):
+            values = getattr(self, name)
+            if isinstance(values, np.ndarray):
+                setattr(part, name, values[rows])
+        part._ranks = {}
+        return part
+
     def _of_meshes(self, values: Any) -> Any:
         """Figures of meshes, for each row."""
         return values[self._mesh][:, None]
@@ -174,11 +224,16 @@ class _Table:
         return self.state_bytes + self.terms.trade.least_saved[self.group] / self.p
 
     def _seconds(self, pipeline_s: Any, mean: Any) -> Any:
-        """Of a step; on shared cores all ranks' work, or the pipeline as quick as if each rank were alone."""
-        alone_ratio = self.settings.device.alone_ratio
-        if alone_ratio > 1:
-            pipeline_s = np.maximum(pipeline_s / alone_ratio, self.m * mean)
-        return self.settings.least_factor * (pipeline_s + self.after)
+        return self.settings.step_s(pipeline_s, self.m * mean, self.after)
+
+    def loose_s(self, name: str, per_rank: Array) -> Any:
+        """Seconds of a schedule with so many stages a rank, if nothing is recomputed and all stages are as fast as the mean."""
+        mean = self.forward + self.backward
+        slowest = np.maximum(mean, self._slowest_unit_s)
+        if name in ("1f1b", "gpipe"):
+            return self._seconds((self.m - 1) * slowest + self.p * mean, mean)
+        bubble = self._bubble_s(name, per_rank, self.forward / per_rank, self.backward / per_rank)
+        return self._seconds(self.m * slowest + bubble, mean)
 
     def of(self, name: str, per_rank: Array) -> tuple[Any, Any]:
         """Seconds and bytes of a schedule with so many stages a rank."""

@@ -29,6 +29,14 @@ class Walk:
         self._order = order
         self._at = 0
 
+    @staticmethod
+    def of(bounds: Bounds, limit_bytes: float, below_s: float = math.inf) -> Walk:
+        """Those that may fit and take less than so long."""
+        seconds = bounds.seconds.ravel()
+        is_open = np.isfinite(seconds) & (bounds.least_bytes.ravel() <= limit_bytes) & (seconds < below_s)
+        open_ones = np.flatnonzero(is_open)
+        return Walk(bounds, open_ones[np.argsort(seconds[open_ones], kind="stable")])
+
     @property
     def num_left(self) -> int:
         return len(self._order) - self._at
@@ -61,7 +69,8 @@ def mesh_key(choice: Choice) -> MeshKey:
 
 @dataclass
 class Found:
-    """The state of a search: the best so far, the best of other meshes, and how choices were dealt with."""
+    """The state of a search: the best so far, the best of other meshes, and how choices were dealt with. ``scouted`` were priced before
+    that."""
 
     best: Priced | None = None
     counts: Counts = field(default_factory=Counts)
@@ -70,6 +79,7 @@ class Found:
     slower: dict[MeshKey, TooSlow] = field(default_factory=dict)
     least_bytes: float = math.inf
     front: list[Priced] = field(default_factory=list)
+    scouted: dict[Choice, Priced | TooSlow | None] = field(default_factory=dict)
 
     @property
     def best_s(self) -> float:
@@ -85,12 +95,14 @@ class Found:
             self.counts.by_bound += number
             self.least_pruned_s = min(self.least_pruned_s, least_s)
 
-    def add_if(self, priced: Priced | None) -> None:
-        """One that is no better than the best, if it fits."""
-        if priced is not None:
-            self.add(priced)
+    def take(self, outcome: Priced | TooSlow | None) -> None:
+        """What pricing a choice has found, None where it does not fit."""
+        if isinstance(outcome, TooSlow):
+            self._add_slower(outcome)
+        elif outcome is not None:
+            self.add(outcome)
 
-    def add_slower(self, slower: TooSlow) -> None:
+    def _add_slower(self, slower: TooSlow) -> None:
         key = mesh_key(slower.choice)
         if slower.seconds < math.inf and (
             key not in self.slower or slower.seconds < self.slower[key].seconds

@@ -17,7 +17,7 @@ from shardstage.cost.links import LinkCosts
 from shardstage.layout import Mesh
 from shardstage.planner.space import Group, Schedule, Space, Zero
 
-__all__ = ["Lattice", "Meshes", "Rows", "Talk"]
+__all__ = ["Lattice", "Meshes", "Pairs", "Rows", "Talk"]
 
 Array = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
@@ -67,6 +67,16 @@ class _Part(NamedTuple):
     is_dealt: Mask
 
 
+class Pairs(NamedTuple):
+    """A group and a mesh each, by their numbers."""
+
+    group: Numbers
+    mesh: Numbers
+
+    def at(self, mask: Any) -> Pairs:
+        return Pairs(*(each[mask] for each in self))
+
+
 class Rows(NamedTuple):
     """A group, a mesh and a ZeRO each, by their numbers."""
 
@@ -96,13 +106,16 @@ class Lattice:
         self.num_choices: Numbers = np.array([number for _, number, _ in known if number], dtype=np.int64)
         self.num_by_rule = sum(number for _, _, number in known)
 
-    def rows(self, groups: Numbers) -> Rows:
-        """All pairs of a mesh and a ZeRO that groups have."""
+    def pairs(self, groups: Numbers) -> Pairs:
+        """All pairs of a group and a mesh that groups have."""
         meshes = [self._meshes_of(self.groups[number]) for number in groups.tolist()]
         of_group = np.repeat(groups, [len(each) for each in meshes])
-        mesh = np.concatenate(meshes) if meshes else np.zeros(0, dtype=np.int64)
-        number, zero = np.nonzero(self.meshes.has_zero[mesh])
-        return Rows(of_group[number], mesh[number], zero)
+        return Pairs(of_group, np.concatenate(meshes) if meshes else np.zeros(0, dtype=np.int64))
+
+    def rows(self, pairs: Pairs) -> Rows:
+        """Pairs with each ZeRO that they have."""
+        number, zero = np.nonzero(self.meshes.has_zero[pairs.mesh])
+        return Rows(pairs.group[number], pairs.mesh[number], zero)
 
     def _meshes_of(self, group: Group) -> Numbers:
         part = self._parts[group.tp, group.cp]

@@ -52,11 +52,19 @@ MAX_PRUNED_PRICED: Final = 12
 """Where fewer others were priced, some that bounds had ruled out are, so that there is something to compare with."""
 
 
+SCOUTED_GROUPS: Final = (32, 128)
+"""So many groups are looked at before all others, and then so many of those that may be better than what was found."""
+
+MAX_SCOUTED: Final = 24
+"""Choices that are priced in search of a plan that fits."""
+
 MAX_DIVES: Final = 8
+"""Choices that are priced in search of a better one."""
+
 LIKELY_RATIO: Final = 0.75
 """A choice whose bound on memory is so much of the limit mostly fits."""
 
-FIRST_BLOCK: Final = 8
+FIRST_BLOCK: Final = 64
 LARGEST_BLOCK: Final = 256
 """Groups that are bounded together: some hundred thousand rows, so that arrays stay in the caches."""
 
@@ -205,6 +213,7 @@ class Searcher:
         self._settings = replace(self._settings, limit_bytes=limit_bytes)
         found = Found()
         found.counts.by_rule = self.lattice.num_by_rule
+        self._scout(limit_bytes, found)
         walks: list[tuple[float, int, Walk]] = []
         for number, (least_s, groups) in enumerate(self._blocks()):
             while walks and walks[0][0] < least_s:
@@ -218,6 +227,28 @@ class Searcher:
         while walks:
             self._price_next(walks, limit_bytes, found)
         return found
+
+    def _scout(self, limit_bytes: int, found: Found) -> None:
+        """Looks for a good plan in groups here and there, before any choice is counted: the better what is known, the fewer choices
+        need a close bound. Schedules are those of fewest stages a rank, whose bounds are cheap."""
+        for number in SCOUTED_GROUPS:
+            groups = np.flatnonzero(self._least_s < found.best_s)
+            groups = groups[np.argsort(self._least_s[groups], kind="stable")]
+            walk = self._scouted(groups[:: -(-len(groups) // number) or 1], limit_bytes, found.best_s)
+            if found.best is None:
+                walk.prefer(limit_bytes * LIKELY_RATIO)
+            num_left = MAX_SCOUTED
+            while num_left > 0 and walk.least_s < found.best_s:
+                choice, had_none = walk.next(), found.best is None
+                if choice not in found.scouted:
+                    found.scouted[choice] = self._outcome(choice, limit_bytes, found.best_s)
+                    found.take(found.scouted[choice])
+                num_left = min(num_left - 1, MAX_SCOUTED if had_none and found.best is None else MAX_DIVES)
+
+    def _scouted(self, groups: Any, limit_bytes: int, below_s: float) -> Walk:
+        """The choices of groups that may fit and take less and have fewest stages a rank, in the order of their bounds."""
+        least = min((schedule.per_rank for schedule in self.lattice.schedules), default=1)
+        return Walk.of(self.bounds(groups, below_s, least), limit_bytes, below_s)
 
     def _dive(self, walk: Walk, limit_bytes: int, found: Found) -> None:
         """Prices the first choices of a new walk until one is better than the best so far: it spares the following blocks most of their
@@ -294,9 +325,10 @@ class Searcher:
             yield float(self._least_s[block[0]]), block
             start, number = start + number, min(2 * number, LARGEST_BLOCK)
 
-    def bounds(self, groups: Any, below_s: float = math.inf) -> Bounds:
+    def bounds(self, groups: Any, below_s: float = math.inf, most_per_rank: float = math.inf) -> Bounds:
         """Bounds of the choices of groups, given by their numbers in the lattice."""
-        return bounded(self.lattice, self._figures, groups, self._settings, self.pricing.even, below_s)
+        figures, settings = self._figures, self._settings
+        return bounded(self.lattice, figures, groups, settings, self.pricing.even, below_s, most_per_rank)
 
     def _walk(self, groups: Any, limit_bytes: int, found: Found) -> Walk:
         """The choices of groups that may fit and be better than the best so far, in the order of their bounds."""
@@ -309,23 +341,27 @@ class Searcher:
         found.least_bytes = min(found.least_bytes, bounds.least_large_bytes, num_bytes.min(initial=math.inf))
         found.prune(bounds.least_slow_s, bounds.num_slow)
         found.prune(float(seconds[is_slow].min(initial=math.inf)), int(is_slow.sum()))
-        open_ones = np.flatnonzero(is_offered & ~is_large & ~is_slow)
-        return Walk(bounds, open_ones[np.argsort(seconds[open_ones], kind="stable")])
+        return Walk.of(bounds, limit_bytes, found.best_s)
 
     def _price(self, walk: Walk, limit_bytes: int, found: Found) -> None:
-        """Prices the next choice of a walk."""
+        """Prices the next choice of a walk, unless a scout did."""
         choice = walk.next()
-        try:
-            priced = self.pricing.price(choice, limit_bytes, found.best_s)
-        except TooSlow as slower:
-            found.counts.priced += 1
-            found.add_slower(slower)
-            return
-        if priced is None:
+        if choice in found.scouted:
+            outcome = found.scouted[choice]
+        else:
+            outcome = self._outcome(choice, limit_bytes, found.best_s)
+            found.take(outcome)
+        if outcome is None:
             found.counts.unfit += 1
         else:
             found.counts.priced += 1
-            found.add(priced)
+
+    def _outcome(self, choice: Choice, limit_bytes: int, below_s: float) -> Priced | TooSlow | None:
+        """The price of a choice, or that it cannot come below; None where it does not fit."""
+        try:
+            return self.pricing.price(choice, limit_bytes, below_s)
+        except TooSlow as slower:
+            return slower
 
     def _next_best(self, found: Found, limit_bytes: int) -> list[Priced]:
         """The best of other meshes that were priced and fit; what a slower choice's ranks hold was not asked so far."""
@@ -334,18 +370,18 @@ class Searcher:
             if len(ahead) >= KEPT_RUNNERS_UP:
                 break
             if slower.seconds < found.seconds_of(mesh):
-                found.add_if(self.pricing.price(slower.choice, limit_bytes))
+                found.take(self.pricing.price(slower.choice, limit_bytes))
         for choice in islice(self._pruned_choices(found, limit_bytes), MAX_PRUNED_PRICED):
             if len(found.runners_up()) >= MIN_RUNNERS_UP:
                 break
-            found.add_if(self.pricing.price(choice, limit_bytes))
+            found.take(self.pricing.price(choice, limit_bytes))
         return found.runners_up()
 
     def _pruned_choices(self, found: Found, limit_bytes: int) -> Iterator[Choice]:
-        """Of meshes that nothing was priced of, the choice of the least bound, nearly in the order of bounds."""
+        """Of meshes that nothing was priced of, the choice of fewest stages a rank that has the least bound, nearly in their order."""
         tried = {*found.by_mesh, *found.slower}
         for _, groups in self._blocks():
-            walk = self._walk(groups, limit_bytes, Found())
+            walk = self._scouted(groups, limit_bytes, math.inf)
             while walk.num_left:
                 choice = walk.next()
                 if mesh_key(choice) not in tried:

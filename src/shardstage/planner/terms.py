@@ -47,6 +47,12 @@ class BoundSettings:
         """Seconds of adding an element's gradient to its sum."""
         return moved_s(self.compute_bytes + 2.0 * self.gradient_bytes, self.device)
 
+    def step_s(self, pipeline_s: Any, work_s: Any, after_s: Any) -> Any:
+        """Of a step; on shared cores all ranks' work, or the pipeline as quick as if each rank were alone."""
+        if self.device.alone_ratio > 1:
+            pipeline_s = np.maximum(pipeline_s / self.device.alone_ratio, work_s)
+        return self.least_factor * (pipeline_s + after_s)
+
 
 class Terms:
     """Of some groups, [group] each: sums over all units, the heaviest unit, and what any unit has of the kind that takes longest in all, or
