@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +17,7 @@ import numpy.typing as npt
 from shardstage.cost import balanced
 from shardstage.schedule import SCHEDULES, stages_of_rank
 
-__all__ = ["COUNTED_LAYERS", "EvenCuts", "RankTable"]
+__all__ = ["COUNTED_LAYERS", "EvenCuts", "EvenRanks"]
 
 Array = npt.NDArray[np.float64]
 
@@ -26,18 +26,14 @@ COUNTED_LAYERS: Final = 4
 
 
 class EvenCuts:
-    """``kinds`` are those of the units, numbered from 0, ``layers`` the layer of each, -1 outside of layers, ``seconds`` what each takes;
-    a rank has ``most_per_rank`` stages at most."""
+    """``kinds`` are those of the units, numbered from 0, ``layers`` the layer of each, -1 outside of layers."""
 
-    def __init__(
-        self, kinds: Sequence[int], layers: Sequence[int], seconds: Sequence[float], most_per_rank: int
-    ) -> None:
+    def __init__(self, kinds: Sequence[int], layers: Sequence[int], seconds: Sequence[float]) -> None:
         self._seconds = seconds
         self._layers = layers
         self._kinds = kinds
-        self._most_per_rank = most_per_rank
         self._starts: dict[int, tuple[int, ...]] = {}
-        self._tables: dict[str, RankTable] = {}
+        self._known: dict[tuple[str, int, int], _Ranks] = {}
 
     def starts(self, num_stages: int) -> tuple[int, ...]:
         """First unit of each stage."""
@@ -45,61 +41,45 @@ class EvenCuts:
             self._starts[num_stages] = balanced(self._seconds, num_stages)
         return self._starts[num_stages]
 
-    @cached_property
-    def whole(self) -> Array:
-        """[kind]: how many units there are of each."""
-        found: Array = self._counts_before[-1]
-        return found
+    def ranks(self, schedule: str, num_ranks: Any, per_rank: Any) -> EvenRanks:
+        """Of so many ranks and stages a rank under a schedule, [row] each."""
+        sizes, row = np.unique(np.stack([num_ranks, per_rank]).astype(np.int64), axis=1, return_inverse=True)
+        made = [self._made(schedule, p, v) for p, v in sizes.T.tolist()]
+        most = max(len(each.stages) for each in made)
+        return EvenRanks(
+            row=row,
+            each=_filled([ranks.each for ranks in made]),
+            firsts=_filled([ranks.firsts for ranks in made]),
+            stages=_filled([ranks.stages for ranks in made]),
+            mean_firsts=np.array([ranks.firsts_of_all for ranks in made]),
+            fullest=np.array([ranks.stages.sum(axis=0) for ranks in made]),
+            most_layers=np.array([ranks.most_layers for ranks in made]),
+            layers=np.array([ranks.layers for ranks in made]).transpose(1, 2, 0),
+            layers_of_fullest=np.array(
+                [np.pad(ranks.of_fullest, ((0, 0), (0, most - len(ranks.stages)))) for ranks in made]
+            ).transpose(1, 0, 2),
+        )
 
-    def ranks(self, schedule: str) -> RankTable:
-        """Of all numbers of ranks and of stages a rank under a schedule."""
+    def _made(self, schedule: str, p: int, v: int) -> _Ranks:
         places = SCHEDULES[schedule].places
-        if places not in self._tables:
-            self._tables[places] = self._made(schedule)
-        return self._tables[places]
-
-    def _made(self, schedule: str) -> RankTable:
-        n, num_kinds = len(self._kinds), len(self.whole)
-        is_v = SCHEDULES[schedule].places == "v"
-        most = 2 if is_v else max(2, min(self._most_per_rank, n // 2))
-        sizes = [(p, v) for v in range(2, most + 1) for p in range(2, n // v + 1)]
-        place = np.zeros((n + 1, most + 1), dtype=np.int64)
-        each: list[list[tuple[float, ...]]] = [[(0.0,) * num_kinds]]
-        firsts: list[list[tuple[float, ...]]] = [[(0.0,) * num_kinds]]
-        stages = np.zeros((len(sizes) + 1, most, num_kinds))
-        is_stage = np.zeros((len(sizes) + 1, most))
-        mean_firsts = np.zeros((len(sizes) + 1, num_kinds))
-        most_layers = np.ones(len(sizes) + 1)
-        limits = np.array([*range(COUNTED_LAYERS + 1), n])[:, None]
-        layers = np.zeros((2, len(sizes) + 1, COUNTED_LAYERS + 2))
-        of_fullest = np.zeros((COUNTED_LAYERS + 2, len(sizes) + 1, most))
-        for row, (p, v) in enumerate(sizes, start=1):
-            place[p, v] = row
+        if (places, p, v) not in self._known:
             of_rank = [list(stages_of_rank(schedule, p * v, p, rank)) for rank in range(p)]
             of_ranks, of_firsts = self._stage_counts(p * v)[of_rank], self._first_counts(p * v)[of_rank]
-            each.append(list(dict.fromkeys(map(tuple, of_ranks.sum(axis=1).tolist()))))
-            firsts.append(list(dict.fromkeys(map(tuple, of_firsts.sum(axis=1).tolist()))))
-            mean_firsts[row] = of_firsts.sum(axis=(0, 1)) / p
             of_stages = self._num_layers(p * v)
-            most_layers[row] = of_stages.max()
+            limits = np.array([*range(COUNTED_LAYERS + 1), len(self._kinds)])[:, None]
             of_each = np.minimum(of_stages[None], limits)[:, of_rank]
             counted = of_each.sum(axis=2)
-            layers[0, row], layers[1, row] = counted.mean(axis=1), counted.min(axis=1)
-            fullest = p - 1 if is_v else 0
-            of_fullest[:, row, :v] = of_each[:, fullest]
-            stages[row] = of_ranks[fullest, [*range(v), *([0] * (most - v))]]
-            is_stage[row, :v] = 1.0
-        return RankTable(
-            place,
-            _padded(each),
-            stages,
-            is_stage,
-            _padded(firsts),
-            mean_firsts,
-            most_layers,
-            layers,
-            of_fullest,
-        )
+            fullest = p - 1 if places == "v" else 0
+            self._known[places, p, v] = _Ranks(
+                each=np.unique(of_ranks.sum(axis=1), axis=0),
+                firsts=np.unique(of_firsts.sum(axis=1), axis=0),
+                stages=of_ranks[fullest],
+                firsts_of_all=of_firsts.sum(axis=(0, 1)) / p,
+                most_layers=float(of_stages.max()),
+                layers=np.array([counted.mean(axis=1), counted.min(axis=1)]),
+                of_fullest=of_each[:, fullest],
+            )
+        return self._known[places, p, v]
 
     def _num_layers(self, num_stages: int) -> Array:
         """[stage]: how many layers each has, a part of one counting as one."""
@@ -143,61 +123,83 @@ class EvenCuts:
         return ones.cumsum(axis=0)
 
 
-@dataclass(frozen=True)
-class RankTable:
-    """Of how many units of each kind ranks are made, [row, …, kind]; ``place`` [ranks, stages a rank] is the row, 0 where there are too few
-    units, which is empty.
+class _Ranks(NamedTuple):
+    """Ranks of one size; what ``EvenRanks`` has of many."""
+
+    each: Array
+    firsts: Array
+    stages: Array
+    firsts_of_all: Array
+    most_layers: float
+    layers: Array
+    of_fullest: Array
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvenRanks:
+    """Of how many units of each kind ranks are made, [size, …, kind]; ``row`` [row] is the size of each row.
 
     ``each`` are the ways in which ranks are made, each once; what is missing repeats the first. ``stages`` are those of the rank that
-    surely holds most microbatches at once, the first where stages go round, the last in a V; ``is_stage`` tells them from repeated ones.
+    surely holds most microbatches at once, the first where stages go round, the last in a V, and ``fullest`` their sum.
     ``firsts`` are the first units of the stages of each rank, in all ways, and ``mean_firsts`` those of a mean rank. ``most_layers`` are
-    those of a stage, and ``layers`` [2, row, number] those of a mean rank, and of the one that has fewest, where of each stage at most so
-    many count; in the last column all do. ``layers_of_fullest`` [number, row, stage] are those of the stages in ``stages``.
+    those of a stage, and ``layers`` [2, number, size] those of a mean rank, and of the one that has fewest, where of each stage at most so
+    many count; in the last all do. ``layers_of_fullest`` [number, size, stage] are those of the stages in ``stages``.
+
+    A figure of kinds is [kind, row], and what it adds up to [row].
     """
 
-    place: Any
+    row: Any
     each: Array
     stages: Array
-    is_stage: Array
+    fullest: Array
     firsts: Array
     mean_firsts: Array
     most_layers: Array
     layers: Array
     layers_of_fullest: Array
 
+    @property
+    def num_stages(self) -> int:
+        """Of the rank that has most."""
+        return int(self.stages.shape[1])
+
     def least_first(self, of_kinds: Array) -> Array:
-        """[row, group]: the least that the first units of a rank's stages add up to, of a figure [kind, group]."""
-        found: Array = (self.firsts @ of_kinds).min(axis=1)
-        return found
+        """The least that the first units of a rank's stages add up to."""
+        return self._of_ways(self.firsts, of_kinds).min(axis=1)  # type: ignore[no-any-return]
 
     def mean_first(self, of_kinds: Array) -> Array:
         """What the first units of the stages of a mean rank add up to."""
-        found: Array = self.mean_firsts @ of_kinds
-        return found
+        return self._of_sizes(self.mean_firsts, of_kinds)
 
     def slowest(self, of_kinds: Array) -> Array:
         """The most that the units of a rank add up to."""
-        found: Array = (self.each @ of_kinds).max(axis=1)
-        return found
+        return self._of_ways(self.each, of_kinds).max(axis=1)  # type: ignore[no-any-return]
 
     def of_fullest(self, of_kinds: Array) -> Array:
         """What the units of the fullest rank add up to."""
-        found: Array = (self.stages * self.is_stage[:, :, None]).sum(axis=1) @ of_kinds
-        return found
+        return self._of_sizes(self.fullest, of_kinds)
 
     def stages_of_fullest(self, of_kinds: Array) -> Array:
-        """What the units of each of its stages add up to, [row, group, stage]."""
-        found: Array = (self.stages @ of_kinds).transpose(0, 2, 1)
-        return found
+        """What the units of each of its stages add up to, [row, stage]; the first for those that are missing."""
+        return self._of_ways(self.stages, of_kinds)
 
     def most_of_fullest(self, of_kinds: Array) -> Array:
         """The most that one unit of it has."""
-        has = (self.stages > 0).max(axis=1)[:, :, None]
-        found: Array = np.where(has, of_kinds[None], 0.0).max(axis=1)
+        found: Array = np.where(self.fullest[self.row].T > 0, of_kinds, 0.0).max(axis=0)
+        return found
+
+    def _of_sizes(self, counts: Array, of_kinds: Array) -> Array:
+        found: Array = np.einsum("rk,kr->r", counts[self.row], of_kinds)
+        return found
+
+    def _of_ways(self, counts: Array, of_kinds: Array) -> Array:
+        found: Array = np.einsum("rwk,kr->rw", counts[self.row], of_kinds)
         return found
 
 
-def _padded(ways: Sequence[Sequence[tuple[float, ...]]]) -> Array:
-    """[row, way, kind]; where there are fewer ways, the first is repeated."""
-    widest = max(map(len, ways))
-    return np.array([[*found, *[found[0]] * (widest - len(found))] for found in ways])
+def _filled(found: Sequence[Array]) -> Array:
+    """[size, way, kind]; where there are fewer ways, the first is repeated."""
+    widest = max(map(len, found))
+    return np.array(
+        [np.concatenate([each, np.repeat(each[:1], widest - len(each), axis=0)]) for each in found]
+    )

@@ -39,7 +39,7 @@ from shardstage.planner.alike import Alike
 from shardstage.planner.chain import Chain, ChainCosts
 from shardstage.planner.even import EvenCuts
 from shardstage.planner.figures import Figures
-from shardstage.planner.space import MAX_STAGES_PER_RANK, Choice, Group, Savers
+from shardstage.planner.space import Choice, Group, Savers
 from shardstage.planner.stages import best_cut
 
 Array = npt.NDArray[np.float64]
@@ -294,7 +294,7 @@ class Pricing:
         """Stages of equal seconds, for all choices alike: of what the units take one rank for one sample."""
         units = self.profiler(1, False).at(self._reference).units
         seconds = [unit.forward_s + unit.backward_s for unit in units]
-        return EvenCuts(self._twins, self.folded.layers, seconds, MAX_STAGES_PER_RANK)
+        return EvenCuts(self._twins, self.folded.layers, seconds)
 
 
 class _Uncut(NamedTuple):

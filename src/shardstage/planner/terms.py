@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any, Final
 
 import numpy as np
@@ -14,11 +12,10 @@ from shardstage.cluster import DeviceClass
 from shardstage.cost.compute import moved_s
 from shardstage.cost.links import overlap_slowdown
 from shardstage.cost.profile import RECOMPUTES, Recompute
-from shardstage.planner.even import EvenCuts, RankTable
+from shardstage.planner.even import EvenCuts
 from shardstage.planner.figures import Figures
 from shardstage.planner.lattice import Lattice
 from shardstage.planner.trade import Trade
-from shardstage.schedule import SCHEDULES
 
 __all__ = ["BoundSettings", "Terms"]
 
@@ -90,8 +87,6 @@ class Terms:
         self.trade = Trade(again, saved, whole)
         self.again_whole = {mode: f.whole @ f.again_s[mode] for mode in settings.modes}
         self.layer_trade = self._layer_trade()
-        self.num_groups = len(groups)
-        self._of_ranks: dict[tuple[str, str, Recompute], Array] = {}
         most = np.take_along_axis(f.both_s, np.argmax(whole * f.both_s, axis=0)[None], axis=0)
         is_alike = f.both_s >= ALIKE_RATIO * most
 
@@ -123,32 +118,3 @@ class Terms:
         spared = np.maximum(0.0, spared)
         self.layer_seconds, self.layer_bytes = seconds[1:], spared[1:]
         return Trade(seconds[:, None], -spared[:, None], np.ones((1, 1)))
-
-    def of_ranks(self, schedule: str, figure: str, mode: Recompute) -> Array:
-        """A figure of ranks of even cuts, for each row of their table and each group, flat but for stages."""
-        key = (SCHEDULES[schedule].places, figure, mode)
-        if key not in self._of_ranks:
-            found = _OF_RANKS[figure](self.even.ranks(schedule), self, mode)
-            self._of_ranks[key] = found.reshape(-1, *found.shape[2:])
-        return self._of_ranks[key]
-
-
-_OF_RANKS: Final[Mapping[str, Callable[[RankTable, Terms, Recompute], Array]]] = MappingProxyType(
-    {
-        "own": lambda ranks, of, _: ranks.of_fullest(of.figures.own),
-        "experts": lambda ranks, of, _: ranks.of_fullest(of.figures.experts),
-        "largest": lambda ranks, of, _: ranks.most_of_fullest(of.figures.own),
-        "mean first own": lambda ranks, of, _: ranks.mean_first(of.figures.own),
-        "mean first calls": lambda ranks, of, _: ranks.mean_first(of.figures.calls),
-        "least first own": lambda ranks, of, _: ranks.least_first(of.figures.own),
-        "least first calls": lambda ranks, of, _: ranks.least_first(of.figures.calls),
-        "slowest": lambda ranks, of, mode: ranks.slowest(of.figures.both_s + of.figures.again_s[mode]),
-        "slowest, summing": lambda ranks, of, mode: ranks.slowest(
-            of.figures.both_s + of.figures.again_s[mode] + of.summing_s
-        ),
-        "saved": lambda ranks, of, mode: ranks.stages_of_fullest(of.figures.saved[mode]),
-        "passing": lambda ranks, of, mode: ranks.most_of_fullest(of.figures.passing[mode]),
-    }
-)
-"""Of ranks of even cuts, [row of their table, group]: the slowest one's seconds for one microbatch, without what ZeRO waits for; what the
-fullest one has, the first units of stages."""
