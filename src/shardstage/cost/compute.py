@@ -138,7 +138,7 @@ def moved_s(num_bytes: float, device: DeviceClass) -> float:
     return num_bytes / (device.bytes_per_s * ratio)
 
 
-def optimizer_s(num_elements: int, element_bytes: int, num_tensors: int, device: DeviceClass) -> float:
+def optimizer_s(num_elements: float, element_bytes: int, num_tensors: int, device: DeviceClass) -> float:
     """Seconds of a fused AdamW step with clipping over ``num_elements`` of ``element_bytes`` in ``num_tensors`` flat tensors."""
     launch_s = device.op_latency_s if device.kernels is None else device.kernels.launch_s
     return moved_s(OPTIMIZER_PASSES * num_elements * element_bytes, device) + num_tensors * launch_s

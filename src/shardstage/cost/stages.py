@@ -16,7 +16,7 @@ from shardstage.cost.profile import Profile, UnitCost
 from shardstage.cost.setup import StepSetup
 from shardstage.graph.recompute import Recompute
 
-__all__ = ["StageCost", "stage_costs"]
+__all__ = ["StageCost", "least_reduction_s", "least_update_s", "stage_costs"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -199,6 +199,21 @@ def _reduction_s(elements: int, tied: int, time: StageTime, setup: StepSetup, li
     return waited + exposed_s(all_s, time.backward_s, links.overlap_slowdown, all_s / num_buckets)
 
 
+def least_reduction_s(elements: int, backward_s: float, setup: StepSetup, links: Links) -> float:
+    """What a stage of at least so many elements, whose backward takes so long at most, waits for after the last one."""
+    return _reduction_s(elements, 0, StageTime(0.0, backward_s), setup, links)
+
+
+def least_update_s(elements: float, part: float, setup: StepSetup, links: Links) -> float:
+    """What the busiest rank's optimizer and gather of new parameters take, where ranks have so many elements and own such a part of them in
+    the mean."""
+    seconds = _optimizer_s((), 0, part, setup, links)
+    if setup.sharding_level == 1 and not setup.execution.broadcasts_parameters:
+        num_bytes = elements * setup.compute_bytes
+        seconds += links.shards_s("all_gather", num_bytes, max(1, int(num_bytes // setup.bucket_bytes)))
+    return seconds
+
+
 def _scatter_s(links: Links, num_bytes: float, num_calls: int = 1) -> float:
     """Seconds until gradients are summed and cut among the ranks that ZeRO cuts over, and summed with those of its copies."""
     return links.shards_s("reduce_scatter", num_bytes, num_calls) + links.copies_s(num_bytes, num_calls)
@@ -215,7 +230,7 @@ def _tied_elements(profile: Profile, setup: StepSetup, stage: int, units: Sequen
 
 
 def _optimizer_s(
-    units: Sequence[UnitCost], elements: int, part: int, setup: StepSetup, links: Links
+    units: Sequence[UnitCost], elements: int, part: float, setup: StepSetup, links: Links
 ) -> float:
     """The optimizer over what a rank owns."""
     if setup.execution.update_bytes is not None:

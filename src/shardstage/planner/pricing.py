@@ -28,6 +28,7 @@ from shardstage.cost.links import LinkCosts, exposed_s
 from shardstage.cost.offload import has_host_room
 from shardstage.cost.pipeline import SPLITTING, StageTime, bubble_s, pipeline_s
 from shardstage.cost.profile import RECOMPUTES, Recompute
+from shardstage.cost.stages import least_reduction_s, least_update_s
 from shardstage.cost.units import Cases, UnitCosts
 from shardstage.graph import ModelGraph
 from shardstage.graph.cuts import good_positions
@@ -237,14 +238,12 @@ class Pricing:
             None if setup.sharding_level < 2 else sharding_waits(chain, setup, links),
             self._asked,
         )
-        cut = best_cut(
-            costs,
-            setup.mesh.pp,
-            setup.num_microbatches,
-            below_s=self.cluster.device.alone_ratio
-            * (below_s / self.least_factor - self._beside_s(chain, setup, links)),
-            counts_sum=setup.schedule in ("1f1b", "gpipe"),
-        )
+        counts_sum = setup.schedule in ("1f1b", "gpipe")
+        room_s = self._room_s(uncut, below_s)
+        least_s = _least_pipeline_s(chain, setup.mesh.pp, setup.num_microbatches, counts_sum=counts_sum)
+        if least_s >= room_s:
+            raise TooSlow(choice)
+        cut = best_cut(costs, setup.mesh.pp, setup.num_microbatches, below_s=room_s, counts_sum=counts_sum)
         if cut is None:
             return None
         times = _stage_times(chain, cut.starts, cut.recompute)
@@ -252,10 +251,30 @@ class Pricing:
             raise TooSlow(choice)
         return _with_stages(setup, cut.starts, cut.recompute)
 
+    def _room_s(self, uncut: _Uncut, below_s: float) -> float:
+        """Seconds that the pipeline may take, as ranks that share cores compute, where a step is to take less than ``below_s``."""
+        _, chain, setup, links = uncut
+        ratio, m = self.cluster.device.alone_ratio, setup.num_microbatches
+        room_s = ratio * (below_s / self.least_factor - self._beside_s(chain, setup, links))
+        if below_s == math.inf or setup.sharding_level >= 2 or setup.mesh.num_replicas == 1:
+            return room_s
+        most_s, exposed = room_s / m, math.inf
+        stops = range(1, chain.num_units - setup.mesh.pp + 2) if setup.mesh.pp > 1 else (chain.num_units,)
+        for stop in stops:  # the first stage ends here: nothing hides its gradients' sum but its own backward
+            if chain.both_s[stop] > most_s:
+                break
+            backward_s = most_s - chain.forward_s[stop]
+            exposed = min(exposed, least_reduction_s(int(chain.own[stop]), backward_s, setup, links))
+        return room_s - ratio * exposed
+
     def _beside_s(self, chain: Chain, setup: StepSetup, links: Links) -> float:
-        """What a step takes at least beside what ``best_cut`` counts: transfers, the norm's sum, and a bubble that no cut changes."""
+        """What a step takes at least beside what ``best_cut`` counts: transfers, the optimizer, the norm's sum, and a bubble that no cut
+        changes."""
         p, n = setup.mesh.pp, chain.num_units
         beside_s = links.norm_s() + 2 * (p - 1) * links.transfer_s(min(chain.received[1:], default=0))
+        shards = setup.num_shards if setup.sharding_level else 1
+        part = (chain.own[n] - chain.experts[n]) / shards + chain.experts[n] / max(1, shards // setup.ep)
+        beside_s += least_update_s(chain.own[n] / p, part / p, setup, links)
         if setup.schedule in SPLITTING:
             mean = StageTime(chain.forward_s[n] / p, chain.backward_s[n] / p)
             bubble = bubble_s(setup.schedule, [mean] * p, p, setup.num_microbatches)
@@ -322,6 +341,13 @@ class TooSlow(Exception):
         super().__init__(choice)
         self.choice = choice
         self.seconds = seconds
+
+
+def _least_pipeline_s(chain: Chain, num_ranks: int, num_microbatches: int, *, counts_sum: bool) -> float:
+    """What ``best_cut`` finds at least: the slowest stage takes the mean, and the heaviest unit."""
+    total = chain.both_s[-1]
+    slowest = max(total / num_ranks, chain.slowest_unit_s)
+    return (num_microbatches - 1) * slowest + total if counts_sum else num_microbatches * slowest
 
 
 def _stage_times(chain: Chain, starts: tuple[int, ...], modes: tuple[StageRecompute, ...]) -> list[StageTime]:
