@@ -231,7 +231,7 @@ class Searcher:
     def _scout(self, limit_bytes: int, found: Found) -> None:
         """Looks for a good plan in groups here and there, before any choice is counted: the better what is known, the fewer choices
         need a close bound. Schedules are those of fewest stages a rank, whose bounds are cheap."""
-        for number in SCOUTED_GROUPS:
+        for number in SCOUTED_GROUPS if self.lattice.groups else ():
             groups = np.flatnonzero(self._least_s < found.best_s)
             groups = groups[np.argsort(self._least_s[groups], kind="stable")]
             walk = self._scouted(groups[:: -(-len(groups) // number) or 1], limit_bytes, found.best_s)
