@@ -42,7 +42,9 @@ KEPT_VALUES = (
 
 def test_all_that_is_said_to_be_kept_is_tried_here() -> None:
     tried = named_decisions(",".join(KEPT_VALUES))
-    assert named_decisions(KEPT) - tried == {"ep", "precision"}, "experts and what the model is captured in"
+    assert named_decisions(KEPT) - tried == {"ep", "etp", "precision"}, (
+        "experts and what the model is captured in"
+    )
 
 
 @pytest.mark.parametrize("decisions", KEPT_VALUES)
@@ -85,7 +87,7 @@ def test_a_mixed_search_finds_a_plan_with_what_was_fixed(decisions: str) -> None
         assert getattr(found, name) == getattr(fixed.request, name)
 
 
-@pytest.mark.parametrize("decision", ["cp=2", "ep=4", "zr=2", "outer"])
+@pytest.mark.parametrize("decision", ["cp=2", "ep=4", "etp=1", "zr=2", "outer"])
 def test_what_is_only_priced_cannot_be_fixed_beside_what_runs(decision: str) -> None:
     with pytest.raises(PlanError, match=f"{decision} is planned and priced, but not run") as caught:
         parse_fixed(f"runnable,pp=2,{decision}", plan="auto")

@@ -55,9 +55,9 @@ def every_choice(searcher: Searcher) -> Iterator[Choice]:
     for group in space.groups():
         for mesh in space.meshes(group.tp, group.cp):
             share = -(-space.global_batch // mesh.dp)
-            if not bool(space.takes(group, mesh.dp, share)):
-                continue
             for order in space.orders_of(mesh):
+                if not space.takes(group, replace(mesh, order=order), share):
+                    continue
                 for zero in space.zeros_of(mesh):
                     for schedule in space.schedules_of(mesh.pp):
                         if mesh.pp * schedule.per_rank <= searcher.num_units:

@@ -6,10 +6,11 @@ from random import Random
 
 import pytest
 from tests.cost.machines import round_machine
-from tests.cost.toy import toy_graph
+from tests.cost.toy import Experts, toy_graph
 from tests.planner.brute import PLENTY, assert_best
 
 from shardstage.errors import PlanError
+from shardstage.plan import named_decisions, parse_request
 from shardstage.planner import Searcher
 
 
@@ -38,6 +39,44 @@ def searcher_of(random: Random) -> Searcher:
         is_runnable=random.random() < 0.7,
         fixed=frozenset({"offload"}),
     )
+
+
+def searcher_of_experts(random: Random) -> Searcher:
+    """Of a model with layers of experts, on ranks that may leave them whole; few microbatches and little else to choose."""
+    width = random.choice((64, 256))
+    graph = toy_graph(
+        num_layers=random.randint(1, 3),
+        width=width,
+        hidden=width * random.choice((1, 4)),
+        vocab=random.choice((128, 4096)),
+        experts=Experts(
+            number=random.choice((2, 4, 6)),
+            hidden=width * random.choice((1, 4)),
+            chosen=random.choice((1, 2)),
+            has_shared=random.random() < 0.5,
+        ),
+    )
+    machine = round_machine(8, node=random.choice((2, 4)), latency_s=random.choice((0.0, 1e-6, 1e-3)))
+    fix = random.choice(("cp=1", "cp=2", "etp=1", "sp", "tp=2", "zero=2"))
+    return Searcher(
+        graph,
+        machine,
+        num_ranks=random.choice((2, 4, 4)),
+        global_batch=random.randint(1, 4),
+        sequence=16,
+        is_runnable=False,
+        fix=parse_request(fix),
+        fixed=named_decisions(fix) | {"offload"},
+    )
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_whole_experts_are_weighed_against_cut_ones(seed: int) -> None:
+    random = Random(1000 + seed)
+    searcher = searcher_of_experts(random)
+    groups = searcher.lattice.groups
+    assert any(group.has_whole_experts for group in groups) or all(group.tp == 1 for group in groups)
+    assert_best(searcher, ratios=(random.uniform(0.15, 1.0),))
 
 
 @pytest.mark.parametrize("seed", range(24))

@@ -16,7 +16,7 @@ __all__ = ["Fixed", "parse_fixed"]
 
 RUNNABLE: Final = "runnable"
 
-KEPT: Final = "dp, tp, pp, sp, zero, zr, mb, recompute, modules, cp, ep, outer, schedule, v, dtype, grads, offload, compile"
+KEPT: Final = "dp, tp, pp, sp, zero, zr, mb, recompute, modules, cp, ep, etp, outer, schedule, v, dtype, grads, offload, compile"
 """What a search keeps to (``planner.space``)."""
 
 KEPT_ON_MIXED: Final = (
@@ -24,7 +24,7 @@ KEPT_ON_MIXED: Final = (
 )
 """What a search over several classes of devices keeps to (``planner.mixed``)."""
 
-ONLY_PRICED: Final = "cp, ep, zr, outer"
+ONLY_PRICED: Final = "cp, ep, etp, zr, outer"
 """What this release does not run (``plan.check.require_runnable``)."""
 
 

@@ -4,7 +4,8 @@
     tp           (tp, stride of tp)
     replicas     (dp × cp, …): ranks of equal parameters, whose gradients are summed
     shards       the first of these, as many as ZeRO cuts over; their likes in other groups are copies
-    ep           the first of the replicas, as many as an expert layer's experts are dealt out to
+    ep           the first of the replicas, as many as an expert layer's experts are dealt out to; where tensor-parallel ranks hold whole
+                 experts, the first of all their tensor-parallel ranks, which are neighbours
 
 All groups of an axis talk at once; the cluster's links say what that costs.
 """
@@ -12,6 +13,7 @@ All groups of an axis talk at once; the cluster's links say what that costs.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Final
 
@@ -21,7 +23,7 @@ from shardstage.cluster import Cluster, CollectiveKind, DeviceClass
 from shardstage.cluster.links import LinearCost
 from shardstage.layout import Mesh
 
-__all__ = ["LinkCosts", "Links", "each_exposed_s", "exposed_s", "overlap_slowdown"]
+__all__ = ["LinkCosts", "Links", "Replicas", "each_exposed_s", "exposed_s", "overlap_slowdown"]
 
 OVERLAP_SLOWDOWNS: Final = MappingProxyType({"cuda": 0.15, "cpu": 1.0})
 """Of devices without a kernel model. cuda: as the A100's preset. A collective over CPU ranks is computed by their own cores."""
@@ -68,8 +70,41 @@ class LinkCosts:
         return self._known[key]
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Replicas:
+    """``count`` ranks that hold the same parameters, each ``stride`` further than the one before; ZeRO cuts over ``num_shards`` of them."""
+
+    costs: LinkCosts
+    count: int
+    stride: int
+    num_shards: int
+
+    def sum_s(self, num_bytes: float, num_calls: int = 1) -> float:
+        """Seconds of ``num_calls`` sums of ``num_bytes`` in all over all of them."""
+        cost = self.costs.cost("all_reduce", self.count, self.stride)
+        return num_calls * cost.latency_s + num_bytes / cost.bytes_per_s if num_bytes else 0.0
+
+    def shards_s(self, kind: CollectiveKind, num_bytes: float, num_calls: int = 1) -> float:
+        """Seconds of collectives over the ranks that ZeRO cuts over."""
+        cost = self.costs.cost(kind, self.num_shards, self.stride)
+        return num_calls * cost.latency_s + num_bytes / cost.bytes_per_s if num_bytes else 0.0
+
+    def copies_s(self, num_bytes: float, num_calls: int = 1) -> float:
+        """Seconds of summing parts of ``num_bytes`` in all between the groups that ZeRO cuts over."""
+        cost = self.costs.cost("all_reduce", self.count // self.num_shards, self.stride * self.num_shards)
+        part = num_bytes / self.num_shards
+        return num_calls * cost.latency_s + part / cost.bytes_per_s if num_bytes else 0.0
+
+    def scatter_s(self, num_bytes: float, num_calls: int = 1) -> float:
+        """Seconds until gradients are summed and cut among the ranks that ZeRO cuts over, and summed with those of their copies."""
+        return self.shards_s("reduce_scatter", num_bytes, num_calls) + self.copies_s(num_bytes, num_calls)
+
+
 class Links:
-    """Costs of the groups of the mesh's first rank; the others are alike. ``num_shards`` ranks share what ZeRO cuts (default: all)."""
+    """Costs of the groups of the mesh's first rank; the others are alike. ``num_shards`` ranks share what ZeRO cuts (default: all).
+
+    ``replicas`` hold the same parameters, ``expert_replicas`` the same experts where these are whole.
+    """
 
     def __init__(
         self,
@@ -78,32 +113,31 @@ class Links:
         *,
         num_shards: int | None = None,
         ep: int = 1,
+        has_whole_experts: bool = False,
         costs: LinkCosts | None = None,
     ) -> None:
         self._costs = costs or LinkCosts(cluster)
         self.cluster = cluster
         self.mesh = mesh
         self.overlap_slowdown = overlap_slowdown(cluster.device)
-        self.num_shards = num_shards or mesh.num_replicas
         self.ep = ep
-        self._replica_stride = mesh.stride("cp" if mesh.cp > 1 else "dp")
+        self.has_whole_experts = has_whole_experts
+        self.replicas = Replicas(
+            costs=self._costs,
+            count=mesh.num_replicas,
+            stride=mesh.stride("cp" if mesh.cp > 1 else "dp"),
+            num_shards=num_shards or mesh.num_replicas,
+        )
 
-    def dp_s(self, kind: CollectiveKind, num_bytes: float, num_calls: int = 1) -> float:
-        """Seconds of ``num_calls`` collectives over the ranks of equal parameters that share ``num_bytes``."""
-        cost = self._group(kind, self.mesh.num_replicas, self._replica_stride)
-        return num_calls * cost.latency_s + num_bytes / cost.bytes_per_s if num_bytes else 0.0
-
-    def shards_s(self, kind: CollectiveKind, num_bytes: float, num_calls: int = 1) -> float:
-        """The same over the ranks that ZeRO cuts over."""
-        cost = self._group(kind, self.num_shards, self._replica_stride)
-        return num_calls * cost.latency_s + num_bytes / cost.bytes_per_s if num_bytes else 0.0
-
-    def copies_s(self, num_bytes: float, num_calls: int = 1) -> float:
-        """Seconds of summing parts of ``num_bytes`` in all between the groups that ZeRO cuts over."""
-        num_copies = self.mesh.num_replicas // self.num_shards
-        cost = self._group("all_reduce", num_copies, self._replica_stride * self.num_shards)
-        part = num_bytes / self.num_shards
-        return num_calls * cost.latency_s + part / cost.bytes_per_s if num_bytes else 0.0
+    @property
+    def expert_replicas(self) -> Replicas:
+        holders, sharing = (n * self.mesh.tp for n in (self.replicas.count, self.replicas.num_shards))
+        return Replicas(
+            costs=self._costs,
+            count=max(1, holders // self.ep),
+            stride=self.ep,
+            num_shards=max(1, sharing // self.ep),
+        )
 
     def transfer_s(self, num_bytes: int) -> float:
         """Seconds from one stage to the next."""
@@ -134,7 +168,7 @@ class Links:
     @property
     def exchange_cost(self) -> LinearCost:
         """Of sending tokens to their experts' ranks, for the bytes that each sends."""
-        return self._group("all_to_all", self.ep, self._replica_stride)
+        return self._group("all_to_all", self.ep, 1 if self.has_whole_experts else self.replicas.stride)
 
     def tie_s(self, num_bytes: float) -> float:
         """Seconds of summing a parameter's gradient between the first and the last stage."""

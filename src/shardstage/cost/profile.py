@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from shardstage.cluster import Cluster, CollectiveKind
+from shardstage.cost.experts import routed_ops, with_whole_experts
 from shardstage.cost.fold import Folded
 from shardstage.cost.links import Links
 from shardstage.cost.reading import RECOMPUTES, Reading, Recompute, fixed_values
@@ -45,9 +46,10 @@ def profile(
     is_sequence_parallel: bool = False,
     replicate: Sequence[str] = (),
     is_compiled: bool = False,
+    has_whole_experts: bool = False,
 ) -> Profile:
     """Prices the local graph of the first tensor-parallel rank, which has the largest shards."""
-    return Profiler(
+    profiler = Profiler(
         folded,
         cluster,
         tp=tp,
@@ -55,7 +57,8 @@ def profile(
         is_sequence_parallel=is_sequence_parallel,
         replicate=replicate,
         is_compiled=is_compiled,
-    ).at(microbatch)
+    )
+    return (profiler.with_whole_experts() if has_whole_experts else profiler).at(microbatch)
 
 
 class Profiler:
@@ -83,23 +86,39 @@ class Profiler:
         sharding = shard(
             graph, num_ranks=tp, is_sequence_parallel=is_sequence_parallel, replicate=tuple(replicate)
         )
-        local = localize(sharding, 0)
-        of_local = _positions(folded, local)
         self._folded = folded
+        self._tp = tp
+        self._graph = graph
+        self._is_compiled = is_compiled
         self._waits_for_kernels = waits_for_kernels
+        self._whole_flops = _whole_flops(folded, graph) / graph.microbatch
+        self._use(cluster)
+        self._local = localize(sharding, 0)
+        self._read()
+
+    def _read(self) -> None:
+        folded, local = self._folded, self._local
+        of_local = _positions(folded, local)
         self._elements = {p.name: local.values[p.name].numel for p in local.parameters}
         self._shared = _shared_names(folded, self._elements)
-        self._whole_flops = _whole_flops(folded, graph) / graph.microbatch
-        self._tp = tp
-        self._use(cluster)
         self._works = Reading(
             local,
             [(of_local[start], of_local[stop]) for start, stop in folded.kept],
             fixed_values(folded.graph),
-            blocks=[replace(b, start=of_local[b.start], stop=of_local[b.stop]) for b in graph.blocks],
-            is_compiled=is_compiled,
+            blocks=[replace(b, start=of_local[b.start], stop=of_local[b.stop]) for b in self._graph.blocks],
+            is_compiled=self._is_compiled,
             modules=folded.modules,
         ).works(self._elements, self._shared)
+
+    def with_whole_experts(self) -> Profiler:
+        """The same sharding where no rank cuts an expert, and each computes those of its part of the tokens."""
+        graph, sequence = self._graph, self._graph.sequence
+        assert sequence is not None, "can_have_whole_experts"
+        part = self._folded.at(graph.microbatch, -(-sequence // self._tp))
+        other = copy(self)
+        other._local = with_whole_experts(self._local, part, routed_ops(self._folded.graph))
+        other._read()
+        return other
 
     def at(self, microbatch: int, links: Links | None = None) -> Profile:
         """Costs of all units for a microbatch of so many samples; ``links`` say who shares its sequences (cp) and its experts (ep)."""

@@ -28,6 +28,7 @@ class StepSetup:
 
     ``microbatch`` is the size that the profile was made at, and ``num_microbatches`` run on each data-parallel rank. ``custom`` is a
     schedule that has no name. ``ep`` ranks deal the experts out among them, ``zero_ranks`` share what ZeRO cuts (default: all replicas);
+    ``has_whole_experts``: tensor-parallel ranks do not cut experts, and are among those that deal them out.
     ``recompute_of_stages`` says for each stage what ``recompute`` says for all; ``layers`` are those of the units (``fold``), without
     which every unit is one. ``execution`` is how the framework at hand runs all that.
     ``gradient_dtype`` is that of gradients' sums (default: the master weights'). ``is_offloaded``: the optimizer lives in the host's
@@ -47,6 +48,7 @@ class StepSetup:
     bucket_bytes: int
     custom: Schedule | None = None
     ep: int = 1
+    has_whole_experts: bool = False
     zero_ranks: int | None = None
     recompute_of_stages: tuple[StageRecompute, ...] = ()
     layers: tuple[int, ...] = ()
@@ -73,10 +75,17 @@ class StepSetup:
         return layer_modes(self.recompute_of(stage), self.layers[own.start : own.stop] or own)
 
     def part_elements(self, elements: int, expert_elements: int) -> int:
-        """Of a rank's elements those that it owns under ZeRO; the ranks that share experts are ``ep`` times fewer."""
+        """Of a rank's elements those that it owns under ZeRO."""
         shards = self.num_shards if self.sharding_level else 1
-        expert_shards = max(1, shards // self.ep)
-        return -(-(elements - expert_elements) // shards) + -(-expert_elements // expert_shards)
+        return -(-(elements - expert_elements) // shards) + -(-expert_elements // self.expert_shards)
+
+    @property
+    def expert_shards(self) -> int:
+        """How many ranks share what ZeRO cuts of experts: ``ep`` times fewer than would share it if all held all."""
+        if not self.sharding_level:
+            return 1
+        holders = self.num_shards * (self.mesh.tp if self.has_whole_experts else 1)
+        return max(1, holders // self.ep)
 
     @property
     def compute_bytes(self) -> int:

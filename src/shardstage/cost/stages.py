@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from operator import mul
 
 from shardstage.cost.compute import dispatch_s, moved_s, optimizer_s
-from shardstage.cost.links import Links, exposed_s
+from shardstage.cost.links import Links, Replicas, exposed_s
 from shardstage.cost.memory import stage_elements
 from shardstage.cost.offload import offloaded_update_s
 from shardstage.cost.parts import Parts, compute_parts
@@ -16,7 +16,7 @@ from shardstage.cost.profile import Profile, UnitCost
 from shardstage.cost.setup import StepSetup
 from shardstage.graph.recompute import Recompute
 
-__all__ = ["StageCost", "least_reduction_s", "least_update_s", "stage_costs"]
+__all__ = ["StageCost", "least_reduction_s", "least_update_s", "stage_costs", "zero_talk_s"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,13 +64,14 @@ def _stage_cost(
     profile: Profile, setup: StepSetup, links: Links, stage: int, units: Sequence[UnitCost]
 ) -> StageCost:
     elements = stage_elements(profile, setup, stage)
-    part = setup.part_elements(elements, sum(unit.expert_elements for unit in units))
+    experts = sum(unit.expert_elements for unit in units)
+    part = setup.part_elements(elements, experts)
     modes = setup.modes_of(stage, profile)
     plain = _plain_times(units, modes)
     waits = _waits(units, modes, plain, setup, links)
     added_s = _accumulation_s(elements, part, setup, links)
     time = _time(units, plain, waits, added_s, setup, links, stage)
-    gather_s = _new_parameters_s(elements, setup, links)
+    gather_s = _new_parameters_s(elements, experts, setup, links)
     parts = compute_parts(units, modes)
     return StageCost(
         num_elements=elements,
@@ -83,7 +84,9 @@ def _stage_cost(
         talk_s=sum(unit.tp_forward_s + unit.tp_backward_s for unit in units),
         update_s=_optimizer_s(units, elements, part, setup, links) + gather_s,
         gather_s=gather_s,
-        reduction_s=_reduction_s(elements, _tied_elements(profile, setup, stage, units), time, setup, links),
+        reduction_s=_reduction_s(
+            elements, experts, _tied_elements(profile, setup, stage, units), time, setup, links
+        ),
     )
 
 
@@ -158,8 +161,7 @@ def _waits(
     forward_s, backward_s = plain
     how = setup.execution
     calls = [(unit, min(unit.num_parameters, how.gathers_apart) or 1) for unit in units]
-    gathers = [links.shards_s("all_gather", u.own_elements * setup.compute_bytes, num) for u, num in calls]
-    sums = [_scatter_s(links, unit.own_elements * setup.wire_bytes, num) for unit, num in calls]
+    gathers, sums = zero_talk_s(calls, setup, links)
     times_again = [_times_gathered_again(setup, mode) for mode in modes]
     again_s = sum(map(mul, times_again, gathers))
     is_ahead = all(unit.own_elements < num * how.live_elements for unit, num in calls)
@@ -182,41 +184,74 @@ def _times_gathered_again(setup: StepSetup, mode: Recompute) -> int:
     return 2 if setup.execution.gathers_apart and mode != "none" else 1
 
 
-def _reduction_s(elements: int, tied: int, time: StageTime, setup: StepSetup, links: Links) -> float:
+def zero_talk_s(
+    calls: Sequence[tuple[UnitCost, int]], setup: StepSetup, links: Links
+) -> tuple[list[float], list[float]]:
+    """Seconds of ZeRO-2/3's gathers of each unit's parameters, and of its gradients' sums, in so many calls."""
+
+    def each(talk_s: Callable[[Replicas, float, int], float], element_bytes: float) -> list[float]:
+        return [
+            _of_holders(
+                unit.own_elements,
+                unit.expert_elements,
+                links,
+                lambda of, n, num=num: talk_s(of, n * element_bytes, num),  # type: ignore[misc]
+            )
+            for unit, num in calls
+        ]
+
+    gathers = each(lambda of, num_bytes, num: of.shards_s("all_gather", num_bytes, num), setup.compute_bytes)
+    return gathers, each(Replicas.scatter_s, setup.wire_bytes)
+
+
+def _of_holders(
+    elements: float, experts: float, links: Links, talk_s: Callable[[Replicas, float], float]
+) -> float:
+    """Seconds of talk among the ranks that hold the same parameters: others hold the same experts where these are whole."""
+    if not links.has_whole_experts:
+        return talk_s(links.replicas, elements)
+    return talk_s(links.replicas, elements - experts) + talk_s(links.expert_replicas, experts)
+
+
+def _reduction_s(
+    elements: int, experts: int, tied: int, time: StageTime, setup: StepSetup, links: Links
+) -> float:
     """Seconds after the last backward until a stage's gradients are summed over dp and ties."""
     waited = links.tie_s(tied * setup.wire_bytes)
-    if setup.mesh.num_replicas == 1 or setup.sharding_level >= 2:
+    holders = max(setup.mesh.num_replicas, links.expert_replicas.count if links.has_whole_experts else 1)
+    if holders == 1 or setup.sharding_level >= 2:
         return waited
     num_buckets = _num_buckets(setup, elements)
-    num_bytes = elements * setup.wire_bytes
     waited += moved_s(elements * setup.execution.packing_bytes, links.cluster.device)
-    if setup.sharding_level and not setup.execution.sums_whole:
-        all_s = _scatter_s(links, num_bytes, num_buckets)
-    else:
-        all_s = links.dp_s("all_reduce", num_bytes, num_buckets)
+    is_scattered = setup.sharding_level and not setup.execution.sums_whole
+    summed_s = Replicas.scatter_s if is_scattered else Replicas.sum_s
+    all_s = _of_holders(
+        elements, experts, links, lambda of, n: summed_s(of, n * setup.wire_bytes, _num_buckets(setup, n))
+    )
     if not setup.execution.overlaps_gradients:
         return waited + all_s
     return waited + exposed_s(all_s, time.backward_s, links.overlap_slowdown, all_s / num_buckets)
 
 
-def least_reduction_s(elements: int, backward_s: float, setup: StepSetup, links: Links) -> float:
+def least_reduction_s(
+    elements: int, experts: int, backward_s: float, setup: StepSetup, links: Links
+) -> float:
     """What a stage of at least so many elements, whose backward takes so long at most, waits for after the last one."""
-    return _reduction_s(elements, 0, StageTime(0.0, backward_s), setup, links)
+    return _reduction_s(elements, experts, 0, StageTime(0.0, backward_s), setup, links)
 
 
-def least_update_s(elements: float, part: float, setup: StepSetup, links: Links) -> float:
+def least_update_s(elements: float, experts: float, part: float, setup: StepSetup, links: Links) -> float:
     """What the busiest rank's optimizer and gather of new parameters take, where ranks have so many elements and own such a part of them in
     the mean."""
     seconds = _optimizer_s((), 0, part, setup, links)
     if setup.sharding_level == 1 and not setup.execution.broadcasts_parameters:
-        num_bytes = elements * setup.compute_bytes
-        seconds += links.shards_s("all_gather", num_bytes, max(1, int(num_bytes // setup.bucket_bytes)))
+
+        def gather_s(of: Replicas, number: float) -> float:
+            num_bytes, least = number * setup.compute_bytes, 1 if of is links.replicas else 0
+            return of.shards_s("all_gather", num_bytes, max(least, int(num_bytes // setup.bucket_bytes)))
+
+        seconds += _of_holders(elements, experts, links, gather_s)
     return seconds
-
-
-def _scatter_s(links: Links, num_bytes: float, num_calls: int = 1) -> float:
-    """Seconds until gradients are summed and cut among the ranks that ZeRO cuts over, and summed with those of its copies."""
-    return links.shards_s("reduce_scatter", num_bytes, num_calls) + links.copies_s(num_bytes, num_calls)
 
 
 def _tied_elements(profile: Profile, setup: StepSetup, stage: int, units: Sequence[UnitCost]) -> int:
@@ -249,15 +284,18 @@ def _optimizer_s(
     return optimizer_s(part, setup.master_bytes, num_tensors, links.cluster.device)
 
 
-def _new_parameters_s(elements: int, setup: StepSetup, links: Links) -> float:
+def _new_parameters_s(elements: int, experts: int, setup: StepSetup, links: Links) -> float:
     """The gather of the new parameters under ZeRO-1."""
     if setup.sharding_level != 1:
         return 0.0
-    num_bytes = elements * setup.compute_bytes
-    if setup.execution.broadcasts_parameters:
-        return links.shards_s("broadcast", num_bytes, setup.num_shards)
-    return links.shards_s("all_gather", num_bytes, _num_buckets(setup, elements))
+
+    def gather_s(of: Replicas, number: float) -> float:
+        if setup.execution.broadcasts_parameters:
+            return of.shards_s("broadcast", number * setup.compute_bytes, of.num_shards)
+        return of.shards_s("all_gather", number * setup.compute_bytes, _num_buckets(setup, number))
+
+    return _of_holders(elements, experts, links, gather_s)
 
 
-def _num_buckets(setup: StepSetup, elements: int) -> int:
-    return max(1, -(-elements * setup.compute_bytes // setup.bucket_bytes))
+def _num_buckets(setup: StepSetup, elements: float) -> int:
+    return int(max(1, -(-elements * setup.compute_bytes // setup.bucket_bytes)))

@@ -88,7 +88,7 @@ class LinearCosts(NamedTuple):
 @dataclass(frozen=True, kw_only=True)
 class Cases:
     """How a unit is run, an array over cases each: samples of a microbatch, ranks that share its sequences and its experts, and what
-    these cost: a step of a ring, dealing out by heads, sending tokens to experts."""
+    these cost: a step of a ring, dealing out by heads, sending tokens to experts. ``has_whole_experts`` goes for all."""
 
     microbatch: Array
     cp: Array
@@ -97,6 +97,7 @@ class Cases:
     deal: LinearCosts
     exchange: LinearCosts
     overlap_slowdown: float
+    has_whole_experts: bool = False
 
     @property
     def size(self) -> Array:
@@ -122,6 +123,7 @@ class Cases:
             deal=talk(each.deal_cost for each in different),
             exchange=talk(each.exchange_cost for each in different),
             overlap_slowdown=links[0].overlap_slowdown,
+            has_whole_experts=links[0].has_whole_experts,
         )
 
     @staticmethod
@@ -146,6 +148,7 @@ class UnitCosts:
     """``UnitCost`` of one unit, an array over cases for each figure that differs between them."""
 
     work: Work
+    has_whole_experts: bool
     compute_s: Pair
     memory_s: Pair
     host_s: Pair
@@ -175,6 +178,11 @@ class UnitCosts:
     def own_elements(self) -> Array:
         found: Array = self.work.own_elements - self.work.expert_elements + self.expert_elements
         return found
+
+    @property
+    def replicated_elements(self) -> Array:
+        """Those that all replicas hold, and no others: whole experts have holders of their own."""
+        return self.own_elements - self.expert_elements if self.has_whole_experts else self.own_elements
 
     def at(self, case: int) -> UnitCost:
         """Of one case."""
@@ -237,6 +245,7 @@ def costs_of_unit(
     none = np.zeros_like(size)
     return UnitCosts(
         work=work,
+        has_whole_experts=cases.has_whole_experts,
         compute_s=compute_s,
         memory_s=Pair(seconds.forward_memory, seconds.backward_memory),
         host_s=Pair(
@@ -349,17 +358,18 @@ def _seconds(kernels: Sequence[Kernel], cases: Cases, device: DeviceClass) -> _S
     if experts:
         for ep in np.unique(cases.ep).tolist():
             of_ep = cases.ep == ep
-            dealt = [_dealt_out(kernel, int(ep)) for kernel in experts]
+            dealt = [_dealt_out(kernel, int(ep), reads_own=cases.has_whole_experts) for kernel in experts]
             more = _sums_of(dealt, kernels_s(dealt, cases.size[of_ep].tolist(), device), device)
             for total, each in zip(found, more, strict=True):
                 total[of_ep] += each
     return _Seconds(*found)
 
 
-def _dealt_out(kernel: Kernel, ep: int) -> Kernel:
-    """The same product where a rank has its share of the experts, and the tokens of ``ep`` ranks for them."""
+def _dealt_out(kernel: Kernel, ep: int, *, reads_own: bool) -> Kernel:
+    """The same product where a rank has its share of the experts, and the tokens of ``ep`` ranks for them; ``reads_own`` share alone."""
     rows = {kernel.scaled: ep * getattr(kernel, kernel.scaled)} if kernel.scaled in ("m", "k") else {}
-    return kernel._replace(num_products=max(1, kernel.num_products // ep), **rows)
+    fixed_bytes = kernel.fixed_bytes / (ep if reads_own else 1)
+    return kernel._replace(fixed_bytes=fixed_bytes, num_products=max(1, kernel.num_products // ep), **rows)
 
 
 def _sums_of(kernels: Sequence[Kernel], table: Any, device: DeviceClass) -> _Seconds:

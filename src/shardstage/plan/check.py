@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from math import gcd
 from typing import Final
 
 from shardstage.cluster import Cluster
 from shardstage.cost import fold
+from shardstage.cost.experts import can_have_whole_experts
 from shardstage.cost.memory import MOMENTS
 from shardstage.cost.offload import has_host_room
 from shardstage.errors import PlanError
@@ -43,6 +45,7 @@ def check(
     _check_recompute(plan, graph)
     _check_batch(plan, graph)
     _check_gradients(plan)
+    _check_experts(plan, graph, cluster)
     _check_host(plan, graph, cluster)
     schedule_of(plan)
     _check_sequence(plan, graph, max_sequence)
@@ -55,6 +58,7 @@ def require_runnable(plan: Plan) -> None:
     reasons = {
         f"context parallelism (cp={mesh.cp})": mesh.cp > 1,
         f"expert parallelism (ep={plan.ep})": plan.ep > 1,
+        "experts that tensor parallelism leaves whole (etp=1)": plan.etp == 1,
         f"ZeRO over a part of the replicas (zr={plan.zero_ranks})": plan.zero_ranks is not None,
         "data parallelism outside the pipeline (outer)": mesh.order != AXES,
     }
@@ -219,6 +223,38 @@ def _check_gradients(plan: Plan) -> None:
         raise PlanError(
             "gradients are to be summed in float32, and the model computes in float64: that would lose digits that it has",
             hint="leave out grads=fp32",
+        )
+
+
+def _check_experts(plan: Plan, graph: ModelGraph, cluster: Cluster | None) -> None:
+    """Experts that tensor-parallel ranks leave whole, and deal out among neighbours."""
+    mesh = plan.mesh
+    if plan.etp is None:
+        return
+    if mesh.tp == 1:
+        raise PlanError(
+            "etp=1 leaves experts whole on tensor-parallel ranks, and tp is 1", hint="leave out etp=1"
+        )
+    if not can_have_whole_experts(fold(graph).graph):
+        raise PlanError(
+            "etp=1 leaves experts whole, and this model has no layer of experts whose tokens can be dealt out to ranks",
+            hint="leave out etp=1",
+        )
+    if mesh.order != AXES and min(mesh.pp, mesh.dp) > 1:
+        raise PlanError(
+            "etp=1 deals experts out among neighbouring ranks, and outside the pipeline replicas are no neighbours",
+            hint="leave out outer, or etp=1",
+        )
+    holders = mesh.tp * mesh.num_replicas
+    if holders % plan.ep:
+        raise PlanError(
+            f"ep={plan.ep} does not divide the {holders} ranks (tp={mesh.tp} × {mesh.num_replicas} replicas) that hold whole experts",
+            hint=f'--plan "...,ep={gcd(plan.ep, holders)},etp=1"',
+        )
+    if cluster is not None and cluster.is_mixed:
+        raise PlanError(
+            "etp=1 is not priced on a cluster of several classes of devices",
+            hint="leave out etp=1, or --cluster with one of its classes",
         )
 
 

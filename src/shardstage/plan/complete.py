@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Final, NamedTuple
+from typing import Final, Literal, NamedTuple
 
 from shardstage.cluster import Cluster
 from shardstage.cost.balance import balanced, slowest
@@ -86,6 +86,7 @@ def complete(
         stage_recompute=by_stage,
         recompute_modules=request.recompute_modules,
         ep=request.ep,
+        etp=_expert_ranks(request),
         zero_ranks=request.zero_ranks,
         schedule="1f1b" if request.schedule == "optimal" else request.schedule,
         precision=request.precision or precision,
@@ -188,6 +189,23 @@ def ranges(graph: ModelGraph, starts: Sequence[int]) -> tuple[StageRange, ...]:
         StageRange(first=graph.ops[start].name, last=graph.ops[stop - 1].name)
         for start, stop in zip(starts, stops, strict=True)
     )
+
+
+def _expert_ranks(request: Request) -> Literal[1] | None:
+    """What the plan says of experts: nothing where all tensor-parallel ranks cut each."""
+    if request.etp is None or request.etp == request.tp > 1:
+        return None
+    if request.tp == 1:
+        raise PlanError(
+            f"etp={request.etp} says how many tensor-parallel ranks cut an expert, and with tp=1 none does",
+            hint='leave out etp, or --plan "...,tp=2,etp=1"',
+        )
+    if request.etp != 1:
+        raise PlanError(
+            f"etp={request.etp} cannot be: an expert is cut over all {request.tp} tensor-parallel ranks, or whole on each",
+            hint=f'--plan "...,tp={request.tp},etp=1", or without etp',
+        )
+    return 1
 
 
 def _mesh(request: Request, num_ranks: int) -> Mesh:

@@ -58,6 +58,7 @@ class _Priced:
             sequence=plan.sequence,
             is_sequence_parallel=plan.is_sequence_parallel,
             replicate=plan.replicate,
+            has_whole_experts=plan.etp == 1,
         )
 
 
@@ -76,6 +77,8 @@ def _summary(plan: Plan, graph: ModelGraph) -> Iterator[str]:
     savers += [f"modules={'/'.join(plan.recompute_modules)}"] if plan.recompute_modules else []
     savers += [plan.schedule] if plan.mesh.pp > 1 else []
     savers += ["sequence parallel"] if plan.is_sequence_parallel else []
+    savers += [f"experts dealt out to {plan.ep} ranks"] if plan.ep > 1 else []
+    savers += ["whole experts on tensor-parallel ranks"] if plan.etp == 1 else []
     savers += [f"grads={plan.gradient_dtype}"] if plan.gradient_dtype else []
     savers += [f"offload={plan.offload}"] if plan.offload != "none" else []
     savers += ["compiled"] if plan.is_compiled else []

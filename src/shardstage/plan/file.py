@@ -41,6 +41,7 @@ def plan_to_toml(plan: Plan) -> str:
                 "pp": plan.mesh.pp,
                 **({"cp": plan.mesh.cp} if plan.mesh.cp > 1 else {}),
                 **({"ep": plan.ep} if plan.ep > 1 else {}),
+                **({"etp": plan.etp} if plan.etp else {}),
                 **({"order": plan.mesh.order} if plan.mesh.order != AXES else {}),
             },
             "batch": {**batch, "shares": plan.shares},
@@ -89,6 +90,7 @@ def plan_from_toml(text: str, *, where: str = "plan.toml") -> Plan:
     return Plan(
         mesh=_mesh(mesh),
         ep=mesh.whole("ep", least=1, default=1),
+        etp=mesh.choice("etp", (1,), default=1) if mesh.has("etp") else None,
         zero_ranks=memory.whole("zero_ranks", least=1) if memory.has("zero_ranks") else None,
         stage_recompute=tuple(
             _recompute_named(name, "stage_recompute", where) for name in memory.texts("stage_recompute")
@@ -143,7 +145,7 @@ def save_plan(plan: Plan, path: str | os.PathLike[str]) -> None:
 
 
 _SECTIONS: Final[dict[str, tuple[str, ...]]] = {
-    "mesh": ("dp", "tp", "pp", "cp", "ep", "order"),
+    "mesh": ("dp", "tp", "pp", "cp", "ep", "etp", "order"),
     "batch": ("global_batch", "sequence", "microbatch", "shares"),
     "memory": (
         *("zero", "zero_ranks", "recompute", "stage_recompute", "recompute_modules"),

@@ -68,6 +68,7 @@ def setup_of(
         recompute_of_stages=plan.stage_recompute,
         layers=folded.layers,
         ep=plan.ep,
+        has_whole_experts=plan.etp == 1,
         zero_ranks=plan.zero_ranks,
         schedule=plan.schedule,
         custom=custom,

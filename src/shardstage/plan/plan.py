@@ -38,7 +38,8 @@ class Plan:
     ``zero_ranks`` neighbouring replicas share what it cuts, and more of them hold copies (all replicas share it where nothing is said).
     ``stage_recompute`` says for each stage what ``recompute`` says for all. ``recompute_modules`` (globs over module paths) says what
     selective means: what lies in these modules of a layer is computed again, the rest of it kept.
-    ``ep`` replicas deal an expert layer's experts out among them.
+    ``ep`` ranks deal an expert layer's experts out among them: of the replicas, or, where ``etp`` is 1, of all their tensor-parallel ranks,
+    each of which then computes whole experts, on its part of the tokens (None: all tensor-parallel ranks cut each expert).
     ``precision`` is the dtype of computation; master weights and optimizer state are always float32 or wider. ``gradient_dtype`` is that of
     gradients where they are summed, over microbatches and over ranks (None: the master weights').
     ``offload``: ``optimizer`` keeps master weights and optimizer state in the host's memory, and updates there.
@@ -67,6 +68,7 @@ class Plan:
     graph_fingerprint: str = ""
     version: int = PLAN_VERSION
     ep: int = 1
+    etp: Literal[1] | None = None
     zero_ranks: int | None = None
     gradient_dtype: GradientDtype | None = None
     offload: Offload = "none"

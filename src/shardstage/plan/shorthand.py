@@ -24,7 +24,7 @@ class Request:
 
     ``shares`` are relative: 5/3 gives the first data-parallel rank five samples for the second's three. ``stage_recompute`` may name runs
     of stages, ``full:2*3/none``; ``recompute_modules`` says what of a layer selective computes again.
-    ``dp_outside`` puts data parallelism outside the pipeline.
+    ``dp_outside`` puts data parallelism outside the pipeline. ``etp`` tensor-parallel ranks cut one expert (None: all).
     """
 
     dp: int | None = None
@@ -38,6 +38,7 @@ class Request:
     recompute_modules: tuple[str, ...] = ()
     cp: int = 1
     ep: int = 1
+    etp: int | None = None
     zero_ranks: int | None = None
     dp_outside: bool = False
     schedule: ScheduleName | Literal["optimal"] = "1f1b"
@@ -100,6 +101,7 @@ def shorthand(plan: Plan, *, default_precision: Precision | None = None) -> str:
             recompute_modules=plan.recompute_modules,
             cp=plan.mesh.cp,
             ep=plan.ep,
+            etp=plan.etp,
             zero_ranks=plan.zero_ranks,
             dp_outside=plan.mesh.order[0] == "dp",
             schedule=plan.schedule,
@@ -244,6 +246,7 @@ _KEYS: Final[Mapping[str, tuple[str, Callable[[str, str | None], Any]]]] = Mappi
         "modules": ("recompute_modules", _modules),
         "cp": ("cp", _count),
         "ep": ("ep", _count),
+        "etp": ("etp", _count),
         "zr": ("zero_ranks", _count),
         "outer": ("dp_outside", _flag),
         "schedule": ("schedule", _choice(_SCHEDULES, {"one_f_one_b": "1f1b"})),

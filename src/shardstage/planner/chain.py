@@ -120,6 +120,9 @@ class ChainCosts:
         self.limit_bytes = limit_bytes
         self.num_units = chain.num_units
         self._accumulation_s = accumulation_s
+        self._expert_ratio = (
+            setup.num_shards / setup.expert_shards if setup.sharding_level >= 2 else 1.0
+        )  # of an expert's elements a rank adds up so many times the part that it does of others
         self._waits_s = waits_s
         self._in_flight = [setup.in_flight(stage) for stage in range(setup.mesh.pp)]
         self._state_bytes = _state_bytes_of(chain, setup)
@@ -143,9 +146,10 @@ class ChainCosts:
         chain = self.chain
         seconds = chain.both_s[stop] - chain.both_s[start] + again_s
         if self._accumulation_s:
-            seconds += self._accumulation_s * (
-                chain.own[stop] - chain.own[start] + chain.shared_elements(start, stop)
-            )
+            elements = chain.own[stop] - chain.own[start] + chain.shared_elements(start, stop)
+            if self._expert_ratio != 1:
+                elements += (self._expert_ratio - 1) * (chain.experts[stop] - chain.experts[start])
+            seconds += self._accumulation_s * elements
         if self._waits_s is not None:
             seconds += self._waits_s(start, stop, again_s)
         return seconds
@@ -178,7 +182,7 @@ def _state_bytes_of(chain: Chain, setup: StepSetup) -> Callable[[int, int], floa
     of_owned += g if level >= 2 and setup.has_own_masters else 0
 
     shards = setup.num_shards if level else 1
-    expert_shards = max(1, shards // setup.ep)
+    expert_shards = setup.expert_shards
 
     def owned(elements: float, of_experts: float) -> float:
         return -(-(elements - of_experts) // shards) + -(-of_experts // expert_shards)

@@ -20,7 +20,8 @@ Array = npt.NDArray[np.float64]
 @dataclass(frozen=True, kw_only=True)
 class Figures:
     """Of each kind of unit, [kind, group]: seconds of a microbatch with all waiting inside units, recomputation, bytes that are kept and
-    that pass, elements. ``whole`` [kind] is how many units there are of each; ``received`` [group] the least bytes that a later unit is
+    that pass, elements. ``whole`` [kind] is how many units there are of each; ``replicated`` are those of the elements
+    that all replicas hold. ``received`` [group] the least bytes that a later unit is
     sent, ``shared`` [group] the elements of parameters that several units use."""
 
     whole: Array
@@ -31,6 +32,7 @@ class Figures:
     passing: Mapping[Recompute, Array]
     own: Array
     experts: Array
+    replicated: Array
     received: Array
     shared: Array
 
@@ -87,6 +89,7 @@ class Figures:
             },
             own=table(lambda costs: costs.own_elements),
             experts=table(lambda costs: costs.expert_elements),
+            replicated=table(lambda costs: costs.replicated_elements),
             received=received[sorted({*twins[1:]})].min(axis=0) if len(twins) > 1 else np.zeros(len(order)),
             shared=np.concatenate([np.full(len(numbers), shared) for numbers, _, shared in parts])[order],
         )

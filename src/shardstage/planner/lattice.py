@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,7 +16,7 @@ import numpy.typing as npt
 from shardstage.cluster import CollectiveKind
 from shardstage.cost.links import LinkCosts
 from shardstage.layout import Mesh
-from shardstage.planner.space import Group, Schedule, Space, Zero
+from shardstage.planner.space import Group, Schedule, Space, Zero, are_near
 
 __all__ = ["Lattice", "Meshes", "Pairs", "Rows", "Talk"]
 
@@ -60,7 +61,7 @@ class Meshes:
 
 
 class _Part(NamedTuple):
-    """The meshes of one (tp, cp), and which of them take which microbatch [microbatch, mesh] and how many expert ranks [ep, mesh]."""
+    """The meshes of one (tp, cp), and which of them take which microbatch [microbatch, mesh] and how many expert ranks [dealing, mesh]."""
 
     meshes: slice
     is_sized: Mask
@@ -96,11 +97,12 @@ class Lattice:
         self.schedules: tuple[Schedule, ...] = tuple(s for s in space.schedules if s not in space.dominated)
         self.zeros: tuple[Zero, ...] = _all_zeros(space)
         self._num_units = num_units
+        forms = (False, True) if True in space.whole_experts else (False,)
+        self._dealings = {dealing: number for number, dealing in enumerate(product(space.eps, forms))}
         parts = {(tp, cp): list(self._sizes(tp, cp)) for tp in space.tps for cp in space.cps}
         self.meshes = self._made([mesh for part in parts.values() for mesh in part], costs)
         self._parts = dict(zip(parts, self._parted(parts.values(), [*parts]), strict=True))
         self._microbatches = {b: number for number, b in enumerate(space.microbatches)}
-        self._eps = {ep: number for number, ep in enumerate(space.eps)}
         known = self._numbers_of()
         self.groups: tuple[Group, ...] = tuple(group for group, number, _ in known if number)
         self.num_choices: Numbers = np.array([number for _, number, _ in known if number], dtype=np.int64)
@@ -119,9 +121,12 @@ class Lattice:
 
     def _meshes_of(self, group: Group) -> Numbers:
         part = self._parts[group.tp, group.cp]
-        mask = part.is_sized[self._microbatches[group.microbatch]] & part.is_dealt[self._eps[group.ep]]
+        mask = part.is_sized[self._microbatches[group.microbatch]] & part.is_dealt[self._dealing(group)]
         found: Numbers = part.meshes.start + np.flatnonzero(mask)
         return found
+
+    def _dealing(self, group: Group) -> int:
+        return self._dealings[group.ep, group.has_whole_experts]
 
     def _numbers_of(self) -> list[tuple[Group, int, int]]:
         """Groups with how many choices each has, and how many of them another one dominates."""
@@ -132,7 +137,7 @@ class Lattice:
             tables[key] = [((part.is_sized * each) @ dealt).tolist() for each in numbers]
         found = []
         for group in self.space.groups():
-            at = self._microbatches[group.microbatch], self._eps[group.ep]
+            at = self._microbatches[group.microbatch], self._dealing(group)
             choices, ruled_out = (table[at[0]][at[1]] for table in tables[group.tp, group.cp])
             found.append((group, choices, ruled_out))
         return found
@@ -149,12 +154,15 @@ class Lattice:
     def _parted(self, parts: Any, keys: Sequence[tuple[int, int]]) -> Iterator[_Part]:
         space, start = self.space, 0
         microbatch = np.array(space.microbatches, dtype=np.float64)[:, None]
-        ep = np.array(space.eps, dtype=np.float64)[:, None]
-        for (_, cp), sizes in zip(keys, parts, strict=True):
+        is_near = np.array([are_near(mesh) for mesh in self.meshes.sizes], dtype=bool)
+        for (tp, cp), sizes in zip(keys, parts, strict=True):
             meshes = slice(start, start + len(sizes))
             start = meshes.stop
             dp, share = self.meshes.dp[meshes], self.meshes.share[meshes]
-            yield _Part(meshes, space.sizes(microbatch, dp, share), space.deals(cp, ep, dp))
+            is_dealt = [
+                space.deals(tp, cp, ep, dp, is_near[meshes], is_whole=form) for ep, form in self._dealings
+            ]
+            yield _Part(meshes, space.sizes(microbatch, dp, share), np.array(is_dealt))
 
     def _made(self, meshes: Sequence[Mesh], costs: LinkCosts) -> Meshes:
         space = self.space

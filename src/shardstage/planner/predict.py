@@ -41,5 +41,13 @@ def predict(graph: ModelGraph, plan: Plan, cluster: Cluster) -> Prediction:
         replicate=plan.replicate,
         is_compiled=plan.is_compiled,
     )
-    links = Links(cluster, plan.mesh, num_shards=plan.zero_ranks, ep=plan.ep)
+    if setup.has_whole_experts:
+        profiler = profiler.with_whole_experts()
+    links = Links(
+        cluster,
+        plan.mesh,
+        num_shards=plan.zero_ranks,
+        ep=plan.ep,
+        has_whole_experts=setup.has_whole_experts,
+    )
     return predict_step(profiler.at(setup.microbatch, links), setup, links)

@@ -28,7 +28,7 @@ from shardstage.cost.links import LinkCosts, exposed_s
 from shardstage.cost.offload import has_host_room
 from shardstage.cost.pipeline import SPLITTING, StageTime, bubble_s, pipeline_s
 from shardstage.cost.profile import RECOMPUTES, Recompute
-from shardstage.cost.stages import least_reduction_s, least_update_s
+from shardstage.cost.stages import least_reduction_s, least_update_s, zero_talk_s
 from shardstage.cost.units import Cases, UnitCosts
 from shardstage.graph import ModelGraph
 from shardstage.graph.cuts import good_positions
@@ -92,10 +92,10 @@ class Pricing:
         self._sequence = sequence
         self._precision = precision
         self._is_compiled = is_compiled
-        self._profilers: dict[tuple[int, bool], Profiler] = {}
+        self._profilers: dict[tuple[int, bool, bool], Profiler] = {}
         self._chains: dict[Group, Chain] = {}
         self._cases: dict[Group, tuple[list[UnitCosts], int]] = {}
-        self._links_of_units: dict[tuple[int, int, int], Links] = {}
+        self._links_of_units: dict[tuple[int, int, int, bool], Links] = {}
         self._known: dict[tuple[Choice, int, Savers], Priced | None] = {}
         self._reference = 1 if graph.is_scalable else graph.microbatch
         self.least_factor = (
@@ -106,23 +106,27 @@ class Pricing:
     def num_units(self) -> int:
         return len(self.folded.units)
 
-    def profiler(self, tp: int, is_sequence_parallel: bool) -> Profiler:
-        key = (tp, is_sequence_parallel)
+    def profiler(self, tp: int, is_sequence_parallel: bool, has_whole_experts: bool = False) -> Profiler:
+        key = (tp, is_sequence_parallel, has_whole_experts)
         if key not in self._profilers:
-            self._profilers[key] = Profiler(
-                self.folded,
-                self.cluster,
-                tp=tp,
-                sequence=self._sequence,
-                is_sequence_parallel=is_sequence_parallel,
-                is_compiled=self._is_compiled,
+            self._profilers[key] = (
+                self.profiler(tp, is_sequence_parallel).with_whole_experts()
+                if has_whole_experts
+                else Profiler(
+                    self.folded,
+                    self.cluster,
+                    tp=tp,
+                    sequence=self._sequence,
+                    is_sequence_parallel=is_sequence_parallel,
+                    is_compiled=self._is_compiled,
+                )
             )
         return self._profilers[key]
 
     def chain(self, group: Group) -> Chain:
         """The units of a group with their sums."""
         if group not in self._chains:
-            profiler = self.profiler(group.tp, group.is_sequence_parallel)
+            profiler = self.profiler(*_sharding_of(group))
             twins = self._twins
             if group in self._cases:
                 profile = profiler.of(*self._cases[group], group.microbatch)
@@ -134,9 +138,9 @@ class Pricing:
 
     def figures(self, groups: Sequence[Group]) -> Figures:
         """What units cost in each group, all at once."""
-        numbers: dict[tuple[int, bool], list[int]] = {}
+        numbers: dict[tuple[int, bool, bool], list[int]] = {}
         for number, group in enumerate(groups):
-            numbers.setdefault((group.tp, group.is_sequence_parallel), []).append(number)
+            numbers.setdefault(_sharding_of(group), []).append(number)
         parts = []
         for key, of_part in numbers.items():
             profiler = self.profiler(*key)
@@ -154,10 +158,16 @@ class Pricing:
 
     def _unit_links(self, group: Group) -> Links:
         """Who shares sequences and experts, whatever else the mesh is."""
-        key = (group.tp, group.cp, group.ep)
+        key = (group.tp, group.cp, group.ep, group.has_whole_experts)
         if key not in self._links_of_units:
             mesh = Mesh(dp=max(1, group.ep // group.cp), cp=group.cp, tp=group.tp)
-            self._links_of_units[key] = Links(self.cluster, mesh, ep=group.ep, costs=self.costs)
+            self._links_of_units[key] = Links(
+                self.cluster,
+                mesh,
+                ep=group.ep,
+                has_whole_experts=group.has_whole_experts,
+                costs=self.costs,
+            )
         return self._links_of_units[key]
 
     def price(self, choice: Choice, limit_bytes: int, below_s: float = math.inf) -> Priced | None:
@@ -199,6 +209,7 @@ class Pricing:
             choice.mesh,
             num_shards=choice.zero.num_ranks,
             ep=choice.group.ep,
+            has_whole_experts=choice.group.has_whole_experts,
             costs=self.costs,
         )
 
@@ -219,6 +230,7 @@ class Pricing:
             precision=self._precision,
             bucket_bytes=Plan.bucket_bytes,
             ep=choice.group.ep,
+            has_whole_experts=choice.group.has_whole_experts,
             zero_ranks=choice.zero.num_ranks,
             gradient_dtype=self.savers.gradient_dtype,
             is_offloaded=self.savers.offload == "optimizer",
@@ -264,7 +276,10 @@ class Pricing:
             if chain.both_s[stop] > most_s:
                 break
             backward_s = most_s - chain.forward_s[stop]
-            exposed = min(exposed, least_reduction_s(int(chain.own[stop]), backward_s, setup, links))
+            exposed = min(
+                exposed,
+                least_reduction_s(int(chain.own[stop]), int(chain.experts[stop]), backward_s, setup, links),
+            )
         return room_s - ratio * exposed
 
     def _beside_s(self, chain: Chain, setup: StepSetup, links: Links) -> float:
@@ -273,8 +288,8 @@ class Pricing:
         p, n = setup.mesh.pp, chain.num_units
         beside_s = links.norm_s() + 2 * (p - 1) * links.transfer_s(min(chain.received[1:], default=0))
         shards = setup.num_shards if setup.sharding_level else 1
-        part = (chain.own[n] - chain.experts[n]) / shards + chain.experts[n] / max(1, shards // setup.ep)
-        beside_s += least_update_s(chain.own[n] / p, part / p, setup, links)
+        part = (chain.own[n] - chain.experts[n]) / shards + chain.experts[n] / setup.expert_shards
+        beside_s += least_update_s(chain.own[n] / p, chain.experts[n] / p, part / p, setup, links)
         if setup.schedule in SPLITTING:
             mean = StageTime(chain.forward_s[n] / p, chain.backward_s[n] / p)
             bubble = bubble_s(setup.schedule, [mean] * p, p, setup.num_microbatches)
@@ -314,6 +329,10 @@ class Pricing:
         units = self.profiler(1, False).at(self._reference).units
         seconds = [unit.forward_s + unit.backward_s for unit in units]
         return EvenCuts(self._twins, self.folded.layers, seconds)
+
+
+def _sharding_of(group: Group) -> tuple[int, bool, bool]:
+    return group.tp, group.is_sequence_parallel, group.has_whole_experts
 
 
 class _Uncut(NamedTuple):
@@ -371,12 +390,7 @@ def _with_stages(setup: StepSetup, starts: tuple[int, ...], modes: tuple[StageRe
 
 def sharding_waits(chain: Chain, setup: StepSetup, links: Links) -> Callable[[int, int, float], float]:
     """Seconds that ZeRO-2/3 adds to a run of units for each microbatch, in ``cost.step``'s way."""
-    gather = [links.shards_s("all_gather", u.own_elements * setup.compute_bytes) for u in chain.profile.units]
-    scatter = [
-        links.shards_s("reduce_scatter", u.own_elements * setup.wire_bytes)
-        + links.copies_s(u.own_elements * setup.wire_bytes)
-        for u in chain.profile.units
-    ]
+    gather, scatter = zero_talk_s([(unit, 1) for unit in chain.profile.units], setup, links)
     gathers, scatters = _sums(gather), _sums(scatter)
     again = 1.0 if setup.sharding_level == 3 else 0.0
     slowdown = links.overlap_slowdown

@@ -24,6 +24,7 @@ import numpy as np
 
 from shardstage.cluster import Cluster
 from shardstage.cost import Prediction
+from shardstage.cost.experts import can_have_whole_experts
 from shardstage.cost.kernels import is_attention, is_expert
 from shardstage.cost.offload import host_of
 from shardstage.errors import PlanError
@@ -176,6 +177,7 @@ class Searcher:
             sequence=sequence,
             num_units=self.pricing.num_units,
             num_experts=_num_experts(graph),
+            may_have_whole_experts=can_have_whole_experts(self.pricing.folded.graph),
             has_attention=_has_only_fused_attention(graph),
             fix=fix,
             fixed=fixed,
@@ -432,6 +434,7 @@ def as_plan(graph: ModelGraph, priced: Priced, precision: Precision, *, is_compi
         is_sequence_parallel=priced.choice.group.is_sequence_parallel,
         is_compiled=is_compiled,
         ep=setup.ep,
+        etp=1 if setup.has_whole_experts else None,
         zero_ranks=setup.zero_ranks,
         gradient_dtype=priced.savers.gradient_dtype,
         offload=priced.savers.offload,

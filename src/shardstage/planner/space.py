@@ -1,6 +1,7 @@
 """``Space``: everything that a search may choose, declared, counted and enumerated.
 
     tp × sp × cp × ep × microbatch      a *group*: what a unit of the model costs one rank; tp divides a node, or the ranks
+    etp                                 of a group: experts cut over tp, or whole where sequences are parallel, too
     pp, schedule, stages a rank         how the units lie in a pipeline
     dp                                  the ranks that are left, or the fewest that run as few microbatches
     ZeRO level, ranks that it cuts over how parameters, gradients and optimizer state lie over the replicas
@@ -20,13 +21,24 @@ from typing import Any, Final, Literal, NamedTuple
 import numpy as np
 
 from shardstage.cluster import Cluster
+from shardstage.errors import PlanError
 from shardstage.graph import ModelGraph
 from shardstage.layout import AXES, Mesh
 from shardstage.layout.mesh import Axis
 from shardstage.plan import Request
 from shardstage.plan.plan import GradientDtype, Offload, Precision, ScheduleName
 
-__all__ = ["Choice", "Group", "Savers", "Schedule", "Space", "Zero", "declared_space", "ladder"]
+__all__ = [
+    "Choice",
+    "Group",
+    "Savers",
+    "Schedule",
+    "Space",
+    "Zero",
+    "are_near",
+    "declared_space",
+    "ladder",
+]
 
 MAX_MICROBATCH_TOKENS: Final = 65_536
 """A larger microbatch is not tried: products of this many rows reach the best rate of every device we know."""
@@ -79,13 +91,14 @@ NO_SAVERS: Final = Savers()
 
 
 class Group(NamedTuple):
-    """Choices whose units cost the same."""
+    """Choices whose units cost the same; ``has_whole_experts``: tensor-parallel ranks do not cut experts (etp=1)."""
 
     tp: int
     is_sequence_parallel: bool
     cp: int
     ep: int
     microbatch: int
+    has_whole_experts: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -116,6 +129,7 @@ class Space:
     zeros: tuple[ZeroLevel, ...]
     schedules: tuple[Schedule, ...]
     orders: tuple[tuple[Axis, ...], ...]
+    whole_experts: tuple[bool, ...] = (False,)
     dps: tuple[int, ...] = ()
     node_size: int = 1
     zero_ranks: int | None = None
@@ -134,9 +148,18 @@ class Space:
                 if tp * cp > self.num_ranks:
                     continue
                 for is_sp in self.sequence_parallel if tp > 1 else (False,):
-                    for ep in self.eps:
-                        for microbatch in self.microbatches:
-                            yield Group(tp, is_sp, cp, ep, microbatch)
+                    for is_whole in self.whole_experts_at(tp, is_sp=is_sp):
+                        for ep in self.eps:
+                            for microbatch in self.microbatches:
+                                yield Group(tp, is_sp, cp, ep, microbatch, is_whole)
+
+    def whole_experts_at(self, tp: int, *, is_sp: bool) -> tuple[bool, ...]:
+        """Experts may be whole where sequences are parallel, too, if that may be chosen: tokens are cut there anyway."""
+        if tp == 1:
+            return (False,)
+        return tuple(
+            each for each in self.whole_experts if not each or is_sp or True not in self.sequence_parallel
+        )
 
     def meshes(self, tp: int, cp: int) -> Iterator[Mesh]:
         """Meshes without their orders: as many data-parallel ranks as are left, or the fewest with as small a share."""
@@ -146,9 +169,12 @@ class Space:
                 if not self.uses_all_ranks or mesh.world_size == self.num_ranks:
                     yield mesh
 
-    def takes(self, group: Group, dp: int, share: int) -> bool:
+    def takes(self, group: Group, mesh: Mesh, share: int) -> bool:
         """Whether ranks with so many samples run microbatches of exactly the group's size, none of them empty, and hold its experts."""
-        return bool(self.sizes(group.microbatch, dp, share) and self.deals(group.cp, group.ep, dp))
+        is_dealt = self.deals(
+            group.tp, group.cp, group.ep, mesh.dp, are_near(mesh), is_whole=group.has_whole_experts
+        )
+        return bool(self.sizes(group.microbatch, mesh.dp, share) and is_dealt)
 
     def sizes(self, microbatch: Any, dp: Any, share: Any) -> Any:
         """Which meshes (arrays of their dp and largest share) run microbatches of exactly such a size, none of them empty."""
@@ -156,9 +182,10 @@ class Space:
         is_exact = np.ceil(share / num_microbatches) == microbatch
         return is_exact & (self.global_batch // dp >= num_microbatches)
 
-    def deals(self, cp: int, ep: Any, dp: Any) -> Any:
-        """Which meshes deal experts out evenly over so many ranks."""
-        return (dp * cp) % ep == 0
+    def deals(self, tp: int, cp: int, ep: Any, dp: Any, is_near: Any, *, is_whole: bool) -> Any:
+        """Which meshes deal experts out evenly over so many ranks, which are neighbours."""
+        holders = dp * cp * (tp if is_whole else 1)
+        return (holders % ep == 0) & (is_near | (not is_whole and ep == 1))
 
     def zeros_of(self, mesh: Mesh) -> tuple[Zero, ...]:
         """ZeRO over all replicas, or over those of a node where more nodes hold copies; over ``zero_ranks`` alone where that is given."""
@@ -206,6 +233,11 @@ class Space:
         return (most,) if fewest == most or self.uses_all_ranks else (most, fewest)
 
 
+def are_near(mesh: Mesh) -> bool:
+    """Whether the ranks that hold the same parameters are neighbours, but for tensor-parallel ones."""
+    return mesh.order == AXES or mesh.pp == 1 or mesh.dp == 1
+
+
 def declared_space(
     graph: ModelGraph,
     cluster: Cluster,
@@ -215,6 +247,7 @@ def declared_space(
     sequence: int | None,
     num_units: int,
     num_experts: int,
+    may_have_whole_experts: bool = False,
     has_attention: bool,
     fix: Request | None = None,
     fixed: frozenset[str] = frozenset(),
@@ -233,10 +266,16 @@ def declared_space(
     def taken(name: str, offered: Iterable[Any]) -> tuple[Any, ...]:
         return (getattr(request, name),) if name in fixed else tuple(offered)
 
+    tps = taken("tp", _tps(num_ranks, node))
+    whole_experts: tuple[bool, ...] = (False,)
+    if may_have_whole_experts and not is_runnable:
+        whole_experts = (False, True)
+    if "etp" in fixed and request.etp is not None:
+        tps, whole_experts = _of_expert_ranks(request.etp, tps, whole_experts)
     return Space(
         num_ranks=num_ranks,
         global_batch=global_batch,
-        tps=taken("tp", _tps(num_ranks, node)),
+        tps=tps,
         pps=taken("pp", range(1, min(num_units, num_ranks) + 1)),
         cps=taken("cp", _cps(sequence or 1) if may_cut else (1,)),
         eps=taken("ep", _divisors(num_experts) if num_experts and not is_runnable else (1,)),
@@ -245,6 +284,7 @@ def declared_space(
         zeros=taken("zero", (0, 1, 2, 3)),
         schedules=tuple(_schedules(request, fixed)),
         orders=_orders(request, fixed, is_runnable=is_runnable),
+        whole_experts=whole_experts,
         dps=taken("dp", ()),
         node_size=1 if is_runnable else node,
         zero_ranks=request.zero_ranks if "zero_ranks" in fixed else None,
@@ -272,6 +312,26 @@ def _orders(request: Request, fixed: frozenset[str], *, is_runnable: bool) -> tu
     if "dp_outside" in fixed:
         return (DP_OUTSIDE,) if request.dp_outside else (AXES,)
     return (AXES,) if is_runnable else (AXES, DP_OUTSIDE)
+
+
+def _of_expert_ranks(
+    etp: int, tps: tuple[int, ...], whole_experts: tuple[bool, ...]
+) -> tuple[tuple[int, ...], tuple[bool, ...]]:
+    """What is left where so many tensor-parallel ranks are to cut an expert: all of them, or none."""
+    if whole_experts == (False,):
+        raise PlanError(
+            f"etp={etp} says how many ranks cut an expert, and this model has no layer of experts whose tokens can be dealt out to ranks",
+            hint=f"leave out etp={etp}",
+        )
+    if etp == 1:
+        return tps, (True,)
+    if etp not in tps:
+        raise PlanError(
+            f"etp={etp} cannot be: an expert is cut over all tensor-parallel ranks, or whole on each, "
+            f"and tp may be {', '.join(map(str, tps))}",
+            hint="--fix etp=1",
+        )
+    return (etp,), (False,)
 
 
 def _tps(num_ranks: int, node: int) -> Iterator[int]:

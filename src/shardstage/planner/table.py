@@ -51,24 +51,25 @@ class Table:
         self._talk = talk
         self.p = self._of_meshes(meshes.pp)
         self.m = np.ceil(self._of_meshes(meshes.share) / terms.microbatch[self.group])
-        self._level = terms.levels[rows.zero][:, None]
-        self._is_near = terms.are_near[rows.zero][:, None]
-        self._is_gathered, self._is_scattered = self._level == 3, self._level >= 2
         whole = self._of_meshes(talk.replicas)
         self._has_copies = whole > 1
+        self._level = terms.levels[rows.zero][:, None] * self._has_copies
+        self._is_near = terms.are_near[rows.zero][:, None]
+        self._is_gathered, self._is_scattered = self._level == 3, self._level >= 2
         of_shards = mesh + len(meshes.sizes) * self._is_near[:, 0]
         self._gather = talk.gather[of_shards] * self._has_copies
         self._scatter = talk.scatter[of_shards] * self._has_copies
         self._copies = talk.copies[mesh] * (self._has_copies & self._is_near)
         self._near_ranks = self._of_meshes(talk.near_ranks)
         self._shards = np.where(self._level == 0, 1.0, np.where(self._is_near, self._near_ranks, whole))
-        self._expert_shards = np.maximum(1, np.floor(self._shards / terms.ep[self.group]))
+        holders = np.where(self._level > 0, terms.holders[self.group], 1.0)
+        self._expert_shards = np.maximum(1, np.floor(self._shards * holders / terms.ep[self.group]))
         p = self.p
-        own = terms.own[self.group]
-        elements = own + terms.figures.shared[self.group]
+        shared, replicated = terms.figures.shared[self.group], terms.replicated[self.group]
+        elements = terms.own[self.group] + shared
         part = self._part_elements(elements, terms.experts[self.group]) / p
         self._plain_f, self._plain_b = terms.forward[self.group] / p, terms.backward[self.group] / p
-        self._gathered, self._scattered = self._zero_talk_s(own, terms.gathers[self.group])
+        self._gathered, self._scattered = self._zero_talk_s(replicated, terms.gathers[self.group])
         self._accumulation = self._accumulation_s(elements / p, part)
         self.is_summed_whole = ~self._is_scattered & (self.m > 1)
         self._slowest_unit_s = np.where(
@@ -78,7 +79,7 @@ class Table:
         )
         self.forward, self.backward = self.stage_s(0.0)
         travel = 2 * (p - 1) * _seconds_of(talk.transfer[mesh], terms.figures.received[self.group], 1.0)
-        after = self._after_s(elements / p, self._plain_b * p + self._accumulation)
+        after = self._after_s((replicated + shared) / p, self._plain_b * p + self._accumulation)
         self.after = after + self._update_s(part) + self._of_meshes(talk.norm_s) + travel
         self.state_bytes = self._state_bytes(elements / p, part)
 
@@ -326,15 +327,18 @@ class _FullestRanks:
         self._even = table.terms.even.ranks(name, table.p[:, 0], v[:, 0])
         self._group = table.group[:, 0]
         self._held = table.held(name, v, self._even.num_stages)
-        even, own, calls = self._even, self._of("own"), self._of("calls")
+        even, own = self._even, self._of("own")
+        replicated, calls = self._of("replicated"), self._of("calls")
         self.state = table.rank_state_bytes(
             even.of_fullest(own)[:, None],
             even.of_fullest(self._of("experts"))[:, None],
             even.most_of_fullest(own)[:, None],
         )
-        self.mean_first_s = table.first_s(even.mean_first(own)[:, None], even.mean_first(calls)[:, None])
+        self.mean_first_s = table.first_s(
+            even.mean_first(replicated)[:, None], even.mean_first(calls)[:, None]
+        )
         self.least_first_s = sum(
-            table.first_s(even.least_first(own)[:, None], even.least_first(calls)[:, None])
+            table.first_s(even.least_first(replicated)[:, None], even.least_first(calls)[:, None])
         )
 
     def _of(self, name: str, mode: Recompute | None = None) -> Any:

@@ -78,6 +78,8 @@ class Terms:
         self.forward = f.whole @ f.forward_s
         self.backward = f.whole @ f.backward_s
         self.own = f.whole @ f.own
+        self.replicated = f.whole @ f.replicated
+        self.holders = np.array([g.tp if g.has_whole_experts else 1 for g in of_groups], dtype=np.float64)
         self.experts = f.whole @ f.experts
         self.summing_s = f.own * settings.summing_s
         self.slowest_unit = f.both_s.max(axis=0)

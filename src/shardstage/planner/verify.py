@@ -14,7 +14,7 @@ from typing import Final
 from shardstage.planner.certificate import cluster_hash
 from shardstage.planner.predict import predict
 from shardstage.planner.search import Searcher, SearchResult
-from shardstage.planner.space import Choice
+from shardstage.planner.space import Choice, are_near
 
 __all__ = ["Verification", "verify_certificate"]
 
@@ -84,9 +84,13 @@ def _choices(searcher: Searcher) -> Iterator[Choice]:
             m = -(-share // group.microbatch)
             if -(-share // m) != group.microbatch or space.global_batch // mesh.dp < m:
                 continue
-            if (mesh.dp * group.cp) % group.ep or mesh.pp > num_units:
+            holders = mesh.dp * group.cp * (group.tp if group.has_whole_experts else 1)
+            if holders % group.ep or mesh.pp > num_units:
                 continue
+            is_bound = group.ep > 1 or group.has_whole_experts
             for order in space.orders_of(mesh):
+                if is_bound and not are_near(replace(mesh, order=order)):
+                    continue
                 for zero in space.zeros_of(mesh):
                     for schedule in space.schedules_of(mesh.pp):
                         if mesh.pp * schedule.per_rank <= num_units:

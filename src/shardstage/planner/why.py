@@ -16,7 +16,7 @@ from shardstage.layout import AXES, Mesh
 from shardstage.plan import Plan, shorthand
 from shardstage.planner.pricing import Priced
 from shardstage.planner.search import Searcher, SearchResult, pareto
-from shardstage.planner.space import Choice, Schedule, Zero
+from shardstage.planner.space import Choice, Group, Schedule, Space, Zero
 from shardstage.units import format_bytes, format_ratio
 
 __all__ = ["Alternative", "Point", "alternatives", "front"]
@@ -106,13 +106,28 @@ def _changed(searcher: Searcher, best: Priced) -> Iterator[tuple[str, Choice]]:
     for microbatch in (2 * group.microbatch, group.microbatch // 2):
         changed_group = group._replace(microbatch=microbatch)
         share = -(-space.global_batch // mesh.dp)
-        if microbatch in space.microbatches and bool(space.takes(changed_group, mesh.dp, share)):
+        if microbatch in space.microbatches and space.takes(changed_group, mesh, share):
             yield f"mb {group.microbatch} → {microbatch}", replace(choice, group=changed_group)
     if mesh.tp > 1:
         flipped = group._replace(is_sequence_parallel=not group.is_sequence_parallel)
-        yield ("no sp" if group.is_sequence_parallel else "sp"), replace(choice, group=flipped)
+        if _is_offered(space, flipped):
+            yield ("no sp" if group.is_sequence_parallel else "sp"), replace(choice, group=flipped)
+        others = group._replace(has_whole_experts=not group.has_whole_experts)
+        if _is_offered(space, others) and space.takes(others, mesh, -(-space.global_batch // mesh.dp)):
+            yield f"etp {_expert_ranks(group)} → {_expert_ranks(others)}", replace(choice, group=others)
     if mesh.order == AXES and len(space.orders_of(mesh)) > 1:
-        yield "dp outside pp", replace(choice, mesh=replace(mesh, order=space.orders[1]))
+        outside = replace(mesh, order=space.orders[1])
+        if space.takes(group, outside, -(-space.global_batch // mesh.dp)):
+            yield "dp outside pp", replace(choice, mesh=outside)
+
+
+def _is_offered(space: Space, group: Group) -> bool:
+    """Whether experts may be as whole as the group has them."""
+    return group.has_whole_experts in space.whole_experts_at(group.tp, is_sp=group.is_sequence_parallel)
+
+
+def _expert_ranks(group: Group) -> int:
+    return 1 if group.has_whole_experts else group.tp
 
 
 def _with_axis(searcher: Searcher, choice: Choice, axis: str, size: int) -> Choice | None:
@@ -126,10 +141,13 @@ def _with_axis(searcher: Searcher, choice: Choice, axis: str, size: int) -> Choi
     changed = replace(changed, order=space.orders_of(changed)[0])
     share = -(-space.global_batch // dp)
     other = group._replace(
-        tp=sizes["tp"], cp=sizes["cp"], is_sequence_parallel=group.is_sequence_parallel and sizes["tp"] > 1
+        tp=sizes["tp"],
+        cp=sizes["cp"],
+        is_sequence_parallel=group.is_sequence_parallel and sizes["tp"] > 1,
+        has_whole_experts=group.has_whole_experts and sizes["tp"] > 1,
     )
     sized = sorted(space.microbatches, key=lambda b: abs(b - group.microbatch))
-    fitting = next((b for b in sized if bool(space.takes(other._replace(microbatch=b), dp, share))), None)
+    fitting = next((b for b in sized if space.takes(other._replace(microbatch=b), changed, share)), None)
     if fitting is None:
         return None
     zeros = space.zeros_of(changed)
