@@ -37,12 +37,13 @@ def balanced(weights: Sequence[float], num_stages: int) -> tuple[int, ...]:
     reach = stops[:, None] - np.arange(width, 0, -1)[None, :]
     weight = sums[:, None] - sums[np.maximum(reach, 0)]
     squares = np.where((reach >= 0) & (weight <= cap), weight * weight, np.inf)
+    start, at = np.maximum(reach, 0), stops * width
     best = np.array([0.0] + [math.inf] * num_units)
     cuts = []
     for _ in range(num_stages):
-        of_starts = best[np.maximum(reach, 0)] + squares
+        of_starts = best.take(start) + squares
         chosen = of_starts.argmin(axis=1)
-        best = of_starts[stops, chosen]
+        best = of_starts.take(at + chosen)
         cuts.append(chosen)
     starts = [num_units]
     for came_from in reversed(cuts):

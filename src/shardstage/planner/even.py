@@ -33,6 +33,7 @@ class EvenCuts:
         self._layers = layers
         self._kinds = kinds
         self._starts: dict[int, tuple[int, ...]] = {}
+        self._stages: dict[int, _Stages] = {}
         self._known: dict[tuple[str, int, int], _Ranks] = {}
 
     def starts(self, num_stages: int) -> tuple[int, ...]:
@@ -45,7 +46,9 @@ class EvenCuts:
         """Of so many ranks and stages a rank under a schedule, [row] each."""
         sizes, row = np.unique(np.stack([num_ranks, per_rank]).astype(np.int64), axis=1, return_inverse=True)
         made = [self._made(schedule, p, v) for p, v in sizes.T.tolist()]
-        most = max(len(each.stages) for each in made)
+        of_fullest = np.zeros((len(made), COUNTED_LAYERS + 2, max(len(each.stages) for each in made)))
+        for number, ranks in enumerate(made):
+            of_fullest[number, :, : len(ranks.stages)] = ranks.of_fullest
         return EvenRanks(
             row=row,
             each=_filled([ranks.each for ranks in made]),
@@ -55,38 +58,39 @@ class EvenCuts:
             fullest=np.array([ranks.stages.sum(axis=0) for ranks in made]),
             most_layers=np.array([ranks.most_layers for ranks in made]),
             layers=np.array([ranks.layers for ranks in made]).transpose(1, 2, 0),
-            layers_of_fullest=np.array(
-                [np.pad(ranks.of_fullest, ((0, 0), (0, most - len(ranks.stages)))) for ranks in made]
-            ).transpose(1, 0, 2),
+            layers_of_fullest=of_fullest.transpose(1, 0, 2),
         )
 
     def _made(self, schedule: str, p: int, v: int) -> _Ranks:
         places = SCHEDULES[schedule].places
         if (places, p, v) not in self._known:
-            of_rank = [list(stages_of_rank(schedule, p * v, p, rank)) for rank in range(p)]
-            of_ranks, of_firsts = self._stage_counts(p * v)[of_rank], self._first_counts(p * v)[of_rank]
-            of_stages = self._num_layers(p * v)
-            limits = np.array([*range(COUNTED_LAYERS + 1), len(self._kinds)])[:, None]
-            of_each = np.minimum(of_stages[None], limits)[:, of_rank]
-            counted = of_each.sum(axis=2)
-            fullest = p - 1 if places == "v" else 0
+            of_rank = np.array([stages_of_rank(schedule, p * v, p, rank) for rank in range(p)])
+            counts, firsts, layers = (each[of_rank] for each in self._of_stages(p * v))
+            counted, fullest = layers.sum(axis=1), p - 1 if places == "v" else 0
             self._known[places, p, v] = _Ranks(
-                each=np.unique(of_ranks.sum(axis=1), axis=0),
-                firsts=np.unique(of_firsts.sum(axis=1), axis=0),
-                stages=of_ranks[fullest],
-                firsts_of_all=of_firsts.sum(axis=(0, 1)) / p,
-                most_layers=float(of_stages.max()),
-                layers=np.array([counted.mean(axis=1), counted.min(axis=1)]),
-                of_fullest=of_each[:, fullest],
+                each=_ways(counts.sum(axis=1)),
+                firsts=_ways(firsts.sum(axis=1)),
+                stages=counts[fullest],
+                firsts_of_all=firsts.sum(axis=(0, 1)) / p,
+                most_layers=float(layers[:, :, -1].max()),
+                layers=np.array([counted.mean(axis=0), counted.min(axis=0)]),
+                of_fullest=layers[fullest].T,
             )
         return self._known[places, p, v]
 
-    def _num_layers(self, num_stages: int) -> Array:
-        """[stage]: how many layers each has, a part of one counting as one."""
-        starts = np.array([*self.starts(num_stages), len(self._layers)])
-        begun, is_within = self._layers_before
-        found: Array = begun[starts[1:]] - begun[starts[:-1]] + is_within[starts[:-1]]
-        return found
+    def _of_stages(self, num_stages: int) -> _Stages:
+        if num_stages not in self._stages:
+            starts = np.array([*self.starts(num_stages), len(self._kinds)])
+            first, last, before = starts[:-1], starts[1:], self._counts_before
+            begun, is_within = self._layers_before
+            layers = begun[last] - begun[first] + is_within[first]
+            limits = np.array([*range(COUNTED_LAYERS + 1), len(self._kinds)])
+            self._stages[num_stages] = _Stages(
+                before[last] - before[first],
+                before[first + 1] - before[first],
+                np.minimum(layers[:, None], limits),
+            )
+        return self._stages[num_stages]
 
     @cached_property
     def _layers_before(self) -> tuple[Array, Array]:
@@ -102,25 +106,20 @@ class EvenCuts:
         is_cut = len(inside) > len({layer for _, layer in inside})
         return [] if is_cut else sorted({kind for kind, _ in inside})
 
-    def _stage_counts(self, num_stages: int) -> Array:
-        """[stage, kind]"""
-        starts = self.starts(num_stages)
-        before = self._counts_before
-        found: Array = before[[*starts[1:], len(self._kinds)]] - before[list(starts)]
-        return found
-
-    def _first_counts(self, num_stages: int) -> Array:
-        """[stage, kind]: of which kind the first unit of each stage is."""
-        starts = np.array(self.starts(num_stages))
-        found: Array = self._counts_before[starts + 1] - self._counts_before[starts]
-        return found
-
     @cached_property
     def _counts_before(self) -> Array:
         """[unit, kind]: units of a kind before a unit."""
         ones = np.zeros((len(self._kinds) + 1, max(self._kinds) + 1))
         ones[np.arange(1, len(self._kinds) + 1), list(self._kinds)] = 1.0
         return ones.cumsum(axis=0)
+
+
+class _Stages(NamedTuple):
+    """[stage, …]: units of each kind, of which kind the first one is, and layers where at most so many count, a part of one as one."""
+
+    counts: Array
+    firsts: Array
+    layers: Array
 
 
 class _Ranks(NamedTuple):
@@ -195,6 +194,11 @@ class EvenRanks:
     def _of_ways(self, counts: Array, of_kinds: Array) -> Array:
         found: Array = np.einsum("rwk,kr->rw", counts[self.row], of_kinds)
         return found
+
+
+def _ways(found: Array) -> Array:
+    """Each row once."""
+    return np.array([*dict.fromkeys(map(tuple, found.tolist()))])
 
 
 def _filled(found: Sequence[Array]) -> Array:

@@ -59,6 +59,9 @@ SCOUTED_GROUPS: Final = (32, 128)
 MAX_SCOUTED: Final = 24
 """Choices that are priced in search of a plan that fits."""
 
+WORTH_SHOWING: Final = 4.0
+"""A plan that takes so many times as long is nothing to compare with."""
+
 MAX_DIVES: Final = 8
 """Choices that are priced in search of a better one."""
 
@@ -383,7 +386,7 @@ class Searcher:
         """Of meshes that nothing was priced of, the choice of fewest stages a rank that has the least bound, nearly in their order."""
         tried = {*found.by_mesh, *found.slower}
         for _, groups in self._blocks():
-            walk = self._scouted(groups, limit_bytes, math.inf)
+            walk = self._scouted(groups, limit_bytes, WORTH_SHOWING * found.best_s)
             while walk.num_left:
                 choice = walk.next()
                 if mesh_key(choice) not in tried:
