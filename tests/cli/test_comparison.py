@@ -23,7 +23,8 @@ from shardstage.cli.comparison import (
 )
 from shardstage.cluster import Cluster
 from shardstage.errors import PlanError
-from shardstage.planner import predict
+from shardstage.plan import shorthand
+from shardstage.planner import NamedModules, predict
 
 GRAPH = toy_graph(num_layers=6, width=64, hidden=256)
 MACHINE = round_machine(8, latency_s=1e-5)
@@ -111,6 +112,18 @@ def test_the_proof_is_shown_with_what_was_told_of_others() -> None:
     assert sum(shown) == proof.enumerated
     assert "why not" in text and "less memory" in text
     assert comparison.alternatives[0].change in text and comparison.alternatives[0].reason in text
+
+
+def test_modules_that_would_be_faster_are_told_with_the_plan_to_paste() -> None:
+    chosen, comparison = chosen_by("time")
+    assert comparison.modules is None and "what if" not in printed(chosen, comparison)
+    plan = replace(chosen.plan, recompute="selective", recompute_modules=("*.up", "*.down"))
+    told = NamedModules(plan=plan, text=shorthand(plan), prediction=chosen.prediction, gain=0.021)
+    comparison = replace(comparison, modules=told)
+    said = "recompute=selective,modules=*.up/*.down: 2.1 % faster, fits with "
+    assert said in printed(chosen, comparison) and f'--plan "{told.text}"' in printed(chosen, comparison)
+    assert said in comparison_page("toy", MACHINE, chosen, comparison)
+    assert as_table(chosen, comparison, [])["what_if"]["plan"] == told.text
 
 
 def test_the_tables_are_of_the_same_plans_as_the_json() -> None:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from shardstage.cluster import Cluster
     from shardstage.cost import Prediction
     from shardstage.graph import ModelGraph
-    from shardstage.planner import Alternative, Certificate, MixedResult, Point, SearchResult
+    from shardstage.planner import Alternative, Certificate, MixedResult, NamedModules, Point, SearchResult
 
 __all__ = [
     "Comparison",
@@ -45,10 +45,14 @@ MOST_SHOWN: Final = 6
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """``front`` is by falling memory; ``dollars`` is the price of a step where the devices have one."""
+    """``front`` is by falling memory; ``dollars`` is the price of a step where the devices have one.
+
+    ``modules`` is what naming modules for selective recomputation would bring, where it brings something.
+    """
 
     alternatives: tuple[Alternative, ...] = ()
     front: tuple[Point, ...] = ()
+    modules: NamedModules | None = None
     dollars: float | None = None
 
 
@@ -65,7 +69,7 @@ def choose(
     question: Question, graph: ModelGraph, machine: Cluster, objective: Objective
 ) -> tuple[Chosen, Comparison]:
     """The plan by the objective, and what it is compared with."""
-    from shardstage.planner import alternatives, front
+    from shardstage.planner import alternatives, front, named_modules
 
     if objective == "cost" and question.is_open:
         chosen = _cheapest(question, graph, machine)
@@ -83,6 +87,7 @@ def choose(
     return chosen, Comparison(
         alternatives=alternatives(chosen.searcher, chosen.found),
         front=front(chosen.searcher, chosen.found),
+        modules=named_modules(chosen.searcher, chosen.found),
         dollars=_dollars(chosen, machine),
     )
 
@@ -176,6 +181,8 @@ def print_comparison(console: Console, chosen: Chosen, comparison: Comparison, m
     _print_table(console, "runners-up", "plan", runners, chosen.prediction)
     whys = [(a.change, a.prediction, a.reason) for a in comparison.alternatives[: 2 * MOST_SHOWN]]
     _print_table(console, "why not", "change", whys, chosen.prediction)
+    if comparison.modules is not None:
+        console.print(f"what if    {_what_if(comparison.modules)}", soft_wrap=True)
     if len(comparison.front) > 1:
         points = [(p.text, p.prediction, "") for p in comparison.front]
         _print_table(console, "less memory", "plan", points, chosen.prediction)
@@ -190,6 +197,11 @@ def _print_proof(console: Console, proof: Certificate) -> None:
     )
     if proof.needs:
         console.print(f"needed     {proof.necessity()}", soft_wrap=True)
+
+
+def _what_if(named: NamedModules) -> str:
+    gain, peak = format_ratio(named.gain), format_bytes(named.prediction.peak_bytes)
+    return f'{named}: {gain} faster, fits with {peak}: --plan "{named.text}"'
 
 
 def _print_mixed(console: Console, found: MixedResult) -> None:
@@ -259,6 +271,9 @@ def as_table(chosen: Chosen, comparison: Comparison, notes: Sequence[str]) -> di
             {"change": a.change, "reason": a.reason, **_numbers(a.prediction)}
             for a in comparison.alternatives
         ],
+        "what_if": None
+        if comparison.modules is None
+        else {"plan": comparison.modules.text, **_numbers(comparison.modules.prediction)},
         "front": [{"plan": p.text, **_numbers(p.prediction)} for p in comparison.front],
         "notes": list(notes),
     }
@@ -290,6 +305,7 @@ def comparison_page(model: str, machine: Cluster, chosen: Chosen, comparison: Co
         f"<td>{format_bytes(a.prediction.peak_bytes) if a.prediction else ''}</td><td>{escape(a.reason)}</td></tr>"
         for a in comparison.alternatives
     )
+    what_if = "" if comparison.modules is None else f"<p>What if: {escape(_what_if(comparison.modules))}</p>"
     proof, found = "", chosen.found or chosen.mixed
     if found is not None:
         certificate = found.certificate
@@ -303,7 +319,7 @@ def comparison_page(model: str, machine: Cluster, chosen: Chosen, comparison: Co
         f"{format_bytes(chosen.prediction.peak_bytes)} a rank. {proof}</p>"
         f"<h2>Time against memory</h2>{_front_picture(comparison.front)}"
         f"<h2>The mesh on the machine</h2>{_mesh_picture(machine, chosen)}"
-        f"<h2>Why not</h2><table><tr><th>change<th>step time<th>memory<th>reason</tr>{rows}</table></html>\n"
+        f"<h2>Why not</h2><table><tr><th>change<th>step time<th>memory<th>reason</tr>{rows}</table>{what_if}</html>\n"
     )
 
 

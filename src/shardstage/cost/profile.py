@@ -101,14 +101,21 @@ class Profiler:
         of_local = _positions(folded, local)
         self._elements = {p.name: local.values[p.name].numel for p in local.parameters}
         self._shared = _shared_names(folded, self._elements)
-        self._works = Reading(
+        self._reading = Reading(
             local,
             [(of_local[start], of_local[stop]) for start, stop in folded.kept],
             fixed_values(folded.graph),
             blocks=[replace(b, start=of_local[b.start], stop=of_local[b.stop]) for b in self._graph.blocks],
             is_compiled=self._is_compiled,
             modules=folded.modules,
-        ).works(self._elements, self._shared)
+        )
+        self._works = self._reading.works(self._elements, self._shared)
+
+    def naming(self, modules: tuple[str, ...]) -> Profiler:
+        """The same where selective recomputation means these modules: nothing is sharded or read again but what is kept."""
+        named = copy(self)
+        named._works = self._reading.naming(modules, self._works)
+        return named
 
     def with_whole_experts(self) -> Profiler:
         """The same sharding where no rank cuts an expert, and each computes those of its part of the tokens."""

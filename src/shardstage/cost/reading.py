@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
+from copy import copy
 from itertools import pairwise
 from typing import Final, NamedTuple
 
@@ -103,6 +104,21 @@ class Reading:
         return [
             self._work(start, stop, elements, shared, {r: saved[r][number] for r in RECOMPUTES})
             for number, (start, stop) in enumerate(self.bounds)
+        ]
+
+    def naming(self, modules: tuple[str, ...], works: Sequence[Work]) -> list[Work]:
+        """``works`` where selective recomputation means these modules, which lie alike in layers that are alike."""
+        named = copy(self)
+        named.modules = modules
+        return [
+            work._replace(kept={**work.kept, "selective": named._kept(*bounds, "selective", saved, forward)})
+            for work, bounds, saved, forward in zip(
+                works,
+                self.bounds,
+                named._increments("selective"),
+                (round(work.forward_flops * self.graph.microbatch) for work in works),
+                strict=True,
+            )
         ]
 
     def _work(

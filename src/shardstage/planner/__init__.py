@@ -13,6 +13,7 @@ imports no torch.
 from shardstage.planner.certificate import Certificate
 from shardstage.planner.fit import Fit, cheapest_fit
 from shardstage.planner.mixed import ClassShare, MixedResult, MixedSearcher, predict_mixed, search_mixed
+from shardstage.planner.modules import NamedModules, named_modules
 from shardstage.planner.predict import predict
 from shardstage.planner.search import Candidate, Searcher, SearchResult, search, usable_bytes
 from shardstage.planner.verify import Verification, verify_certificate
@@ -26,6 +27,7 @@ __all__ = [
     "Fit",
     "MixedResult",
     "MixedSearcher",
+    "NamedModules",
     "Point",
     "SearchResult",
     "Searcher",
@@ -33,6 +35,7 @@ __all__ = [
     "alternatives",
     "cheapest_fit",
     "front",
+    "named_modules",
     "predict",
     "predict_mixed",
     "search",

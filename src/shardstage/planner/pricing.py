@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Final, NamedTuple
@@ -122,6 +123,14 @@ class Pricing:
                 )
             )
         return self._profilers[key]
+
+    def naming(self, modules: tuple[str, ...], group: Group) -> Pricing:
+        """The same where selective recomputation means these modules, for groups that are sharded as this one."""
+        named = copy(self)
+        key = _sharding_of(group)
+        named._profilers = {**self._profilers, key: self.profiler(*key).naming(modules)}
+        named._chains, named._cases, named._known = {}, {}, {}
+        return named
 
     def chain(self, group: Group) -> Chain:
         """The units of a group with their sums."""
