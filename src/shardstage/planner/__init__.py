@@ -12,7 +12,15 @@ imports no torch.
 
 from shardstage.planner.certificate import Certificate
 from shardstage.planner.fit import Fit, cheapest_fit
-from shardstage.planner.mixed import ClassShare, MixedResult, MixedSearcher, predict_mixed, search_mixed
+from shardstage.planner.mixed import (
+    ClassShare,
+    MixedResult,
+    MixedSearcher,
+    class_peaks,
+    predict_mixed,
+    search_mixed,
+)
+from shardstage.planner.mixed.verify import verify_mixed
 from shardstage.planner.modules import NamedModules, named_modules
 from shardstage.planner.predict import predict
 from shardstage.planner.search import Candidate, Searcher, SearchResult, search, usable_bytes
@@ -34,6 +42,7 @@ __all__ = [
     "Verification",
     "alternatives",
     "cheapest_fit",
+    "class_peaks",
     "front",
     "named_modules",
     "predict",
@@ -42,4 +51,5 @@ __all__ = [
     "search_mixed",
     "usable_bytes",
     "verify_certificate",
+    "verify_mixed",
 ]

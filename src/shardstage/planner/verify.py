@@ -11,12 +11,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Final
 
-from shardstage.planner.certificate import cluster_hash
+from shardstage.cluster import Cluster
+from shardstage.graph import ModelGraph
+from shardstage.planner.certificate import Certificate, cluster_hash
 from shardstage.planner.predict import predict
 from shardstage.planner.search import Searcher, SearchResult
 from shardstage.planner.space import Choice, are_near
 
-__all__ = ["Verification", "verify_certificate"]
+__all__ = ["ROUNDING", "Verification", "false_claims", "verify_certificate"]
 
 ROUNDING: Final = 1e-9
 """Sums of the same seconds in another order differ by less."""
@@ -41,24 +43,15 @@ def verify_certificate(searcher: Searcher, found: SearchResult, *, max_checked: 
     searcher.use(found.savers)
     choices = list(_choices(searcher)) if proof.enumerated <= MAX_LISTED else None
     num_choices = len(choices) if choices is not None else sum(1 for _ in _choices(searcher))
-    problems = [
-        f"the {what} is another one: {there}, not {said}"
-        for what, said, there in (
-            ("graph", proof.graph, searcher.graph.fingerprint),
-            ("cluster", proof.cluster, cluster_hash(searcher.cluster)),
-            ("space", proof.space, searcher.space.fingerprint),
-        )
-        if said != there
-    ]
-    if num_choices != proof.enumerated:
-        problems.append(
-            f"the space has {num_choices} choices, and the certificate deals with {proof.enumerated}"
-        )
     price_s = predict(searcher.graph, found.best, searcher.cluster).step_time_s
-    if abs(price_s - proof.cost_s) > ROUNDING * proof.cost_s:
-        problems.append(f"the plan takes {price_s} s, and the certificate says {proof.cost_s} s")
-    if proof.best_bound_s < proof.cost_s * (1 - ROUNDING):
-        problems.append(f"a choice bounded by {proof.best_bound_s} s was left out, below {proof.cost_s} s")
+    problems = false_claims(
+        proof,
+        graph=searcher.graph,
+        cluster=searcher.cluster,
+        space=searcher.space.fingerprint,
+        num_choices=num_choices,
+        price_s=price_s,
+    )
     step = max(1, num_choices // max_checked)
     num_checked = 0
     for number, choice in enumerate(choices if choices is not None else _choices(searcher)):
@@ -69,6 +62,30 @@ def verify_certificate(searcher: Searcher, found: SearchResult, *, max_checked: 
         if priced is not None and priced.seconds < proof.cost_s * (1 - ROUNDING):
             problems.append(f"{choice} takes {priced.seconds} s, less than {proof.cost_s} s")
     return Verification(problems=tuple(problems), num_choices=num_choices, num_checked=num_checked)
+
+
+def false_claims(
+    proof: Certificate, *, graph: ModelGraph, cluster: Cluster, space: str, num_choices: int, price_s: float
+) -> list[str]:
+    """What a certificate says otherwise than it is: what was searched, how many choices there are, the price, what was left out."""
+    problems = [
+        f"the {what} is another one: {there}, not {said}"
+        for what, said, there in (
+            ("graph", proof.graph, graph.fingerprint),
+            ("cluster", proof.cluster, cluster_hash(cluster)),
+            ("space", proof.space, space),
+        )
+        if said != there
+    ]
+    if num_choices != proof.enumerated:
+        problems.append(
+            f"the space has {num_choices} choices, and the certificate deals with {proof.enumerated}"
+        )
+    if abs(price_s - proof.cost_s) > ROUNDING * proof.cost_s:
+        problems.append(f"the plan takes {price_s} s, and the certificate says {proof.cost_s} s")
+    if proof.best_bound_s < proof.cost_s * (1 - ROUNDING):
+        problems.append(f"a choice bounded by {proof.best_bound_s} s was left out, below {proof.cost_s} s")
+    return problems
 
 
 MAX_LISTED: Final = 200_000

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +27,7 @@ from shardstage.planner.mixed.lanes import LaneCosts, classes_of_stages, combine
 from shardstage.planner.mixed.space import Lane, MixedChoice
 from shardstage.planner.pricing import fold_for
 from shardstage.planner.space import Savers
-from shardstage.planner.stages import best_cut
+from shardstage.planner.stages import StageCosts, best_cut
 
 __all__ = ["MixedPriced", "MixedPricing", "TooLong"]
 
@@ -207,12 +208,13 @@ class MixedPricing:
             )
             for lane in lanes
         ]
-        is_single = len(lanes) == 1
+        stages = of_lanes[0] if len(lanes) == 1 else LanesAsStages(of_lanes)
         cut = best_cut(
-            of_lanes[0] if is_single else LanesAsStages(of_lanes),
+            stages,
             setup.mesh.pp,
             setup.num_microbatches,
-            below_s=self._pipeline_below_s(lanes[0], below_s) if is_single else math.inf,
+            below_s=max(self._pipeline_below_s(lane, below_s) for lane in lanes)
+            + _apart_s(stages, of_lanes, setup.mesh.pp),
             counts_sum=setup.schedule in ("1f1b", "gpipe"),
         )
         if cut is None:
@@ -253,20 +255,34 @@ class MixedPricing:
         """Several stages a rank: cut for balance on the slowest lane, all recomputing as many layers, as few as fit into all lanes."""
         lanes, is_sp = choice.arrangement.lanes, choice.arrangement.is_sequence_parallel
         made = replace(setup, starts=self._balanced(choice, setup))
-        self._check_pipeline(choice, made, below_s)
-        self._check_seconds(choice, made, below_s)
-        needs: list[StageRecompute] = []
-        alikes = [self._alike(choice, lane, replace(made, microbatch=lane.size), limits) for lane in lanes]
-        for alike in alikes:
-            recompute = _least(alike, self.asked)
-            if recompute is None:
-                return None
-            needs.append(recompute)
+        first = self.asked or "none"
+        for lane in lanes:
+            self._check_pipeline(choice, lane, replace(made, recompute=first), below_s)
+        self._check_seconds(choice, replace(made, recompute=first), below_s)
+        needs = [
+            self._least(choice, lane, replace(made, microbatch=lane.size), limits, below_s) for lane in lanes
+        ]
         for mode in dict.fromkeys(needs):
-            if all(_holds(self.costs, lane, replace(made, recompute=mode), is_sp, limits) for lane in lanes):
-                found = replace(made, recompute=mode)
+            if mode is None:
+                return None
+            found = replace(made, recompute=mode)
+            others = [lane for lane, need in zip(lanes, needs, strict=True) if need != mode]
+            if all(_holds(self.costs, lane, found, is_sp, limits) for lane in others):
                 self._check_seconds(choice, found, below_s)
                 return found
+        return None
+
+    def _least(
+        self, choice: MixedChoice, lane: Lane, setup: StepSetup, limits: Sequence[int], below_s: float
+    ) -> StageRecompute | None:
+        """The least recomputation that lets all ranks of a lane fit."""
+        alike = self._alike(choice, lane, setup, limits)
+        recompute: StageRecompute | None = self.asked or "none"
+        while recompute is not None:
+            self._check_pipeline(choice, lane, alike.setup(recompute), below_s)
+            if alike.within(recompute) is not None:
+                return recompute
+            recompute = alike.least() if self.asked is None else None
         return None
 
     def _alike(self, choice: MixedChoice, lane: Lane, setup: StepSetup, limits: Sequence[int]) -> Alike:
@@ -284,20 +300,24 @@ class MixedPricing:
             self._starts[key] = balanced_on([sums[number] for number in places])
         return self._starts[key]
 
-    def _check_pipeline(self, choice: MixedChoice, setup: StepSetup, below_s: float) -> None:
-        """Raises ``TooLong`` where the pipeline alone takes ``below_s``, before ZeRO's waits, sums of gradients and recomputation."""
+    def _check_pipeline(self, choice: MixedChoice, lane: Lane, setup: StepSetup, below_s: float) -> None:
+        """Raises ``TooLong`` where a lane's pipeline alone takes ``below_s``, before ZeRO's waits and sums of gradients."""
         if below_s == math.inf:
             return
-        stops = (*setup.starts[1:], self.num_units)
-        for lane in choice.arrangement.lanes:
-            chains = [self.chain(choice, number, lane.size) for number in classes_of_stages(lane, setup)]
-            times = [
-                StageTime(chain.forward_s[b] - chain.forward_s[a], chain.backward_s[b] - chain.backward_s[a])
-                for chain, a, b in zip(chains, setup.starts, stops, strict=True)
-            ]
-            seconds = pipeline_s(setup.schedule, times, setup.mesh.pp, setup.num_microbatches)
-            if seconds >= self._pipeline_below_s(lane, below_s):
-                raise TooLong
+        spans = pairwise((*setup.starts, self.num_units))
+        chains = [self.chain(choice, number, lane.size) for number in classes_of_stages(lane, setup)]
+        times = [
+            StageTime(
+                of.forward_s[stop] - of.forward_s[start],
+                of.backward_s[stop]
+                - of.backward_s[start]
+                + of.layers.again_s(of.layers.runs(setup.recompute, start, stop)),
+            )
+            for of, (start, stop) in zip(chains, spans, strict=True)
+        ]
+        seconds = pipeline_s(setup.schedule, times, setup.mesh.pp, setup.num_microbatches)
+        if seconds >= self._pipeline_below_s(lane, below_s):
+            raise TooLong
 
     def _plan(self, choice: MixedChoice, setup: StepSetup) -> Plan:
         of = choice.arrangement
@@ -322,14 +342,11 @@ class MixedPricing:
         return replace(plan, recompute_modules=self._modules) if plan.is_selective else plan
 
 
-def _least(alike: Alike, asked: StageRecompute | None) -> StageRecompute | None:
-    """The least recomputation that lets all ranks of a lane fit."""
-    recompute: StageRecompute | None = asked or "none"
-    while recompute is not None:
-        if alike.within(recompute) is not None:
-            return recompute
-        recompute = alike.least() if asked is None else None
-    return None
+def _apart_s(stages: StageCosts, of_lanes: Sequence[StageCosts], num_stages: int) -> float:
+    """How much longer all stages at their slowest take than those of the quickest lane: so much may a cut of all exceed a lane's time."""
+    ends = {0, num_stages - 1}
+    least_s = min(lane.plain_s(stage, 0, lane.num_units) for lane in of_lanes for stage in ends)
+    return max(0.0, min(stages.plain_s(stage, 0, stages.num_units) for stage in ends) - least_s)
 
 
 def _holds(costs: LaneCosts, lane: Lane, setup: StepSetup, is_sp: bool, limits: Sequence[int]) -> bool:

@@ -20,7 +20,6 @@ from shardstage.cost import Prediction
 from shardstage.cost.offload import host_of
 from shardstage.errors import PlanError
 from shardstage.graph import ModelGraph
-from shardstage.graph.file import fingerprint
 from shardstage.plan import Plan, Precision, Request, shorthand
 from shardstage.plan.modules import require_modules
 from shardstage.planner.certificate import Certificate, Counts, cluster_hash
@@ -239,7 +238,7 @@ class MixedSearcher:
             best=best.plan,
             prediction=best.prediction,
             certificate=Certificate(
-                graph=fingerprint(self.graph),
+                graph=self.graph.fingerprint,
                 cluster=cluster_hash(self.cluster),
                 space=self.space.fingerprint,
                 limit_bytes=min(limits),

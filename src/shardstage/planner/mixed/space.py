@@ -29,6 +29,8 @@ from shardstage.planner.space import DP_OUTSIDE, Schedule, Space, Zero
 __all__ = ["Arrangement", "Lane", "MixedChoice", "MixedSpace"]
 
 Array = npt.NDArray[np.float64]
+Numbers = npt.NDArray[np.int64]
+Mask = npt.NDArray[np.bool_]
 
 EVERY_SIZE: Final = 64
 """Up to here a class may take any number of samples of a microbatch; beyond, those that the search over one class tries."""
@@ -193,24 +195,22 @@ class MixedSpace:
             if bool(self.declared.sizes(size, dp, share)):
                 yield (size,), -(-share // size)
 
-    def _uneven_deals(
-        self, ways: tuple[int, ...], paced: npt.NDArray[np.int64]
-    ) -> Iterator[tuple[tuple[int, ...], int]]:
+    def _uneven_deals(self, ways: tuple[int, ...], paced: Numbers) -> Iterator[tuple[tuple[int, ...], int]]:
         """For every number of microbatches that some size leads to the samples of each class that are done soonest."""
         batch = self.declared.global_batch
         capacity = paced @ np.array(ways)
         numbers = np.unique(-(-batch // capacity))
         places = np.searchsorted(capacity, -(-batch // numbers))
-        for m, sizes in zip(numbers.tolist(), map(tuple, paced[places].tolist()), strict=True):
-            found = _largest(batch, ways, sizes, m)
-            if found is not None and self._is_offered(found):
+        sizes, is_dealt = _largest(batch, np.array(ways), paced[places], numbers)
+        for m, found in zip(numbers[is_dealt].tolist(), map(tuple, sizes[is_dealt].tolist()), strict=True):
+            if self._is_offered(found):
                 yield found, m
 
     def _is_offered(self, sizes: tuple[int, ...]) -> bool:
         """Where a size was asked for, it is the largest one."""
         return len(self.declared.microbatches) > 1 or max(sizes) == self.declared.microbatches[0]
 
-    def _paced(self, seconds: Array) -> npt.NDArray[np.int64]:
+    def _paced(self, seconds: Array) -> Numbers:
         """[pace, class]: samples that each class takes at most where none is to take longer than the slowest of them, fewest first."""
         seconds = np.maximum.accumulate(seconds, axis=1)
         sizes = np.array(self.sizes)
@@ -220,19 +220,17 @@ class MixedSpace:
         return np.unique(np.stack(columns, axis=1), axis=0)
 
 
-def _largest(
-    batch: int, ways: tuple[int, ...], sizes: tuple[int, ...], num_microbatches: int
-) -> tuple[int, ...] | None:
-    """The largest microbatch of each class where shares go in proportion to sizes; None where one would be empty, or fewer would do."""
-    m, total = num_microbatches, sum(n * size for n, size in zip(ways, sizes, strict=True))
-    whole = [batch * size // total for size in sizes]
-    order = sorted(range(len(ways)), key=lambda i: (-(batch * sizes[i] % total), i))
-    left, more = batch - sum(n * each for n, each in zip(ways, whole, strict=True)), [0] * len(ways)
-    for i in order:
-        more[i] = min(left, ways[i])
-        left -= more[i]
-    if min(each + (extra == n) for each, extra, n in zip(whole, more, ways, strict=True)) < m:
-        return None
-    found = tuple(-(-(each + (extra > 0)) // m) for each, extra in zip(whole, more, strict=True))
-    most = max(each + (extra > 0) for each, extra in zip(whole, more, strict=True))
-    return found if -(-most // max(found)) == m else None
+def _largest(batch: int, ways: Numbers, sizes: Numbers, num_microbatches: Numbers) -> tuple[Numbers, Mask]:
+    """The largest microbatch of each class [deal, class] where shares go in proportion to sizes, by ``proportional_shares``; and in which
+    deals no microbatch is empty, and fewer would not do."""
+    m, total = num_microbatches, sizes @ ways
+    whole, left_over = batch * sizes // total[:, None], batch * sizes % total[:, None]
+    order = np.argsort(-left_over, axis=1, kind="stable")
+    before = np.cumsum(ways[order], axis=1) - ways[order]
+    more = np.clip((batch - whole @ ways)[:, None] - before, 0, ways[order])
+    extra = np.empty_like(more)
+    np.put_along_axis(extra, order, more, axis=1)
+    most, least = whole + (extra > 0), whole + (extra == ways)
+    found = -(-most // m[:, None])
+    is_exact = -(-most.max(axis=1) // found.max(axis=1)) == m
+    return found, (least.min(axis=1) >= m) & is_exact

@@ -1,0 +1,68 @@
+"""The proof of a mixed search is checked by a second routine, which catches forged ones."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from tests.planner.mixed.instances import PLENTY, every_choice, machines, searcher_of
+
+from shardstage.planner import MixedResult, verify_mixed
+from shardstage.planner.mixed.search import MixedSearcher
+
+CLUSTER = machines((2, 1.0), (3, 2.0))
+
+
+@pytest.fixture(scope="module")
+def searched() -> tuple[MixedSearcher, MixedResult]:
+    searcher = searcher_of(CLUSTER, batch=6)
+    return searcher, searcher.best((PLENTY, PLENTY))
+
+
+def test_an_honest_proof_holds_over_the_whole_space(searched: tuple[MixedSearcher, MixedResult]) -> None:
+    searcher, found = searched
+    checked = verify_mixed(searcher, found, max_checked=10_000)
+    assert checked.is_valid, checked.problems
+    assert checked.num_checked == checked.num_choices == found.certificate.enumerated
+
+
+@pytest.mark.parametrize(
+    ("forged", "problem"),
+    [
+        ({"priced": 0}, "the certificate deals with"),
+        ({"cost_s": 1e-9, "best_bound_s": 1e-9}, "the certificate says 1e-09 s"),
+        ({"best_bound_s": 1e-9}, "was left out"),
+        ({"graph": "x"}, "the graph is another one"),
+        ({"cluster": "x"}, "the cluster is another one"),
+        ({"space": "x"}, "the space is another one"),
+    ],
+)
+def test_a_forged_certificate_is_caught(
+    searched: tuple[MixedSearcher, MixedResult], forged: dict[str, object], problem: str
+) -> None:
+    searcher, found = searched
+    proof = replace(found.certificate, **forged)  # type: ignore[arg-type]
+    checked = verify_mixed(searcher, replace(found, certificate=proof), max_checked=1)
+    assert any(problem in each for each in checked.problems)
+
+
+def test_a_slower_plan_that_is_called_the_best_is_caught(searched: tuple[MixedSearcher, MixedResult]) -> None:
+    searcher, found = searched
+    worst = max(
+        (searcher.pricing.price(choice, (PLENTY, PLENTY)) for choice in every_choice(searcher)[::40]),
+        key=lambda priced: priced.seconds if priced else 0.0,
+    )
+    assert worst is not None and worst.seconds > found.prediction.step_time_s
+    proof = replace(found.certificate, cost_s=worst.seconds, best_bound_s=worst.seconds)
+    lie = replace(
+        found, best=worst.plan, cluster=CLUSTER.with_parts(worst.choice.arrangement.used), certificate=proof
+    )
+    problems = verify_mixed(searcher, lie, max_checked=10_000).problems
+    assert problems and all("less than" in each for each in problems)
+
+
+def test_a_plan_that_does_not_fit_is_caught(searched: tuple[MixedSearcher, MixedResult]) -> None:
+    searcher, found = searched
+    shares = tuple(replace(share, limit_bytes=share.peak_bytes - 1) for share in found.shares)
+    problems = verify_mixed(searcher, replace(found, shares=shares), max_checked=1).problems
+    assert any("class0 holds" in each for each in problems)
