@@ -78,6 +78,19 @@ def test_a_folded_graph_is_a_graph(is_tied: bool) -> None:
     assert graph.at(microbatch=2, sequence=16).values["add_1"].shape == (2, 16, 8)
 
 
+def test_layers_of_which_other_modules_are_named_are_told_apart() -> None:
+    graph = toy_graph(num_layers=8)
+    assert (
+        twins(fold(graph, modules=("layers.*",)))
+        == twins(fold(graph, modules=("*.up",)))
+        == twins(fold(graph))
+    )
+    assert twins(fold(graph, modules=("layers.4",))) == [0, 1, 2, 2, 2, 3, 4, 5, 5, 6]
+    folded = fold(graph, boundaries=(18,), modules=("layers.[46]",))
+    kinds = [unit.kind for unit in folded.units]
+    assert folded.modules == ("layers.[46]",) and kinds[5:8] != kinds[3:4] * 3
+
+
 def test_a_unit_is_found_by_its_first_op() -> None:
     folded = fold(toy_graph(num_layers=3), boundaries=(7,))
     assert folded.units[folded.unit_at(7)].start == 7

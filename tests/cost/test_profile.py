@@ -45,6 +45,56 @@ def test_saved_bytes_of_units_add_up_to_the_graph_s(recompute: str) -> None:
     assert sum(kept) == whole
 
 
+NAMED = ("layers.*", "layers.[35]", "*.act", "*.up/*.act", "*.act/*.down")
+
+
+def with_activations(graph: ModelGraph = GRAPH) -> ModelGraph:
+    ops = (replace(op, module=f"{op.module}.act") if op.name.startswith("relu") else op for op in graph.ops)
+    return replace(graph, ops=tuple(ops))
+
+
+def named(text: str, *, tp: int = 1) -> Profile:
+    folded = fold(with_activations(), modules=tuple(text.split("/")))
+    return profile(folded, round_machine(), tp=tp, microbatch=2, sequence=16)
+
+
+@pytest.mark.parametrize("text", NAMED)
+def test_with_modules_named_units_keep_what_the_graph_does(text: str) -> None:
+    graph = with_activations().at(microbatch=2, sequence=16)
+    whole = saved_bytes(graph, 0, len(graph.ops), "selective", modules=text.split("/"))
+    assert sum(unit.kept["selective"].saved_bytes for unit in named(text).units) == whole
+
+
+def test_named_modules_take_as_long_again_as_their_forward() -> None:
+    plain, act, both, whole = (named(text).units[3] for text in ("embed", "*.act", "*.up/*.act", "layers.*"))
+    again = [unit.kept["selective"].recompute_s for unit in (plain, act, both, whole)]
+    assert 0 == again[0] < again[1] < again[2] == again[3] < whole.kept["full"].recompute_s, (
+        "add is not run again"
+    )
+    assert again[2] < whole.forward_s
+    assert whole.kept["selective"].saved_bytes == whole.kept["full"].saved_bytes
+    for unit in (plain, act, both):
+        assert unit.kept["full"] == whole.kept["full"] and unit.kept["none"] == whole.kept["none"]
+
+
+def test_calls_in_named_modules_are_made_again() -> None:
+    """Under tp the sum after ``down`` is needed by nothing that is recomputed, and that before ``up`` goes backward alone."""
+    calls = named("layers.*", tp=2).units[3]
+    assert calls.tp_forward_s > 0
+    assert calls.kept["full"].recompute_s - calls.kept["selective"].recompute_s > calls.tp_forward_s
+
+
+@pytest.mark.parametrize("text", ["layers.*", "*.act", "*.up/*.act"])
+def test_modules_named_later_cost_the_same(text: str) -> None:
+    modules = tuple(text.split("/"))
+    made = Profiler(fold(with_activations()), round_machine(), tp=2, sequence=16)
+    assert made.naming(modules).at(2).units == named(text, tp=2).units
+    assert (
+        made.at(2).units
+        == profile(fold(with_activations()), round_machine(), tp=2, microbatch=2, sequence=16).units
+    )
+
+
 def test_a_tied_weight_is_shared_and_counted_once() -> None:
     tied = priced(toy_graph(num_layers=6, is_tied=True))
     assert tied.shared_elements == {"p_embed_weight": 64 * 8}

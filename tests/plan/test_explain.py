@@ -48,6 +48,11 @@ def test_the_summary_says_batch_and_savers() -> None:
     ]
 
 
+def test_named_modules_stand_with_what_recomputes() -> None:
+    lines = section(text_of("dp=8,mb=2,recompute=selective,modules=*.up/layers.1"), "model")
+    assert lines[-1] == "with     zero=0, recompute=selective, modules=*.up/layers.1"
+
+
 def test_stages_say_their_modules_and_shares() -> None:
     lines = section(text_of("pp=2,dp=4"), "stages")
     assert lines[2].startswith("  0   embed … layers.2") or lines[2].startswith("  0   embed … layers.1")

@@ -11,6 +11,7 @@ import pytest
 from tests.runtime.dry_run_cases import Rehearsed, case, rehearsed, source_of
 
 from shardstage.cluster import Cluster, load
+from shardstage.planner import predict
 from shardstage.rehearsal import Rehearsal, Which, rehearse
 from shardstage.rehearsal.text import rehearsal_text
 from shardstage.simulator import peak_bytes, planned_prices
@@ -55,6 +56,21 @@ def test_what_lies_with_the_host_or_is_narrow_is_held_as_predicted(name: str) ->
         expected = getattr(held, category)
         assert run.between_steps.get(category, 0) == pytest.approx(expected, rel=0.03), category
     assert peak_bytes(given.program, 0, holdings) == pytest.approx(run.peak.peak_bytes, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("model", "modules"),
+    [("llama", "*.mlp"), ("llama", "*.self_attn/*norm"), ("gpt2", "*.act"), ("gpt2", "*.ln_?/*.mlp")],
+)
+def test_named_modules_spare_what_is_predicted(model: str, modules: str) -> None:
+    """What the engine's own code holds of activations at most, on tensors without memory: the same bytes fewer than without."""
+    spared = []
+    for more in ("", f",recompute=selective,modules={modules}"):
+        given = rehearsed(model, f"tp=2,sp,mb=32{more}", 2, 32)
+        expected = predict(given.graph, given.plan, load("a100-80:2")).ranks[0].activations
+        spared.append((max(m.held.get("activations", 0) for m in given.run(0).moments), expected))
+    (before, before_predicted), (after, after_predicted) = spared
+    assert before - after == before_predicted - after_predicted > 0
 
 
 def test_all_executes_every_rank_and_none_executes_none() -> None:

@@ -38,7 +38,7 @@ def analytic(plan: Plan) -> tuple[Prediction, float]:
     """
     positions = {op.name: index for index, op in enumerate(GRAPH.ops)}
     boundaries = tuple(positions[stage.first] for stage in plan.stages)
-    folded = fold(GRAPH, boundaries=boundaries)
+    folded = fold(GRAPH, boundaries=boundaries, modules=plan.recompute_modules)
     starts = tuple(folded.unit_at(position) for position in boundaries)
     setup = setup_of(plan, folded, starts, schedule_of(plan))
     priced = profile(folded, CLUSTER, tp=plan.mesh.tp, microbatch=setup.microbatch, sequence=64)

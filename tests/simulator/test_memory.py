@@ -18,6 +18,8 @@ from shardstage.simulator import peak_bytes, peak_holders, reserved, simulate
         "pp=2,dp=2,mb=2,recompute=full",
         "pp=2,dp=2,mb=2,stages=full:3/full:2",
         "pp=2,dp=2,mb=2,stages=full:1/none,zero=3",
+        "pp=2,dp=2,mb=2,recompute=selective,modules=layers.*",
+        "pp=2,dp=2,mb=2,recompute=full:1+selective,modules=layers.[036]",
         "pp=2,dp=2,mb=2,zero=2",
         "pp=2,dp=2,mb=2,zero=3",
     ],

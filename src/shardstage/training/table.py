@@ -79,6 +79,8 @@ def _details(plan: Plan) -> Iterator[str]:
     yield f"zero={plan.zero}"
     if plan.recompute != "none" or plan.stage_recompute:
         yield f"recompute={'/'.join(map(str, plan.stage_recompute)) or plan.recompute}"
+    if plan.recompute_modules:
+        yield f"modules={'/'.join(plan.recompute_modules)}"
     yield f"{_counted(plan.num_microbatches, 'microbatch', 'microbatches')} of {plan.microbatch}"
     if mesh.pp > 1:
         yield plan.schedule
