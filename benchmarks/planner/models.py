@@ -14,13 +14,14 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import MixtralConfig, MixtralForCausalLM
 
-__all__ = ["Decoder", "Kernels", "Shape"]
+__all__ = ["Decoder", "Kernels", "Shape", "mixtral"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shape:
-    """Sizes of a decoder; ``mlp_mats`` is 3 where the MLP is gated."""
+    """Sizes of a decoder; ``mlp_mats`` is 3 where the MLP is gated. Each token goes to ``per_token`` of ``experts`` such MLPs."""
 
     layers: int
     hidden: int
@@ -31,6 +32,8 @@ class Shape:
     vocab: int
     mlp_mats: int
     is_tied: bool
+    experts: int = 0
+    per_token: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -191,3 +194,19 @@ def _rotated(x: Tensor, angles: Tensor) -> Tensor:
     first, second = x.chunk(2, dim=-1)
     cos, sin = angles[0], angles[1]
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def mixtral(shape: Shape) -> nn.Module:
+    """A decoder of gated experts, as ``transformers`` has it."""
+    sizes = {
+        "hidden_size": shape.hidden,
+        "intermediate_size": shape.ffn_hidden,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "head_dim": shape.head_dim,
+        "num_hidden_layers": shape.layers,
+        "num_local_experts": shape.experts,
+        "num_experts_per_tok": shape.per_token,
+        "vocab_size": shape.vocab,
+    }
+    return MixtralForCausalLM(MixtralConfig(**sizes, use_cache=False))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from frameworks import LOSS_BYTES, Framework, framework_of
-from models import Decoder, Kernels, Shape
+from models import Decoder, Kernels, Shape, mixtral
 
 from shardstage.cluster import Cluster, load
 from shardstage.cost import (
@@ -98,6 +98,8 @@ def shape_of(model: dict[str, Any]) -> Shape:
         vocab=model["vocab"],
         mlp_mats=model["mlp_mats"],
         is_tied=bool(model["tied_embeddings"]),
+        experts=model.get("experts", 0),
+        per_token=model.get("per_token", 0),
     )
 
 
@@ -121,6 +123,7 @@ class Job:
     microbatch: int
     global_batch: int
     is_sequence_parallel: bool
+    ep: int = 1
     zero_ranks: int | None = None
     products_again: float = 0.0
     layers_of: tuple[int, ...] = ()
@@ -153,6 +156,7 @@ def job_of(row: dict[str, Any], framework: Framework | None = None) -> Job:
         microbatch=plan["microbatch"],
         global_batch=plan["global_batch"],
         is_sequence_parallel=bool(plan["sp"]),
+        ep=plan.get("ep") or 1,
         zero_ranks=row["hardware"]["gpus_per_node"]
         if plan["zero"] == "hsdp"
         else plan.get("zero_shard_size"),
@@ -190,7 +194,7 @@ def predict(job: Job, units: Profile | None = None) -> Prediction:
     """Seconds and bytes of a step, from ``profile_of(job)`` or from what became of it."""
     units = units or profile_of(job)
     setup = setup_of(job)
-    links = Links(job.cluster, job.mesh, num_shards=job.zero_ranks)
+    links = Links(job.cluster, job.mesh, num_shards=job.zero_ranks, ep=job.ep)
     prediction = predict_step(units, setup, links)
     if job.has_bubble:
         return prediction
@@ -204,7 +208,7 @@ def profile_of(job: Job) -> Profile:
     node = replace(job.cluster, num_devices=max(8, job.mesh.tp))  # where tensor parallelism stays
     profiler = _profiler(few, job.framework, node, job.mesh.tp, job.sequence, job.is_sequence_parallel)
     microbatch, _ = microbatches_of(job)
-    kept = profiler.at(microbatch, Links(job.cluster, job.mesh))
+    kept = profiler.at(microbatch, Links(job.cluster, job.mesh, ep=job.ep))
     share = microbatch / job.mesh.cp
     units = [_overlapped(unit, job) for unit in kept.units]
     *first, last = (_again(_with_gates(unit, job, share), job) for unit in units[:-1])
@@ -288,6 +292,7 @@ def setup_of(job: Job) -> StepSetup:
         sequence=job.sequence,
         zero=job.zero,
         zero_ranks=job.zero_ranks,
+        ep=job.ep,
         recompute=job.recompute,
         layers=(-1, *range(job.shape.layers), -1),
         schedule=job.schedule,
@@ -383,7 +388,7 @@ def _captured(shape: Shape, kernels: Kernels, sequence: int) -> Folded:
 def _captured_with(shape: Shape, kernels: Kernels, num_positions: int) -> Folded:
     source = ModelSource(
         name="decoder",
-        factory=lambda: Decoder(shape, kernels, num_positions),
+        factory=lambda: mixtral(shape) if shape.experts else Decoder(shape, kernels, num_positions),
         task=causal_task(shape.vocab),
         vocab_size=shape.vocab,
     )

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from tests.cost.machines import round_machine
 
 from shardstage.cluster import load
-from shardstage.cost.links import exposed_s, overlap_slowdown
+from shardstage.cost.links import Links, exposed_s, overlap_slowdown
+from shardstage.layout import Mesh
 
 seconds = st.floats(0, 10)
 
@@ -38,3 +39,15 @@ def test_a_device_without_a_kernel_model_is_slowed_down_as_its_kind_is() -> None
     assert 0 < overlap_slowdown(round_machine().device) < 0.3
     kernels = load("h100").device.kernels
     assert kernels is not None and overlap_slowdown(load("h100").device) == kernels.overlap_slowdown
+
+
+@given(st.sampled_from([1, 2, 4, 8]), st.floats(1, 1e9))
+def test_each_tensor_parallel_rank_sends_its_part_of_the_tokens_and_all_gather_them(
+    tp: int, num_bytes: float
+) -> None:
+    """Between hosts of 8: what is sent shrinks by tp, what is gathered stays within the host."""
+    cluster = load("h100:64")
+    whole = Links(cluster, Mesh(dp=64 // tp, tp=tp), ep=64 // tp).exchange_cost.seconds(num_bytes)
+    sent_s = cluster.collective("all_to_all", range(0, 64, tp)).seconds(num_bytes / tp)
+    gathered_s = cluster.collective("all_gather", range(tp)).seconds(num_bytes) if tp > 1 else 0.0
+    assert whole == pytest.approx(sent_s + gathered_s)

@@ -29,8 +29,8 @@ MEGATRON_CORE = Execution(
     overlaps_sends=True,  # overlap_p2p_comm, batch_p2p_comm: False
 )
 """github.com/NVIDIA/NeMo-Framework-Launcher launcher_scripts/conf/training: nemotron, llama and gpt3 configurations. What attention is
-computed with: NVTE_FUSED_ATTN (cuDNN) is 1 for Nemotron 4 15B and Llama 3.1, 0 for Nemotron 4 340B and GPT-3 (github.com/NVIDIA/dgxc-benchmarking
-nemotron, llama3.1 and nemo_megatron/configure.sh @35a9aecc and @143b90dd)."""
+computed with: NVTE_FUSED_ATTN (cuDNN) is 1 for Nemotron 4 15B and Llama 3.1, 0 for Nemotron 4 340B and GPT-3 (github.com/NVIDIA/dgxc-
+benchmarking nemotron, llama3.1, nemo_megatron and grok1/configure.sh @35a9aecc and @143b90dd)."""
 
 NEMO = Framework(
     kernels=Kernels(attention="cudnn", norm="rms", is_rotary=True, has_bias=False),
@@ -67,6 +67,7 @@ def software_of(name: str, plan: dict[str, Any]) -> Framework:
         "llama3": replace(NEMO, kernels=NANOTRON.kernels, vocab_multiple=1, overlaps_tp=False),
         "nemo": NEMO,
         "nemo-flash": replace(NEMO, kernels=NANOTRON.kernels),
+        "nemo-moe": replace(NEMO, kernels=NANOTRON.kernels, execution=replace(MEGATRON_CORE, wire_bytes=2.0)),
         "nemo-gpt": replace(
             NEMO,
             kernels=Kernels(attention="flash", dropout=0.1),

@@ -167,8 +167,17 @@ class Links:
 
     @property
     def exchange_cost(self) -> LinearCost:
-        """Of sending tokens to their experts' ranks, for the bytes that each sends."""
-        return self._group("all_to_all", self.ep, 1 if self.has_whole_experts else self.replicas.stride)
+        """Of sending tokens to their experts' ranks, for the bytes that each needs.
+
+        Where tensor-parallel ranks hold parts of an expert, each sends or receives its part of the tokens, and they gather what arrived, or
+        scatter what leaves (Megatron-Core's alltoall dispatcher: "permute->A2A(EP)->AG(TP)").
+        """
+        sent = self._group("all_to_all", self.ep, 1 if self.has_whole_experts else self.replicas.stride)
+        if self.has_whole_experts or self.mesh.tp == 1:
+            return sent
+        gathered = self._group("all_gather", self.mesh.tp, self.mesh.stride("tp"))
+        seconds_per_byte = 1 / (self.mesh.tp * sent.bytes_per_s) + 1 / gathered.bytes_per_s
+        return LinearCost(latency_s=sent.latency_s + gathered.latency_s, bytes_per_s=1 / seconds_per_byte)
 
     def tie_s(self, num_bytes: float) -> float:
         """Seconds of summing a parameter's gradient between the first and the last stage."""
