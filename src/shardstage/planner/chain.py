@@ -6,21 +6,25 @@ prefix sums, and the largest of a run is the largest of the few kinds of unit in
 
 from __future__ import annotations
 
-from bisect import bisect_left
+import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Sequence
-from itertools import accumulate
+from functools import cached_property
+from itertools import accumulate, pairwise
 
 import numpy as np
 
 from shardstage.cost.accounting import OUR_ACCOUNTING
+from shardstage.cost.links import Links, exposed_s
 from shardstage.cost.memory import GATHERED_UNITS, MOMENTS
 from shardstage.cost.profile import RECOMPUTES, Profile, UnitCost
 from shardstage.cost.setup import StepSetup
+from shardstage.cost.stages import zero_talk_s
 from shardstage.graph.recompute import Recompute, StageRecompute
 from shardstage.planner.recompute import Layers, Least
 from shardstage.planner.stages import Fitted
 
-__all__ = ["Chain", "ChainCosts"]
+__all__ = ["Chain", "ChainCosts", "ShardingWaits"]
 
 
 class Chain:
@@ -100,6 +104,38 @@ class Chain:
         return sum(self.profile.shared_elements[name] for name in names)
 
 
+class ShardingWaits:
+    """Seconds that ZeRO-2/3 adds to a run of units for each microbatch, in ``cost.step``'s way."""
+
+    def __init__(self, chain: Chain, setup: StepSetup, links: Links) -> None:
+        self._chain = chain
+        self._gather, scatter = zero_talk_s([(unit, 1) for unit in chain.profile.units], setup, links)
+        self._scatter = scatter
+        self._gathers, self._scatters = ([0.0, *accumulate(each)] for each in (self._gather, scatter))
+        self._again = 1.0 if setup.sharding_level == 3 else 0.0
+        self._slowdown = links.overlap_slowdown
+
+    def __call__(self, start: int, stop: int, again_s: float) -> float:
+        """Of a run that recomputes for so long."""
+        first = self._gather[start], self._scatter[start]
+        return self._exposed_s(start, stop, again_s, first)
+
+    @property
+    def least_s(self) -> float:
+        """Of all stages together, but for their first gathers and sums: at least as if they were one, by convexity."""
+        return self._exposed_s(0, self._chain.num_units, 0.0, (0.0, 0.0))
+
+    def _exposed_s(self, start: int, stop: int, again_s: float, first: tuple[float, float]) -> float:
+        chain, slowdown = self._chain, self._slowdown
+        gathered = self._gathers[stop] - self._gathers[start]
+        scattered = self._again * gathered + self._scatters[stop] - self._scatters[start]
+        forward_s = chain.forward_s[stop] - chain.forward_s[start]
+        backward_s = chain.backward_s[stop] - chain.backward_s[start] + again_s
+        return exposed_s(gathered, forward_s, slowdown, first[0]) + exposed_s(
+            scattered, backward_s, slowdown, first[1]
+        )
+
+
 class ChainCosts:
     """The runs of a chain under one setup with one stage a rank: what ``best_cut`` asks.
 
@@ -113,7 +149,7 @@ class ChainCosts:
         setup: StepSetup,
         limit_bytes: int,
         accumulation_s: float,
-        waits_s: Callable[[int, int, float], float] | None = None,
+        waits_s: ShardingWaits | None = None,
         asked: StageRecompute | None = None,
     ) -> None:
         self.chain = chain
@@ -128,6 +164,33 @@ class ChainCosts:
         self._state_bytes = _state_bytes_of(chain, setup)
         self._asked = asked
         self._known: dict[tuple[int, int, int], Fitted | None] = {}
+
+    @property
+    def least_total_s(self) -> float:
+        """What all stages take together at least."""
+        return self._sums_s[-1] + (0.0 if self._waits_s is None else self._waits_s.least_s)
+
+    def least_slowest_s(self, num_stages: int) -> float:
+        """What the slowest takes at least: the mean, and the heaviest unit, whose own waiting others may hide."""
+        heaviest_s = max(after - before for before, after in pairwise(self._sums_s))
+        return max(heaviest_s, self.least_total_s / num_stages)
+
+    def has_cut(self, num_stages: int, most_s: float) -> bool:
+        """Whether so many stages can hold all units if each takes so long at most, all waiting and recomputation left out."""
+        if most_s == math.inf:
+            return True
+        stop, sums_s = 0, self._sums_s
+        for _ in range(num_stages):
+            stop = max(bisect_right(sums_s, sums_s[stop] + most_s * (1 + 1e-9)) - 1, stop)
+            if stop == self.num_units:
+                return True
+        return False
+
+    @cached_property
+    def _sums_s(self) -> list[float]:
+        """Seconds of the units before each one, with adding up the gradients of their own parameters."""
+        both_s, own, element_s = self.chain.both_s, self.chain.own, self._accumulation_s
+        return [seconds + element_s * elements for seconds, elements in zip(both_s, own, strict=True)]
 
     def plain_s(self, stage: int, start: int, stop: int) -> float:
         layers = self.chain.layers

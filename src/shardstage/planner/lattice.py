@@ -94,6 +94,7 @@ class Lattice:
 
     def __init__(self, space: Space, costs: LinkCosts, num_units: int) -> None:
         self.space = space
+        self.costs = costs
         self.schedules: tuple[Schedule, ...] = tuple(s for s in space.schedules if s not in space.dominated)
         self.zeros: tuple[Zero, ...] = _all_zeros(space)
         self._num_units = num_units

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -25,11 +25,11 @@ from shardstage.cost import (
     step_seconds,
 )
 from shardstage.cost.compute import moved_s
-from shardstage.cost.links import LinkCosts, exposed_s
+from shardstage.cost.links import LinkCosts
 from shardstage.cost.offload import has_host_room
 from shardstage.cost.pipeline import SPLITTING, StageTime, bubble_s, pipeline_s
 from shardstage.cost.profile import RECOMPUTES, Recompute
-from shardstage.cost.stages import least_reduction_s, least_update_s, zero_talk_s
+from shardstage.cost.stages import least_reduction_s, least_update_s
 from shardstage.cost.units import Cases, UnitCosts
 from shardstage.graph import ModelGraph
 from shardstage.graph.cuts import good_positions
@@ -38,7 +38,7 @@ from shardstage.layout import Mesh
 from shardstage.plan import Precision
 from shardstage.plan.plan import Plan
 from shardstage.planner.alike import Alike
-from shardstage.planner.chain import Chain, ChainCosts
+from shardstage.planner.chain import Chain, ChainCosts, ShardingWaits
 from shardstage.planner.even import EvenCuts
 from shardstage.planner.figures import Figures
 from shardstage.planner.space import Choice, Group, Savers
@@ -46,7 +46,7 @@ from shardstage.planner.stages import best_cut
 
 Array = npt.NDArray[np.float64]
 
-__all__ = ["Priced", "Pricing", "TooSlow", "fold_for", "sharding_waits"]
+__all__ = ["Priced", "Pricing", "TooSlow", "fold_for"]
 
 ENOUGH_UNITS: Final = 16
 """With so many blocks, stages of whole blocks are balanced well enough."""
@@ -256,13 +256,12 @@ class Pricing:
             setup,
             limit_bytes,
             element_s / (setup.num_shards if setup.sharding_level >= 2 else 1),
-            None if setup.sharding_level < 2 else sharding_waits(chain, setup, links),
+            None if setup.sharding_level < 2 else ShardingWaits(chain, setup, links),
             self._asked,
         )
         counts_sum = setup.schedule in ("1f1b", "gpipe")
         room_s = self._room_s(uncut, below_s)
-        least_s = _least_pipeline_s(chain, setup.mesh.pp, setup.num_microbatches, counts_sum=counts_sum)
-        if least_s >= room_s:
+        if not _may_come_below(room_s, costs, setup, counts_sum=counts_sum):
             raise TooSlow(choice)
         cut = best_cut(costs, setup.mesh.pp, setup.num_microbatches, below_s=room_s, counts_sum=counts_sum)
         if cut is None:
@@ -371,11 +370,14 @@ class TooSlow(Exception):
         self.seconds = seconds
 
 
-def _least_pipeline_s(chain: Chain, num_ranks: int, num_microbatches: int, *, counts_sum: bool) -> float:
-    """What ``best_cut`` finds at least: the slowest stage takes the mean, and the heaviest unit."""
-    total = chain.both_s[-1]
-    slowest = max(total / num_ranks, chain.slowest_unit_s)
-    return (num_microbatches - 1) * slowest + total if counts_sum else num_microbatches * slowest
+def _may_come_below(room_s: float, costs: ChainCosts, setup: StepSetup, *, counts_sum: bool) -> bool:
+    """Whether a cut may take less if memory were no matter: by the mean stage, the heaviest unit, and as many units a stage as fit."""
+    p, m = setup.mesh.pp, setup.num_microbatches
+    total_s, slowest_s = costs.least_total_s, costs.least_slowest_s(p)
+    if counts_sum:
+        most_s = (room_s - total_s) / (m - 1) if m > 1 else math.inf
+        return (m - 1) * slowest_s + total_s < room_s and costs.has_cut(p, most_s)
+    return m * slowest_s < room_s and costs.has_cut(p, room_s / m)
 
 
 def _stage_times(chain: Chain, starts: tuple[int, ...], modes: tuple[StageRecompute, ...]) -> list[StageTime]:
@@ -395,33 +397,6 @@ def _with_stages(setup: StepSetup, starts: tuple[int, ...], modes: tuple[StageRe
     if len(set(modes)) == 1:
         return replace(setup, starts=starts, recompute=modes[0])
     return replace(setup, starts=starts, recompute_of_stages=modes)
-
-
-def sharding_waits(chain: Chain, setup: StepSetup, links: Links) -> Callable[[int, int, float], float]:
-    """Seconds that ZeRO-2/3 adds to a run of units for each microbatch, in ``cost.step``'s way."""
-    gather, scatter = zero_talk_s([(unit, 1) for unit in chain.profile.units], setup, links)
-    gathers, scatters = _sums(gather), _sums(scatter)
-    again = 1.0 if setup.sharding_level == 3 else 0.0
-    slowdown = links.overlap_slowdown
-
-    def waits(start: int, stop: int, again_s: float) -> float:
-        gathered = gathers[stop] - gathers[start]
-        scattered = again * gathered + scatters[stop] - scatters[start]
-        forward_s = chain.forward_s[stop] - chain.forward_s[start]
-        backward_s = chain.backward_s[stop] - chain.backward_s[start] + again_s
-        return exposed_s(gathered, forward_s, slowdown, gather[start]) + exposed_s(
-            scattered, backward_s, slowdown, scatter[start]
-        )
-
-    return waits
-
-
-def _sums(values: list[float]) -> list[float]:
-    total, sums = 0.0, [0.0]
-    for value in values:
-        total += value
-        sums.append(total)
-    return sums
 
 
 def fold_for(graph: ModelGraph, num_ranks: int, modules: tuple[str, ...]) -> Folded:

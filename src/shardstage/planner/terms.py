@@ -79,6 +79,8 @@ class Terms:
         self.backward = f.whole @ f.backward_s
         self.own = f.whole @ f.own
         self.replicated = f.whole @ f.replicated
+        self.costs = lattice.costs
+        self.has_whole_experts = np.array([group.has_whole_experts for group in of_groups], dtype=bool)
         self.holders = np.array([g.tp if g.has_whole_experts else 1 for g in of_groups], dtype=np.float64)
         self.experts = f.whole @ f.experts
         self.summing_s = f.own * settings.summing_s

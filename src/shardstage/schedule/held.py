@@ -68,9 +68,11 @@ def held_together(
 ) -> tuple[tuple[int, ...], ...]:
     """Microbatches that a rank holds on each of its stages at once: each moment that no other one exceeds on all stages."""
     p, m = num_ranks, num_microbatches
+    if name == "looped-bfs":  # all forwards come first
+        return ((m,) * (num_stages // p),)
     if SCHEDULES[name].places == "v":  # full once a microbatch has gone down and up
         m = min(m, 2 * p)
-    elif name not in ("gpipe", "looped-bfs"):  # these hold all microbatches
+    elif name != "gpipe":  # which holds all
         m = steady_microbatches(m, p)
     return _held_together(name, num_stages, p, m, rank)
 

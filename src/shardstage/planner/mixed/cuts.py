@@ -14,9 +14,8 @@ from typing import Final
 from shardstage.cost import Links, StepSetup
 from shardstage.cost.compute import moved_s
 from shardstage.graph.recompute import StageRecompute
-from shardstage.planner.chain import Chain, ChainCosts
+from shardstage.planner.chain import Chain, ChainCosts, ShardingWaits
 from shardstage.planner.mixed.space import Lane
-from shardstage.planner.pricing import sharding_waits
 from shardstage.planner.stages import Fitted
 
 __all__ = ["LaneAsStages", "LanesAsStages", "balanced_on"]
@@ -51,7 +50,7 @@ class LaneAsStages:
                 replace(setup, microbatch=lane.size),
                 limits[number],
                 element_s / (setup.num_shards if setup.sharding_level >= 2 else 1),
-                None if setup.sharding_level < 2 else sharding_waits(chain, setup, links),
+                None if setup.sharding_level < 2 else ShardingWaits(chain, setup, links),
                 asked,
             )
         self._asked: dict[StageRecompute, LaneAsStages] = {}
