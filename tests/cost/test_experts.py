@@ -9,7 +9,7 @@ from tests.cost.machines import round_machine
 from tests.cost.toy import Experts, toy_graph
 
 from shardstage.cost import Links, Profiler, StepSetup, fold
-from shardstage.cost.experts import can_have_whole_experts, routed_ops
+from shardstage.cost.experts import routed_ops
 from shardstage.cost.links import LinkCosts
 from shardstage.cost.reading import Work
 from shardstage.cost.units import EXPERT_SKEW, UnitCost
@@ -71,9 +71,9 @@ def test_what_is_routed_lies_between_tokens_and_their_sum(chosen: int, has_share
 
 def test_a_model_without_experts_or_of_one_length_has_no_tokens_to_deal_out() -> None:
     assert not routed_ops(toy_graph())
-    assert not can_have_whole_experts(toy_graph())
-    assert can_have_whole_experts(moe())
-    assert not can_have_whole_experts(moe().at(microbatch=2, sequence=16))
+    assert not fold(toy_graph()).can_have_whole_experts
+    assert fold(moe()).can_have_whole_experts
+    assert not fold(moe().at(microbatch=2, sequence=16)).can_have_whole_experts
 
 
 @pytest.mark.parametrize("tp", [2, 3, 4])

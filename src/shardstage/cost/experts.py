@@ -16,12 +16,7 @@ from itertools import groupby
 from shardstage.cost.kernels import is_attention, is_expert
 from shardstage.graph import ModelGraph, Op, Ref, Value, substitute
 
-__all__ = ["can_have_whole_experts", "routed_ops", "with_whole_experts"]
-
-
-def can_have_whole_experts(graph: ModelGraph) -> bool:
-    """Whether the tokens of all expert layers can be dealt out over tensor-parallel ranks."""
-    return graph.is_scalable and graph.is_sequence_scalable and bool(routed_ops(graph))
+__all__ = ["routed_ops", "with_whole_experts"]
 
 
 def routed_ops(graph: ModelGraph) -> frozenset[str]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 
+from shardstage.cost.experts import routed_ops
 from shardstage.graph import ModelGraph, Op, Ref, substitute
 from shardstage.graph.blocks import Block, fingerprint
 from shardstage.graph.named_modules import recompute_parts
@@ -61,6 +62,16 @@ class Folded:
     @cached_property
     def _sized(self) -> dict[tuple[int, int | None], ModelGraph]:
         return {}
+
+    @cached_property
+    def routed(self) -> frozenset[str]:
+        """Names of the kept ops between the tokens of expert layers and their experts' sums (``routed_ops``)."""
+        return routed_ops(self.graph)
+
+    @property
+    def can_have_whole_experts(self) -> bool:
+        """Whether the tokens of all expert layers can be dealt out over tensor-parallel ranks."""
+        return self.graph.is_scalable and self.graph.is_sequence_scalable and bool(self.routed)
 
     def unit_at(self, position: int) -> int:
         """Index of the unit that begins at op ``position`` of the whole graph."""

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from typing import Final
 
 from shardstage.cluster import Cluster, CollectiveKind
-from shardstage.cost.experts import routed_ops, with_whole_experts
+from shardstage.cost.experts import with_whole_experts
 from shardstage.cost.fold import Folded
 from shardstage.cost.links import Links
-from shardstage.cost.reading import RECOMPUTES, Reading, Recompute, fixed_values
+from shardstage.cost.reading import RECOMPUTES, Reading, Recompute, Work, fixed_values
 from shardstage.cost.units import Cases, KeptOf, UnitCost, UnitCosts, costs_of_unit
 from shardstage.graph import ModelGraph
 from shardstage.graph.flops import forward_flops
@@ -94,9 +94,10 @@ class Profiler:
         self._whole_flops = _whole_flops(folded, graph) / graph.microbatch
         self._use(cluster)
         self._local = localize(sharding, 0)
-        self._read()
+        self._works = self._read(range(len(folded.kept)))
 
-    def _read(self) -> None:
+    def _read(self, numbers: Iterable[int]) -> list[Work]:
+        """Some units, by their numbers."""
         folded, local = self._folded, self._local
         of_local = _positions(folded, local)
         self._elements = {p.name: local.values[p.name].numel for p in local.parameters}
@@ -109,7 +110,7 @@ class Profiler:
             is_compiled=self._is_compiled,
             modules=folded.modules,
         )
-        self._works = self._reading.works(self._elements, self._shared)
+        return self._reading.works(self._elements, self._shared, numbers)
 
     def naming(self, modules: tuple[str, ...]) -> Profiler:
         """The same where selective recomputation means these modules: nothing is sharded or read again but what is kept."""
@@ -122,9 +123,16 @@ class Profiler:
         graph, sequence = self._graph, self._graph.sequence
         assert sequence is not None, "can_have_whole_experts"
         part = self._folded.at(graph.microbatch, -(-sequence // self._tp))
-        other = copy(self)
-        other._local = with_whole_experts(self._local, part, routed_ops(self._folded.graph))
-        other._read()
+        folded, other = self._folded, copy(self)
+        other._local = with_whole_experts(self._local, part, folded.routed)
+        numbers = [
+            number
+            for number, (start, stop) in enumerate(folded.kept)
+            if any(op.name in folded.routed for op in folded.graph.ops[start:stop])
+        ]
+        other._works = [*self._works]
+        for number, work in zip(numbers, other._read(numbers), strict=True):
+            other._works[number] = work
         return other
 
     def at(self, microbatch: int, links: Links | None = None) -> Profile:

@@ -99,11 +99,12 @@ class Reading:
         self.modules = modules
         self.crossing = all_crossing_bytes(graph)
 
-    def works(self, elements: dict[str, int], shared: frozenset[str]) -> list[Work]:
+    def works(self, elements: dict[str, int], shared: frozenset[str], numbers: Iterable[int]) -> list[Work]:
+        """Of some units, by their numbers."""
         saved = {recompute: self._increments(recompute) for recompute in RECOMPUTES}
         return [
-            self._work(start, stop, elements, shared, {r: saved[r][number] for r in RECOMPUTES})
-            for number, (start, stop) in enumerate(self.bounds)
+            self._work(*self.bounds[number], elements, shared, {r: saved[r][number] for r in RECOMPUTES})
+            for number in numbers
         ]
 
     def naming(self, modules: tuple[str, ...], works: Sequence[Work]) -> list[Work]:

@@ -189,16 +189,19 @@ def zero_talk_s(
 ) -> tuple[list[float], list[float]]:
     """Seconds of ZeRO-2/3's gathers of each unit's parameters, and of its gradients' sums, in so many calls."""
 
+    different = {(id(unit), num): unit for unit, num in calls}
+
     def each(talk_s: Callable[[Replicas, float, int], float], element_bytes: float) -> list[float]:
-        return [
-            _of_holders(
+        known = {
+            (name, num): _of_holders(
                 unit.own_elements,
                 unit.expert_elements,
                 links,
                 lambda of, n, num=num: talk_s(of, n * element_bytes, num),  # type: ignore[misc]
             )
-            for unit, num in calls
-        ]
+            for (name, num), unit in different.items()
+        }
+        return [known[id(unit), num] for unit, num in calls]
 
     gathers = each(lambda of, num_bytes, num: of.shards_s("all_gather", num_bytes, num), setup.compute_bytes)
     return gathers, each(Replicas.scatter_s, setup.wire_bytes)

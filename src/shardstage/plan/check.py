@@ -9,7 +9,6 @@ from typing import Final
 
 from shardstage.cluster import Cluster
 from shardstage.cost import fold
-from shardstage.cost.experts import can_have_whole_experts
 from shardstage.cost.memory import MOMENTS
 from shardstage.cost.offload import has_host_room
 from shardstage.errors import PlanError
@@ -235,7 +234,7 @@ def _check_experts(plan: Plan, graph: ModelGraph, cluster: Cluster | None) -> No
         raise PlanError(
             "etp=1 leaves experts whole on tensor-parallel ranks, and tp is 1", hint="leave out etp=1"
         )
-    if not can_have_whole_experts(fold(graph).graph):
+    if not fold(graph).can_have_whole_experts:
         raise PlanError(
             "etp=1 leaves experts whole, and this model has no layer of experts whose tokens can be dealt out to ranks",
             hint="leave out etp=1",

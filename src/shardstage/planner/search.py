@@ -24,7 +24,6 @@ import numpy as np
 
 from shardstage.cluster import Cluster
 from shardstage.cost import Prediction
-from shardstage.cost.experts import can_have_whole_experts
 from shardstage.cost.kernels import is_attention, is_expert
 from shardstage.cost.offload import host_of
 from shardstage.errors import PlanError
@@ -180,7 +179,7 @@ class Searcher:
             sequence=sequence,
             num_units=self.pricing.num_units,
             num_experts=_num_experts(graph),
-            may_have_whole_experts=can_have_whole_experts(self.pricing.folded.graph),
+            may_have_whole_experts=self.pricing.folded.can_have_whole_experts,
             has_attention=_has_only_fused_attention(graph),
             fix=fix,
             fixed=fixed,
