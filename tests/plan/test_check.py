@@ -14,6 +14,7 @@ from shardstage.graph.file import fingerprint
 from shardstage.graph.recompute import PartialRecompute
 from shardstage.layout import Mesh
 from shardstage.plan import Plan, StageRange, check, complete, parse_request
+from shardstage.plan.modules import require_modules
 
 GRAPH = toy_graph(num_layers=4)
 FIXED = GRAPH.at(microbatch=4, sequence=64)
@@ -119,6 +120,16 @@ def test_modules_of_any_stage_may_be_named() -> None:
     some = PartialRecompute(full=1, selective=None)
     plan = replace(PLAN, stage_recompute=("full", some), recompute_modules=("layers.[23]",))
     assert check(plan, GRAPH) == ()
+
+
+@pytest.mark.parametrize("asked", ["*.dwon", "*.up.1", "embedd", "nothing.alike"])
+def test_the_hint_for_a_module_that_is_not_there_names_one_that_is(asked: str) -> None:
+    flat = replace(GRAPH, ops=tuple(replace(op, module=op.module.rpartition(".")[2]) for op in GRAPH.ops))
+    for graph in (GRAPH, flat):
+        with pytest.raises(PlanError, match="matches no module in a layer") as caught:
+            require_modules((asked,), graph)
+        hint = (caught.value.hint or "").rpartition("modules=")[2].strip('"')
+        require_modules(hint.split("/"), graph)
 
 
 def test_modules_that_keep_nothing_are_said() -> None:

@@ -46,6 +46,6 @@ def _example(paths: Sequence[str]) -> str:
 
 def _near(glob: str, paths: Sequence[str]) -> Iterator[str]:
     """Globs for the modules whose names come closest."""
-    names = {path.rpartition(".")[2]: None for path in paths}
+    globs = {path.rpartition(".")[2]: "*." if "." in path else "" for path in paths}
     asked = glob.rpartition(".")[2].strip("*?")
-    yield from (f"*.{name}" for name in get_close_matches(asked, names, n=2, cutoff=0.5))
+    yield from (f"{globs[name]}{name}" for name in get_close_matches(asked, globs, n=2, cutoff=0.5))
