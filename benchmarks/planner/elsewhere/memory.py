@@ -11,8 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-PLANNER = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(PLANNER), str(PLANNER / "memory")]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "memory"))
 
 from cases import Case, peak_bytes
 from megatron import megatron_2023
