@@ -23,13 +23,12 @@ import numpy as np
 import numpy.typing as npt
 
 from shardstage.cluster import CollectiveKind, LinearCost
-from shardstage.cost import StepSetup
 from shardstage.cost.compute import moved_s, optimizer_s
 from shardstage.cost.links import overlap_slowdown
-from shardstage.cost.memory import MOMENTS
 from shardstage.cost.pipeline import LATE_BUBBLES, SPLITTING
 from shardstage.cost.profile import RECOMPUTES, Recompute
 from shardstage.layout import Mesh
+from shardstage.planner.mixed.needs import state_bytes
 from shardstage.planner.mixed.pricing import MixedPricing
 from shardstage.planner.mixed.space import Arrangement, MixedChoice, MixedSpace
 from shardstage.planner.space import Schedule, Zero
@@ -246,7 +245,7 @@ class _OfZero:
         self._scatter = rows.talk.over_replicas("reduce_scatter", zero.num_ranks)
         self._lanes = [(own, on, lanes, self._costs(own, on, lanes)) for own, on, lanes in rows.lanes()]
         self._slowest: dict[tuple[int, str], tuple[Array, Array]] = {}
-        self._state = _state_bytes(setup, self._level, self._shards)
+        self._state = state_bytes(setup, self._level, self._shards)
 
     def of(self, schedule: Schedule) -> tuple[Array, npt.NDArray[np.bool_]]:
         """[row]: least seconds, and whether a choice cannot fit."""
@@ -427,18 +426,4 @@ def _pipeline_s(
     else:
         bubble = (p - 1 + few * (v - 1)) * (mean_forward + mean_backward)
     found: Array = m * slowest + np.where(p > 1, bubble, 0.0)
-    return found
-
-
-def _state_bytes(setup: StepSetup, level: Array, shards: Array) -> Array:
-    """[row]: bytes of parameters, gradients and optimizer for each element of a stage, at least (``cost.memory``'s table)."""
-    c, g, w = setup.compute_bytes, setup.gradient_bytes, setup.master_bytes
-    is_cut = level >= 2
-    stored = np.where(is_cut, g, c)
-    has_own_masters = setup.is_offloaded | (stored != w)
-    of_master = np.where(is_cut | has_own_masters, w, 0)
-    of_owned = np.zeros_like(shards) if setup.is_offloaded else of_master + MOMENTS * w
-    of_owned = of_owned + np.where(level >= 1, g, 0) + np.where(is_cut & has_own_masters, g, 0)
-    whole = np.where(level >= 3, 0, np.where(level == 2, c, c + g))
-    found: Array = whole + of_owned / shards
     return found

@@ -13,7 +13,8 @@ import numpy.typing as npt
 from shardstage.cluster import Cluster
 from shardstage.cost import Links, MemoryModel, Prediction, StepSetup, step_seconds
 from shardstage.cost.offload import has_host_room
-from shardstage.cost.pipeline import StageTime, pipeline_s
+from shardstage.cost.pipeline import StageTime, pipeline_s, rank_seconds
+from shardstage.cost.stages import least_update_s
 from shardstage.cost.units import Cases, UnitCosts
 from shardstage.graph import ModelGraph
 from shardstage.graph.recompute import StageRecompute
@@ -24,6 +25,7 @@ from shardstage.planner.alike import Alike
 from shardstage.planner.chain import Chain
 from shardstage.planner.mixed.cuts import LaneAsStages, LanesAsStages, balanced_on
 from shardstage.planner.mixed.lanes import LaneCosts, classes_of_stages, combined
+from shardstage.planner.mixed.needs import Need, need_of, spared_bytes_per_s, state_bytes
 from shardstage.planner.mixed.space import Lane, MixedChoice
 from shardstage.planner.pricing import fold_for
 from shardstage.planner.space import Savers
@@ -86,6 +88,12 @@ class MixedPricing:
         self.least_factor = min([1.0, *factors])
         self._twins = [unit.twin for unit in self.folded.units]
         self._chains: dict[tuple[int, bool, int, int], Chain] = {}
+        self._pipelines: dict[tuple[object, ...], float] = {}
+        self._least_s: dict[tuple[object, ...], float] = {}
+        self._slowest_s: dict[tuple[object, ...], float] = {}
+        self._needs: dict[tuple[object, ...], list[Need]] = {}
+        self._spared: dict[tuple[int, bool, int, int], float] = {}
+        self._beside: dict[tuple[object, ...], float] = {}
         self._starts: dict[tuple[object, ...], tuple[int, ...]] = {}
 
     @property
@@ -213,7 +221,7 @@ class MixedPricing:
             stages,
             setup.mesh.pp,
             setup.num_microbatches,
-            below_s=max(self._pipeline_below_s(lane, below_s) for lane in lanes)
+            below_s=max(self._pipeline_below_s(choice, lane, setup, below_s) for lane in lanes)
             + _apart_s(stages, of_lanes, setup.mesh.pp),
             counts_sum=setup.schedule in ("1f1b", "gpipe"),
         )
@@ -226,14 +234,34 @@ class MixedPricing:
             recompute=cut.recompute[0] if is_alike else "none",
             recompute_of_stages=() if is_alike else cut.recompute,
         )
-        self._check_seconds(choice, found, below_s)
+        self._check_seconds(choice, lanes, found, below_s)
         return found
 
-    def _pipeline_below_s(self, lane: Lane, below_s: float) -> float:
-        """What the pipeline may take where the step takes ``below_s``, were nothing to come on top of it."""
-        return self.costs.reference(lane.classes).device.alone_ratio * below_s / self.least_factor
+    def _pipeline_below_s(self, choice: MixedChoice, lane: Lane, setup: StepSetup, below_s: float) -> float:
+        """What a lane's pipeline may take where the step takes ``below_s``: transfers, the optimizer and the norm's sum come on top."""
+        if below_s == math.inf:
+            return below_s
+        key = (choice.arrangement, choice.zero, lane, self.savers)
+        if key not in self._beside:
+            self._beside[key] = self._beside_s(choice, lane, setup)
+        ratio = self.costs.reference(lane.classes).device.alone_ratio
+        return ratio * (below_s / self.least_factor - self._beside[key])
 
-    def _check_seconds(self, choice: MixedChoice, setup: StepSetup, below_s: float) -> None:
+    def _beside_s(self, choice: MixedChoice, lane: Lane, setup: StepSetup) -> float:
+        """What a step takes at least beside the pipeline."""
+        links, p = self.costs.links(lane, setup), setup.mesh.pp
+        chain = self.chain(choice, lane.classes[0], lane.size)
+        experts, received = chain.experts[-1], min(chain.received[1:], default=0)
+        part = (chain.own[-1] - experts) / (setup.num_shards if setup.sharding_level else 1)
+        part += experts / setup.expert_shards
+        travel_s = 2 * (p - 1) * links.transfer_s(received)
+        return (
+            links.norm_s() + travel_s + least_update_s(chain.own[-1] / p, experts / p, part / p, setup, links)
+        )
+
+    def _check_seconds(
+        self, choice: MixedChoice, lanes: Sequence[Lane], setup: StepSetup, below_s: float
+    ) -> None:
         """Raises ``TooLong`` where a step takes ``below_s`` or more; that is known sooner than what its ranks hold."""
         if below_s == math.inf:
             return
@@ -244,7 +272,7 @@ class MixedPricing:
                 replace(setup, microbatch=lane.size),
                 self.costs.links(lane, setup),
             )
-            for lane in choice.arrangement.lanes
+            for lane in lanes
         )
         if seconds >= below_s:
             raise TooLong(seconds)
@@ -255,10 +283,10 @@ class MixedPricing:
         """Several stages a rank: cut for balance on the slowest lane, all recomputing as many layers, as few as fit into all lanes."""
         lanes, is_sp = choice.arrangement.lanes, choice.arrangement.is_sequence_parallel
         made = replace(setup, starts=self._balanced(choice, setup))
-        first = self.asked or "none"
         for lane in lanes:
-            self._check_pipeline(choice, lane, replace(made, recompute=first), below_s)
-        self._check_seconds(choice, replace(made, recompute=first), below_s)
+            self._check_pipeline(choice, lane, made, below_s)
+            if not self._may_fit(choice, lane, replace(made, microbatch=lane.size), limits, below_s):
+                return None
         needs = [
             self._least(choice, lane, replace(made, microbatch=lane.size), limits, below_s) for lane in lanes
         ]
@@ -268,7 +296,7 @@ class MixedPricing:
             found = replace(made, recompute=mode)
             others = [lane for lane, need in zip(lanes, needs, strict=True) if need != mode]
             if all(_holds(self.costs, lane, found, is_sp, limits) for lane in others):
-                self._check_seconds(choice, found, below_s)
+                self._check_seconds(choice, lanes, found, below_s)
                 return found
         return None
 
@@ -276,14 +304,67 @@ class MixedPricing:
         self, choice: MixedChoice, lane: Lane, setup: StepSetup, limits: Sequence[int], below_s: float
     ) -> StageRecompute | None:
         """The least recomputation that lets all ranks of a lane fit."""
+        if below_s != math.inf and setup.sharding_level and self.asked is None:
+            least_s = self._least_of_zeros_s(choice, lane, setup, limits)
+            if least_s == math.inf:
+                return None
+            if least_s >= self._pipeline_below_s(choice, lane, setup, below_s):
+                raise TooLong
         alike = self._alike(choice, lane, setup, limits)
-        recompute: StageRecompute | None = self.asked or "none"
-        while recompute is not None:
+        recompute = setup.recompute
+        while alike.within(recompute) is None:
+            found = alike.least() if self.asked is None else None
+            if found is None:
+                return None
+            recompute = found
             self._check_pipeline(choice, lane, alike.setup(recompute), below_s)
-            if alike.within(recompute) is not None:
-                return recompute
-            recompute = alike.least() if self.asked is None else None
-        return None
+            self._check_seconds(choice, [lane], alike.setup(recompute), below_s)
+        return recompute
+
+    def _least_of_zeros_s(
+        self, choice: MixedChoice, lane: Lane, setup: StepSetup, limits: Sequence[int]
+    ) -> float:
+        """A lane's pipeline with what its fullest end must recompute where ZeRO of this kind (1, or 2 and 3) leaves most room: the same for
+        all ranks that it may cut over; infinite where it cannot fit."""
+        level = 1 if setup.sharding_level == 1 else 3
+        key = (choice.arrangement, choice.schedule, lane, level)
+        if key not in self._least_s:
+            roomy = replace(setup, zero=level, zero_ranks=None)
+            alike = self._alike(choice, lane, roomy, limits)
+            found: StageRecompute | None = setup.recompute
+            if alike.within(setup.recompute) is None:
+                found = alike.least()
+            self._least_s[key] = (
+                math.inf if found is None else self._pipeline_s(choice, lane, alike.setup(found))
+            )
+        return self._least_s[key]
+
+    def _may_fit(
+        self, choice: MixedChoice, lane: Lane, setup: StepSetup, limits: Sequence[int], below_s: float
+    ) -> bool:
+        """Whether the first rank of each class may fit. Raises ``TooLong`` where what it then recomputes takes too long."""
+        if self.asked is not None:
+            return True
+        key = (choice.arrangement, choice.schedule, lane)
+        if key not in self._needs:
+            self._needs[key] = [self._need(choice, lane, setup, number) for number in {*lane.classes}]
+        state = float(state_bytes(setup, np.array([setup.sharding_level]), np.array([setup.num_shards]))[0])
+        needed = max(need.least_s(state, limits[need.number]) for need in self._needs[key])
+        if needed == math.inf:
+            return False
+        if below_s != math.inf:
+            later_s = setup.num_microbatches * max(0.0, needed - self._slowest_s[key])
+            plain_s = self._pipelines[*key, setup.recompute]
+            if plain_s + later_s >= self._pipeline_below_s(choice, lane, setup, below_s):
+                raise TooLong
+        return True
+
+    def _need(self, choice: MixedChoice, lane: Lane, setup: StepSetup, number: int) -> Need:
+        chain = self.chain(choice, number, lane.size)
+        key = (choice.arrangement.tp, choice.arrangement.is_sequence_parallel, number, lane.size)
+        if key not in self._spared:
+            self._spared[key] = spared_bytes_per_s(chain)
+        return need_of(setup, lane.classes.index(number), number, chain, self._spared[key])
 
     def _alike(self, choice: MixedChoice, lane: Lane, setup: StepSetup, limits: Sequence[int]) -> Alike:
         profile = self.costs.lane_profile(lane, setup, choice.arrangement.is_sequence_parallel)
@@ -304,20 +385,28 @@ class MixedPricing:
         """Raises ``TooLong`` where a lane's pipeline alone takes ``below_s``, before ZeRO's waits and sums of gradients."""
         if below_s == math.inf:
             return
-        spans = pairwise((*setup.starts, self.num_units))
-        chains = [self.chain(choice, number, lane.size) for number in classes_of_stages(lane, setup)]
-        times = [
-            StageTime(
-                of.forward_s[stop] - of.forward_s[start],
-                of.backward_s[stop]
-                - of.backward_s[start]
-                + of.layers.again_s(of.layers.runs(setup.recompute, start, stop)),
-            )
-            for of, (start, stop) in zip(chains, spans, strict=True)
-        ]
-        seconds = pipeline_s(setup.schedule, times, setup.mesh.pp, setup.num_microbatches)
-        if seconds >= self._pipeline_below_s(lane, below_s):
+        key = (choice.arrangement, choice.schedule, lane, setup.recompute)
+        if key not in self._pipelines:
+            self._pipelines[key] = self._pipeline_s(choice, lane, setup)
+        if self._pipelines[key] >= self._pipeline_below_s(choice, lane, setup, below_s):
             raise TooLong
+
+    def _pipeline_s(self, choice: MixedChoice, lane: Lane, setup: StepSetup) -> float:
+        """Of a lane's stages as ZeRO would have them that neither waits nor sums: the same for all its levels."""
+        mode, times = setup.recompute, []
+        chains = {number: self.chain(choice, number, lane.size) for number in {*lane.classes}}
+        spans = pairwise((*setup.starts, self.num_units))
+        for number, (start, stop) in zip(classes_of_stages(lane, setup), spans, strict=True):
+            of = chains[number]
+            forward_s = of.forward_s[stop] - of.forward_s[start]
+            backward_s = of.backward_s[stop] - of.backward_s[start]
+            if mode != "none":
+                backward_s += of.layers.again_s(of.layers.runs(mode, start, stop))
+            times.append(StageTime(forward_s, backward_s))
+        if mode == (self.asked or "none"):
+            slowest_s = max(rank_seconds(setup.schedule, times, setup.mesh.pp))
+            self._slowest_s[choice.arrangement, choice.schedule, lane] = slowest_s
+        return pipeline_s(setup.schedule, times, setup.mesh.pp, setup.num_microbatches)
 
     def _plan(self, choice: MixedChoice, setup: StepSetup) -> Plan:
         of = choice.arrangement

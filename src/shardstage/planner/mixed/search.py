@@ -32,7 +32,7 @@ from shardstage.units import format_bytes
 __all__ = ["ClassShare", "MixedResult", "MixedSearcher", "search_mixed"]
 
 KEPT_RUNNERS_UP: Final = 5
-TRIED_OF_MESH: Final = 3
+TRIED_OF_MESH: Final = 2
 """Of each mesh that may be a runner-up so many choices of the least bounds are priced, and as many with one stage a rank, whose bounds
 know more of memory."""
 
@@ -214,11 +214,9 @@ class MixedSearcher:
             found.counts.priced += 1
             found.add_slower(choice, slower.seconds)
             return
-        if priced is None:
-            found.counts.unfit += 1
-            return
-        found.counts.priced += 1
-        found.add(priced)
+        found.counts.unfit += priced is None
+        found.counts.priced += priced is not None
+        found.add_if(priced)
 
     def _runners_up(self, found: _Found, best: MixedPriced, limits: Sequence[int]) -> list[MixedPriced]:
         """The best of other meshes: those of least bounds are priced a few times, whatever was too slow to be asked for its memory."""
@@ -226,9 +224,10 @@ class MixedSearcher:
         for key, choices in found.order.by_mesh(own) if found.order is not None else ():
             asked = [found.slower[key][1]] if key in found.slower else []
             for choice in dict.fromkeys((*asked, *choices)):
-                priced = self.pricing.price(choice, limits)
-                if priced is not None:
-                    found.add(priced)
+                try:
+                    found.add_if(self.pricing.price(choice, limits, found.seconds_of(key)))
+                except TooLong:
+                    continue
         others = [priced for key, priced in found.by_mesh.items() if key != own]
         return heapq.nsmallest(KEPT_RUNNERS_UP, others, key=lambda priced: priced.seconds)
 
@@ -337,9 +336,16 @@ class _Found:
     def best_s(self) -> float:
         return math.inf if self.best is None else self.best.seconds
 
-    def add(self, priced: MixedPriced) -> None:
+    def seconds_of(self, mesh: MeshKey) -> float:
+        """The best price so far of a mesh."""
+        return self.by_mesh[mesh].seconds if mesh in self.by_mesh else math.inf
+
+    def add_if(self, priced: MixedPriced | None) -> None:
+        """One that fits."""
+        if priced is None:
+            return
         key = _key(priced.choice)
-        if key not in self.by_mesh or priced.seconds < self.by_mesh[key].seconds:
+        if priced.seconds < self.seconds_of(key):
             self.by_mesh[key] = priced
         if priced.seconds < self.best_s:
             self.best = priced
