@@ -195,7 +195,7 @@ class _Answer:
 
 def _run_notes(chosen: Chosen, question: Question, machine: Cluster) -> Iterator[str]:
     idle = question.num_ranks - chosen.plan.mesh.world_size
-    if idle:
+    if idle and chosen.mixed is None:  # whose idle devices are named with the shares
         yield f"{idle} of {question.num_ranks} ranks stay idle: with them the step would be no faster"
     try:
         require_runnable(chosen.plan)

@@ -101,8 +101,8 @@ class LanesAsStages:
 def balanced_on(sums: Sequence[Sequence[float]]) -> tuple[int, ...]:
     """First units of stages of nearly equal seconds; ``sums`` are for each stage the seconds of the units before each one on its class.
 
-    The slowest stage is as quick as can be, to ``PRECISION``; under that cap each stage ends as near as it may to where its share of the
-    speed of all stages has it end.
+    The slowest stage is as quick as can be, to ``PRECISION``, where no unit alone is slower on any class; under that cap each stage ends as
+    near as it may to where its share of the speed of all stages has it end.
     """
     num_units, last = len(sums[0]) - 1, len(sums) - 1
     low, high = min(each[-1] for each in sums) / len(sums), max(each[-1] for each in sums)

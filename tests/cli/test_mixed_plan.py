@@ -1,0 +1,91 @@
+"""What ``shardstage plan`` shows of a mixed cluster: the share and the memory of each class, idle devices, every objective."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import pytest
+from rich.console import Console
+from tests.cost.toy import toy_graph
+from tests.planner.mixed.instances import machines
+
+from shardstage.cli.choosing import Chosen, Question
+from shardstage.cli.comparison import Comparison, Objective, as_table, choose, print_comparison
+from shardstage.cli.fixing import parse_fixed
+from shardstage.errors import PlanError
+
+GRAPH = toy_graph(num_layers=6, width=64, hidden=256)
+MIXED = machines((3, 1.0), (2, 2.0))
+
+
+def chosen_by(
+    objective: Objective = "time", *, fix: str = "", memory_bytes: int | None = None
+) -> tuple[Chosen, Comparison]:
+    question = Question(
+        plan="auto",
+        num_ranks=5,
+        batch=8,
+        sequence=64,
+        precision="float32",
+        memory_bytes=memory_bytes,
+        fixed=parse_fixed(fix, plan="auto"),
+    )
+    return choose(question, GRAPH, MIXED, objective)
+
+
+def shown(chosen: Chosen, comparison: Comparison) -> str:
+    console = Console(width=80, file=io.StringIO(), highlight=False)
+    print_comparison(console, chosen, comparison, MIXED)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def test_each_class_says_what_it_takes_and_what_it_holds() -> None:
+    by_stages = shown(*chosen_by(fix="pp=5"))
+    assert "share      3 × class0: " in by_stages and " of 6 layers, " in by_stages
+    by_shares = shown(*chosen_by(fix="pp=1"))
+    assert "share      2 × class1: " in by_shares and " of 8 samples, " in by_shares
+    assert "GiB" in by_shares and "gap 0.0 %" in by_shares
+
+
+def test_idle_devices_are_named_with_the_cluster_whose_ranks_compute() -> None:
+    text = shown(*chosen_by(fix="tp=2"))
+    assert "share      2 × class0" in text
+    assert "idle       1 × class0: ranks are those of --cluster class0:2+class1:2" in text
+    assert "idle" not in shown(*chosen_by(fix="pp=5"))
+
+
+def test_the_object_for_machines_has_classes_and_the_certificate() -> None:
+    chosen, comparison = chosen_by()
+    table = json.loads(json.dumps(as_table(chosen, comparison, ())))
+    assert [each["name"] for each in table["classes"]] == ["class0", "class1"]
+    assert table["classes"][0]["peak_bytes"] <= table["classes"][0]["limit_bytes"]
+    assert table["certificate"]["gap"] == 0 and table["runners_up"]
+
+
+def test_the_objective_memory_holds_less_and_is_a_quarter_slower_at_most() -> None:
+    fastest, smallest = chosen_by()[0], chosen_by("memory")[0]
+    assert smallest.prediction.peak_bytes <= fastest.prediction.peak_bytes
+    assert smallest.prediction.step_time_s <= 1.25 * fastest.prediction.step_time_s
+
+
+def test_the_objective_cost_takes_no_more_device_seconds() -> None:
+    fastest, cheapest = chosen_by()[0], chosen_by("cost")[0]
+    seconds = [c.plan.mesh.world_size * c.prediction.step_time_s for c in (cheapest, fastest)]
+    assert seconds[0] <= seconds[1]
+
+
+def test_the_memory_that_a_rank_may_hold_is_that_of_its_device_at_most() -> None:
+    chosen, _ = chosen_by(memory_bytes=2**60)
+    assert chosen.mixed is not None
+    assert [share.limit_bytes for share in chosen.mixed.shares] == [2**40, 2**40]
+    peak = chosen.prediction.peak_bytes
+    less, _ = chosen_by(memory_bytes=peak - 1)
+    assert less.prediction.peak_bytes < peak
+
+
+@pytest.mark.parametrize("fix", ["tp=4", "pp=5,dp=2"])
+def test_what_cannot_be_is_said(fix: str) -> None:
+    with pytest.raises(PlanError, match="has what was fixed"):
+        chosen_by(fix=fix)
