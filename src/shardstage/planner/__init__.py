@@ -7,6 +7,7 @@ imports no torch.
     found = search(graph, cluster, num_ranks=512, global_batch=1024, sequence=8192)
     found.best, found.prediction, found.certificate, found.runners_up
     predict(graph, plan, cluster)               the price of any plan
+    search_mixed(graph, cluster, …)             the best plan for several classes of devices (``planner.mixed``)
     cheapest_fit(graph, cluster, plan, limit_bytes=…)    what to change about one that needs too much memory
 """
 

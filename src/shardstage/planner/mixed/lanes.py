@@ -155,14 +155,13 @@ class LaneCosts:
             setup.mesh,
             num_shards=setup.zero_ranks,
             ep=setup.ep,
+            has_whole_experts=setup.has_whole_experts,
             costs=self.link_costs,
         )
 
     def lane_profile(self, lane: Lane, setup: StepSetup, is_sp: bool) -> Profile:
         """Each unit on the class of its stage."""
-        profiles = {
-            number: self.profile(setup.mesh.tp, is_sp, number, lane.size) for number in {*lane.classes}
-        }
+        profiles = {number: self._profile_of(lane, setup, is_sp, number) for number in {*lane.classes}}
         if len(profiles) == 1:
             return profiles[lane.classes[0]]
         of_stage = classes_of_stages(lane, setup)
@@ -173,6 +172,16 @@ class LaneCosts:
             for unit in profiles[number].units[start:stop]
         )
         return replace(profiles[lane.classes[0]], units=units)
+
+    def _profile_of(self, lane: Lane, setup: StepSetup, is_sp: bool, number: int) -> Profile:
+        """The units on one class; ranks that share sequences or experts, which no search over several classes offers, are asked alone."""
+        tp = setup.mesh.tp
+        if setup.ep == setup.mesh.cp == 1 and not setup.has_whole_experts:
+            return self.profile(tp, is_sp, number, lane.size)
+        profiler = self.profiler(tp, is_sp, number)
+        if setup.has_whole_experts:
+            profiler = profiler.with_whole_experts()
+        return profiler.at(lane.size, self.links(lane, setup))
 
     def predict(
         self, lane: Lane, setup: StepSetup, is_sp: bool, memory: MemoryModel | None = None

@@ -1,0 +1,70 @@
+"""Prices of given plans on mixed clusters: the slowest pipeline, each class's memory, groups that lie on one class."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from tests.planner.mixed.instances import GRAPH, machines
+
+from shardstage.cluster import Cluster
+from shardstage.errors import PlanError
+from shardstage.plan import Plan, complete, parse_request
+from shardstage.planner import class_peaks, predict, predict_mixed
+from shardstage.planner.mixed.lanes import Lane, lanes_of
+
+CLUSTER = machines((2, 1.0), (2, 2.0))
+
+
+def plan_of(text: str, cluster: Cluster = CLUSTER, batch: int = 8) -> Plan:
+    return complete(
+        parse_request(text), GRAPH, num_ranks=cluster.num_devices, global_batch=batch, sequence=64
+    )
+
+
+def test_classes_that_are_alike_cost_what_one_class_does() -> None:
+    alike = machines((2, 1.0), (2, 1.0))
+    one = replace(alike.part(0), num_devices=4)
+    for text in (
+        "dp=4",
+        "dp=2,pp=2",
+        "tp=2,dp=2",
+        "pp=2,dp=2,schedule=interleaved-1f1b,v=2",
+        "pp=2,dp=2,cp=1",
+    ):
+        plan = plan_of(text)
+        assert predict_mixed(GRAPH, plan, alike).step_time_s == pytest.approx(
+            predict(GRAPH, plan, one).step_time_s
+        )
+
+
+def test_the_slowest_pipeline_sets_the_time() -> None:
+    even, uneven = plan_of("dp=4", batch=12), plan_of("dp=4,shares=1/1/2/2", batch=12)
+    assert lanes_of(uneven, CLUSTER) == (Lane((0,), 2), Lane((1,), 4))
+    slow = predict(GRAPH, even, machines((2, 1.0), (2, 1.0))).step_time_s
+    assert predict(GRAPH, even, CLUSTER).step_time_s == pytest.approx(slow)
+    assert predict(GRAPH, uneven, CLUSTER).step_time_s < slow
+
+
+def test_a_v_lays_its_last_stages_on_the_first_class() -> None:
+    plan = plan_of("dp=1,pp=4,schedule=zb-v")
+    assert len(plan.stages) == 8
+    (lane,) = lanes_of(plan, CLUSTER)
+    assert lane.classes == (0, 0, 1, 1)
+    faster_ends = predict(GRAPH, plan, machines((2, 2.0), (2, 1.0)))
+    assert faster_ends.stages[7].forward_s < predict(GRAPH, plan, CLUSTER).stages[7].forward_s
+
+
+def test_the_peak_of_each_class_is_that_of_its_fullest_rank() -> None:
+    plan = plan_of("dp=2,pp=2")
+    found = predict(GRAPH, plan, CLUSTER)
+    assert class_peaks(GRAPH, plan, CLUSTER) == tuple(map(found.rank_peak_bytes, range(2)))
+    shares = plan_of("dp=4,shares=1/1/3/3", batch=16)
+    slow, fast = class_peaks(GRAPH, shares, CLUSTER)
+    assert slow < fast == predict(GRAPH, shares, CLUSTER).peak_bytes
+
+
+def test_a_tensor_parallel_group_on_two_classes_is_refused() -> None:
+    with pytest.raises(PlanError, match="lie on different devices") as caught:
+        predict(GRAPH, plan_of("tp=4"), CLUSTER)
+    assert caught.value.hint == '--plan "tp=2"'
