@@ -70,8 +70,6 @@ class Table:
         part = self._part_elements(elements, terms.experts[self.group]) / p
         self._plain_f, self._plain_b = terms.forward[self.group] / p, terms.backward[self.group] / p
         self._gathered, self._scattered = self._zero_talk_s(replicated, terms.gathers[self.group])
-        if terms.has_whole_experts.any():
-            self._add_talk_of_whole_experts()
         self._accumulation = self._accumulation_s(elements / p, part)
         self.is_summed_whole = ~self._is_scattered & (self.m > 1)
         self._slowest_unit_s = np.where(
@@ -148,10 +146,13 @@ class Table:
         again = np.where(self._is_gathered, gather, 0.0)
         return np.where(self._is_scattered, gather, 0.0), np.where(self._is_scattered, again + scatter, 0.0)
 
-    def _add_talk_of_whole_experts(self) -> None:
-        """ZeRO-2/3's gathers and sums of experts that tensor-parallel ranks hold whole go over ranks of their own (``Links``)."""
+    def with_talk_of_whole_experts(self) -> Table:
+        """With ZeRO-2/3's gathers and sums of experts that tensor-parallel ranks hold whole, which go over ranks of their own (``Links``):
+        left out at first, as these are of many sizes."""
         terms, settings = self.terms, self.settings
         at = np.flatnonzero(self._is_scattered[:, 0] & terms.has_whole_experts[self.group[:, 0]])
+        if not len(at):
+            return self
         group = self.group[at, 0]
         sizes = np.stack([self._expert_shards[at, 0], terms.ep[group]]).astype(np.int64)
         known, size = np.unique(sizes, axis=1, return_inverse=True)
@@ -161,9 +162,13 @@ class Table:
         )
         experts = terms.experts[group] / self.p[at, 0]
         gathered = experts * settings.compute_bytes * gather_s
-        self._gathered[at, 0] += gathered
-        self._scattered[at, 0] += experts * settings.gradient_bytes * scatter_s
-        self._scattered[at, 0] += np.where(self._is_gathered[at, 0], gathered, 0.0)
+        table = self.at(slice(None))
+        table._gathered, table._scattered = self._gathered.copy(), self._scattered.copy()
+        table._gathered[at, 0] += gathered
+        table._scattered[at, 0] += experts * settings.gradient_bytes * scatter_s
+        table._scattered[at, 0] += np.where(self._is_gathered[at, 0], gathered, 0.0)
+        table.forward, table.backward = table.stage_s(0.0)
+        return table
 
     def _gather_and_scatter_s(self, own: Any, calls: Any) -> tuple[Any, Any]:
         gather_s = _seconds_of(self._gather, own * self.settings.compute_bytes, calls)
