@@ -12,7 +12,7 @@ from rich.console import Console
 from tests.cost.machines import round_machine
 from tests.cost.toy import toy_graph
 
-from shardstage.cli.choosing import Chosen, Question
+from shardstage.cli.choosing import Chosen, KnownModel, Question
 from shardstage.cli.comparison import (
     Comparison,
     Objective,
@@ -46,7 +46,7 @@ def chosen_by(
         precision="float32",
         memory_bytes=memory_bytes,
     )
-    return choose(question, GRAPH, machine, objective)
+    return choose(question, KnownModel(graph=GRAPH), machine, objective)
 
 
 def printed(chosen: Chosen, comparison: Comparison) -> str:

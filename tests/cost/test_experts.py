@@ -33,7 +33,7 @@ def profiler(tp: int, *, sp: bool = True, experts: Experts = EXPERTS) -> Profile
 
 def layer(of: Profiler) -> Work:
     """The second unit: embedding, layer, layer, head."""
-    return of._works[1]
+    return of._read.works[1]
 
 
 def cost(tp: int, dp: int, ep: int, *, microbatch: int = 1, experts: Experts = EXPERTS) -> UnitCost:

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from shardstage.cli.fixing import Fixed
-from shardstage.graph.cache import Captured, cached
+from shardstage.cost.readings import Readings
+from shardstage.graph.cache import Captured, cached, readings_path
 from shardstage.plan import Plan, Precision, check, complete, load_plan, parse_request
 from shardstage.units import format_count
 
@@ -33,9 +34,11 @@ __all__ = [
 
 @dataclass(frozen=True, kw_only=True)
 class KnownModel:
-    """What planning needs of a model: its graph, the longest sequence it has positions for, and notes on how it was had."""
+    """What planning needs of a model: its graph, the longest sequence it has positions for, and notes on how it was had; ``readings`` of
+    earlier searches."""
 
     graph: ModelGraph
+    readings: Readings = field(default_factory=Readings)
     max_sequence: int | None = None
     notes: tuple[str, ...] = ()
 
@@ -65,7 +68,12 @@ def known_model(model: str, sequence: int, precision: Precision) -> KnownModel:
         return Captured(short=short, max_sequence=source.max_sequence)
 
     captured, notes = cached(model, sequence=sequence, dtype=precision, capture=capture)
-    return KnownModel(graph=captured.short.unfold(), max_sequence=captured.max_sequence, notes=notes)
+    return KnownModel(
+        graph=captured.short.unfold(),
+        readings=Readings(readings_path(model, sequence=sequence, dtype=precision)),
+        max_sequence=captured.max_sequence,
+        notes=notes,
+    )
 
 
 def precision_of(plan: str, dtype: str | None, machine: Cluster) -> Precision:
@@ -128,14 +136,18 @@ class Chosen:
     mixed_searcher: MixedSearcher | None = None
 
 
-def choose_plan(question: Question, graph: ModelGraph, machine: Cluster) -> Chosen:
+def choose_plan(
+    question: Question, graph: ModelGraph, machine: Cluster, readings: Readings | None = None
+) -> Chosen:
     """The plan that was asked for, with its price. ``PlanError`` where there is none."""
-    if question.is_open:
-        return (_search_mixed if machine.is_mixed else _search)(question, graph, machine)
-    return _given(question, graph, machine)
+    if not question.is_open:
+        return _given(question, graph, machine)
+    if machine.is_mixed:
+        return _search_mixed(question, graph, machine)
+    return _search(question, graph, machine, readings)
 
 
-def _search(question: Question, graph: ModelGraph, machine: Cluster) -> Chosen:
+def _search(question: Question, graph: ModelGraph, machine: Cluster, readings: Readings | None) -> Chosen:
     from shardstage.planner import Searcher
 
     searcher = Searcher(
@@ -148,6 +160,7 @@ def _search(question: Question, graph: ModelGraph, machine: Cluster) -> Chosen:
         fix=question.fixed.request,
         fixed=question.fixed.names,
         is_runnable=question.fixed.is_runnable,
+        readings=readings,
     )
     found = searcher.best(question.limit_bytes(machine))
     best = replace(found.best, graph_fingerprint=found.certificate.graph)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar, get_args
 from rich.console import Console
 from rich.table import Table
 
-from shardstage.cli.choosing import Chosen, Question, choose_plan, chosen_mixed
+from shardstage.cli.choosing import Chosen, KnownModel, Question, choose_plan, chosen_mixed
 from shardstage.errors import PlanError
 from shardstage.plan import plan_to_toml, shorthand
 from shardstage.units import format_bytes, format_ratio, format_s
@@ -19,7 +19,6 @@ from shardstage.units import format_bytes, format_ratio, format_s
 if TYPE_CHECKING:
     from shardstage.cluster import Cluster
     from shardstage.cost import Prediction
-    from shardstage.graph import ModelGraph
     from shardstage.planner import Alternative, Certificate, MixedResult, NamedModules, Point, SearchResult
 
 __all__ = [
@@ -66,15 +65,16 @@ def objective_named(name: str) -> Objective:
 
 
 def choose(
-    question: Question, graph: ModelGraph, machine: Cluster, objective: Objective
+    question: Question, known: KnownModel, machine: Cluster, objective: Objective
 ) -> tuple[Chosen, Comparison]:
-    """The plan by the objective, and what it is compared with."""
+    """The plan by the objective, and what it is compared with; what was read of the model for that is kept."""
+    graph, readings = known.graph, known.readings
     from shardstage.planner import alternatives, front, named_modules
 
     if objective == "cost" and question.is_open:
-        chosen = _cheapest(question, graph, machine)
+        chosen = _cheapest(question, known, machine)
     else:
-        chosen = choose_plan(question, graph, machine)
+        chosen = choose_plan(question, graph, machine, readings)
     if chosen.mixed is not None and objective == "memory":
         chosen = _smallest_mixed(chosen, question.limits(machine))
     if chosen.found is None or chosen.searcher is None:
@@ -84,6 +84,7 @@ def choose(
         best = replace(found.best, graph_fingerprint=found.certificate.graph)
         chosen = Chosen(plan=best, prediction=found.prediction, found=found, searcher=chosen.searcher)
     assert chosen.found is not None and chosen.searcher is not None
+    readings.keep()
     return chosen, Comparison(
         alternatives=alternatives(chosen.searcher, chosen.found),
         front=front(chosen.searcher, chosen.found),
@@ -124,13 +125,15 @@ def _smallest(best_within: Callable[[int], Result], fastest: Result) -> Result:
     return best
 
 
-def _cheapest(question: Question, graph: ModelGraph, machine: Cluster) -> Chosen:
+def _cheapest(question: Question, known: KnownModel, machine: Cluster) -> Chosen:
     """The plan whose step takes fewest device-seconds, over all ranks, half of them, a quarter, …, or half of each class."""
     best: Chosen | None = None
     least, error = math.inf, None
     for fewer in _halves(question.num_ranks, machine):
         try:
-            chosen = choose_plan(replace(question, num_ranks=fewer.num_devices), graph, fewer)
+            chosen = choose_plan(
+                replace(question, num_ranks=fewer.num_devices), known.graph, fewer, known.readings
+            )
         except PlanError as raised:
             error = error or raised
             break

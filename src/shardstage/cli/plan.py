@@ -130,7 +130,7 @@ def _answer(
     with console.status(f"capturing {model}"):
         known = known_model(model, question.sequence, question.precision)
     with console.status("pricing plans"):
-        chosen, comparison = choose(question, known.graph, machine, objective)
+        chosen, comparison = choose(question, known, machine, objective)
         notes = check(
             chosen.plan,
             known.graph,

@@ -6,13 +6,15 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Final
 
 from shardstage.cluster import Cluster, CollectiveKind
 from shardstage.cost.experts import with_whole_experts
 from shardstage.cost.fold import Folded
 from shardstage.cost.links import Links
-from shardstage.cost.reading import RECOMPUTES, Reading, Recompute, Work, fixed_values
+from shardstage.cost.reading import RECOMPUTES, Reading, Recompute, fixed_values
+from shardstage.cost.readings import Read, Readings
 from shardstage.cost.units import Cases, KeptOf, UnitCost, UnitCosts, costs_of_unit
 from shardstage.graph import ModelGraph
 from shardstage.graph.flops import forward_flops
@@ -64,7 +66,7 @@ def profile(
 class Profiler:
     """One sharding of a model, priced at any microbatch: it is sharded once, and sizes that follow the microbatch scale with it.
 
-    ``waits_for_kernels`` as in ``costs_of_unit``.
+    ``waits_for_kernels`` as in ``costs_of_unit``; what ``readings`` hold is not sharded again.
     """
 
     def __init__(
@@ -78,31 +80,43 @@ class Profiler:
         replicate: Sequence[str] = (),
         is_compiled: bool = False,
         waits_for_kernels: bool = False,
+        readings: Readings | None = None,
     ) -> None:
         graph = folded.at(
             REFERENCE_MICROBATCH if folded.graph.is_scalable else folded.graph.microbatch,
             sequence if folded.graph.is_sequence_scalable else folded.graph.sequence,
-        )
-        sharding = shard(
-            graph, num_ranks=tp, is_sequence_parallel=is_sequence_parallel, replicate=tuple(replicate)
         )
         self._folded = folded
         self._tp = tp
         self._graph = graph
         self._is_compiled = is_compiled
         self._waits_for_kernels = waits_for_kernels
-        self._whole_flops = _whole_flops(folded, graph) / graph.microbatch
         self._use(cluster)
-        self._local = localize(sharding, 0)
-        self._works = self._read(range(len(folded.kept)))
 
-    def _read(self, numbers: Iterable[int]) -> list[Work]:
-        """Some units, by their numbers."""
+        def localized() -> ModelGraph:
+            whole = tuple(replicate)
+            sharding = shard(graph, num_ranks=tp, is_sequence_parallel=is_sequence_parallel, replicate=whole)
+            return localize(sharding, 0)
+
+        self._localized = localized
+        sizes = (graph.microbatch, graph.sequence, folded.kept, folded.modules)
+        self._key = repr((tp, is_sequence_parallel, tuple(replicate), is_compiled, *sizes))
+        self._readings = Readings() if readings is None else readings
+        self._read = self._readings.find(self._key, lambda: self._read_now(range(len(folded.kept))))
+
+    @cached_property
+    def _local(self) -> ModelGraph:
+        return self._localized()
+
+    @cached_property
+    def _elements(self) -> dict[str, int]:
+        return {p.name: self._local.values[p.name].numel for p in self._local.parameters}
+
+    @cached_property
+    def _reading(self) -> Reading:
         folded, local = self._folded, self._local
         of_local = _positions(folded, local)
-        self._elements = {p.name: local.values[p.name].numel for p in local.parameters}
-        self._shared = _shared_names(folded, self._elements)
-        self._reading = Reading(
+        return Reading(
             local,
             [(of_local[start], of_local[stop]) for start, stop in folded.kept],
             fixed_values(folded.graph),
@@ -110,12 +124,20 @@ class Profiler:
             is_compiled=self._is_compiled,
             modules=folded.modules,
         )
-        return self._reading.works(self._elements, self._shared, numbers)
+
+    def _read_now(self, numbers: Iterable[int]) -> Read:
+        """Some units, by their numbers."""
+        shared = _shared_names(self._folded, self._elements)
+        return Read(
+            works=tuple(self._reading.works(self._elements, shared, numbers)),
+            shared_elements={name: self._elements[name] for name in shared},
+            whole_flops=_whole_flops(self._folded, self._graph) / self._graph.microbatch,
+        )
 
     def naming(self, modules: tuple[str, ...]) -> Profiler:
         """The same where selective recomputation means these modules: nothing is sharded or read again but what is kept."""
         named = copy(self)
-        named._works = self._reading.naming(modules, self._works)
+        named._read = self._read._replace(works=tuple(self._reading.naming(modules, self._read.works)))
         return named
 
     def with_whole_experts(self) -> Profiler:
@@ -124,16 +146,29 @@ class Profiler:
         assert sequence is not None, "can_have_whole_experts"
         part = self._folded.at(graph.microbatch, -(-sequence // self._tp))
         folded, other = self._folded, copy(self)
-        other._local = with_whole_experts(self._local, part, folded.routed)
-        numbers = [
+        for name in ("_local", "_elements", "_reading"):
+            vars(other).pop(name, None)
+        other._localized = lambda: with_whole_experts(self._local, part, folded.routed)
+        other._key = f"{self._key} with whole experts"
+
+        def read() -> Read:
+            works, numbers = [*self._read.works], self._routed_units()
+            found = other._read_now(numbers)
+            for number, work in zip(numbers, found.works, strict=True):
+                works[number] = work
+            return found._replace(works=tuple(works))
+
+        other._read = self._readings.find(other._key, read)
+        return other
+
+    def _routed_units(self) -> list[int]:
+        """Kept units that have experts, by their numbers."""
+        folded = self._folded
+        return [
             number
             for number, (start, stop) in enumerate(folded.kept)
             if any(op.name in folded.routed for op in folded.graph.ops[start:stop])
         ]
-        other._works = [*self._works]
-        for number, work in zip(numbers, other._read(numbers), strict=True):
-            other._works[number] = work
-        return other
 
     def at(self, microbatch: int, links: Links | None = None) -> Profile:
         """Costs of all units for a microbatch of so many samples; ``links`` say who shares its sequences (cp) and its experts (ep)."""
@@ -146,14 +181,14 @@ class Profiler:
         return Profile(
             units=tuple(kept[unit.twin] for unit in self._folded.units),
             shared_elements=self.shared_elements,
-            whole_flops=round(self._whole_flops * microbatch),
+            whole_flops=round(self._read.whole_flops * microbatch),
         )
 
     def costs(self, cases: Cases) -> list[UnitCosts]:
         """Costs of each kind of unit in many cases."""
         return [
             costs_of_unit(work, cases, self._device, self._links, waits_for_kernels=self._waits_for_kernels)
-            for work in self._works
+            for work in self._read.works
         ]
 
     def on(self, cluster: Cluster) -> Profiler:
@@ -170,7 +205,7 @@ class Profiler:
     @property
     def shared_elements(self) -> dict[str, int]:
         """Local sizes of parameters that several units use."""
-        return {name: self._elements[name] for name in self._shared}
+        return self._read.shared_elements
 
 
 def _positions(folded: Folded, local: ModelGraph) -> list[int]:

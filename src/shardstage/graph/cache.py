@@ -2,6 +2,7 @@
 
     $SHARDSTAGE_CACHE (off: none), else $XDG_CACHE_HOME/shardstage, else ~/.cache/shardstage
         captures/<key>.graph        a line of JSON about the capture, then the graph in short
+        captures/<key>.readings     what the graph was read to, sharded in one way after the other (``cost.readings``)
 
 The key covers all that a capture depends on: the config's bytes or the built-in name, length, dtype, this package's own code and the
 versions of torch and transformers. A ``module:factory`` may depend on any code, which no key can cover: it is captured every time.
@@ -23,7 +24,7 @@ from shardstage.errors import CaptureError
 from shardstage.graph.file import graph_from_json, graph_to_json
 from shardstage.graph.unfold import Repeat, ShortGraph
 
-__all__ = ["Captured", "cache_folder", "cached", "capture_key"]
+__all__ = ["Captured", "cache_folder", "cached", "capture_key", "readings_path", "write_whole"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +52,7 @@ def cached(
         notes.append(f"the cached capture {path} cannot be read, and is made again: {error}")
     captured = capture()
     try:
-        _write(path, to_text(captured))
+        write_whole(path, to_text(captured))
     except OSError as error:
         notes.append(f"the capture is not kept for the next time: {error} (SHARDSTAGE_CACHE names a folder)")
     return captured, tuple(notes)
@@ -86,6 +87,12 @@ def capture_key(spec: str, *, sequence: int, dtype: str) -> str | None:
     return digest.hexdigest()
 
 
+def readings_path(spec: str, *, sequence: int, dtype: str) -> Path | None:
+    """Where readings of the model's graph are kept; None where it has no capture."""
+    folder, key = cache_folder(), capture_key(spec, sequence=sequence, dtype=dtype)
+    return None if folder is None or key is None else folder / "captures" / f"{key}.readings"
+
+
 def to_text(captured: Captured) -> str:
     """The capture as a line about it, with a digest of the rest, and its graph."""
     graph = graph_to_json(captured.short.graph)
@@ -115,7 +122,7 @@ def _digest(text: str) -> str:
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def _write(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str) -> None:
     """All of the file or nothing, whoever else writes it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     number, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".part")

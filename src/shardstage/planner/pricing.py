@@ -29,6 +29,7 @@ from shardstage.cost.links import LinkCosts
 from shardstage.cost.offload import has_host_room
 from shardstage.cost.pipeline import SPLITTING, StageTime, bubble_s, pipeline_s
 from shardstage.cost.profile import RECOMPUTES, Recompute
+from shardstage.cost.readings import Readings
 from shardstage.cost.stages import least_reduction_s, least_update_s
 from shardstage.cost.units import Cases, UnitCosts
 from shardstage.graph import ModelGraph
@@ -82,6 +83,7 @@ class Pricing:
         is_compiled: bool = False,
         modes: tuple[StageRecompute, ...] = RECOMPUTES,
         modules: tuple[str, ...] = (),
+        readings: Readings | None = None,
     ) -> None:
         self.cluster = cluster
         self.costs = LinkCosts(cluster)
@@ -93,6 +95,7 @@ class Pricing:
         self._sequence = sequence
         self._precision = precision
         self._is_compiled = is_compiled
+        self._readings = readings
         self._profilers: dict[tuple[int, bool, bool], Profiler] = {}
         self._chains: dict[Group, Chain] = {}
         self._cases: dict[Group, tuple[list[UnitCosts], int]] = {}
@@ -120,6 +123,7 @@ class Pricing:
                     sequence=self._sequence,
                     is_sequence_parallel=is_sequence_parallel,
                     is_compiled=self._is_compiled,
+                    readings=self._readings,
                 )
             )
         return self._profilers[key]

@@ -26,6 +26,7 @@ from shardstage.cluster import Cluster
 from shardstage.cost import Prediction
 from shardstage.cost.kernels import is_attention, is_expert
 from shardstage.cost.offload import host_of
+from shardstage.cost.readings import Readings
 from shardstage.errors import PlanError
 from shardstage.graph import ModelGraph
 from shardstage.layout import balanced_sizes
@@ -147,6 +148,7 @@ class Searcher:
         fix: Request | None = None,
         fixed: frozenset[str] = frozenset(),
         is_runnable: bool = True,
+        readings: Readings | None = None,
     ) -> None:
         _check_size(cluster, num_ranks)
         request = fix or Request()
@@ -167,6 +169,7 @@ class Searcher:
             precision=precision,
             is_compiled=self.is_compiled,
             modules=self.recompute_modules,
+            readings=readings,
             **({"modes": (request.recompute,)} if "recompute" in fixed else {}),
         )
         has_host = host_of(cluster.device) is not None
