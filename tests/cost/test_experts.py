@@ -10,8 +10,9 @@ from tests.cost.toy import Experts, toy_graph
 
 from shardstage.cost import Links, Profiler, StepSetup, fold
 from shardstage.cost.experts import routed_ops
-from shardstage.cost.links import LinkCosts
+from shardstage.cost.links import LinkCosts, exposed_s
 from shardstage.cost.reading import Work
+from shardstage.cost.stages import stage_costs
 from shardstage.cost.units import EXPERT_SKEW, UnitCost
 from shardstage.graph import ModelGraph
 from shardstage.layout import Mesh
@@ -150,17 +151,20 @@ def test_ranks_deal_experts_out_and_meet_all_their_tokens() -> None:
     assert dealt.forward_flops == alone.forward_flops
 
 
-def test_a_rank_reads_the_matrices_of_its_own_experts_alone() -> None:
+@pytest.mark.parametrize("is_whole", [False, True])
+def test_a_rank_reads_the_matrices_of_its_own_experts_alone(is_whole: bool) -> None:
     """A device that does nothing but read: 4 MB/s, so that products take what their bytes do."""
     slow = replace(MACHINE, device=replace(MACHINE.device, bytes_per_s=4e6))
-    of = Profiler(fold(moe()), slow, tp=2, sequence=SEQUENCE, is_sequence_parallel=True).with_whole_experts()
+    of = Profiler(fold(moe()), slow, tp=2, sequence=SEQUENCE, is_sequence_parallel=True)
+    of = of.with_whole_experts() if is_whole else of
 
     def forward_s(ep: int) -> float:
-        links = Links(slow, Mesh(tp=2, dp=2), ep=ep, has_whole_experts=True)
+        links = Links(slow, Mesh(tp=2, dp=4), ep=ep, has_whole_experts=is_whole)
         return of.at(1, links).units[1].forward_s
 
     ends_bytes = 2 * 4 * 4  # where an expert's rows end, once for each product
-    saved_bytes = (1 - 1 / 4) * (EXPERT_ELEMENTS * 4 + ends_bytes)
+    expert_bytes = EXPERT_ELEMENTS * 4 / (1 if is_whole else 2)
+    saved_bytes = (1 - 1 / 4) * (expert_bytes + ends_bytes)
     assert forward_s(1) - forward_s(4) == pytest.approx(saved_bytes / 4e6)
 
 
@@ -192,6 +196,24 @@ def test_whole_experts_are_reduced_over_those_that_hold_them() -> None:
     assert links.expert_replicas.sum_s(1e6) == pytest.approx(both.seconds(1e6))
     alone = Links(MACHINE, mesh, ep=16, has_whole_experts=True).expert_replicas
     assert alone.sum_s(1e6) == alone.scatter_s(1e6) == 0
+
+
+def test_experts_that_are_cut_and_dealt_out_are_reduced_over_those_that_hold_them() -> None:
+    mesh = Mesh(tp=2, dp=4)
+    links = Links(MACHINE, mesh, ep=2)
+    assert (links.replicas.count, links.replicas.stride) == (4, 2)
+    assert (links.expert_replicas.count, links.expert_replicas.stride) == (2, 4)
+    assert not Links(MACHINE, mesh).deals_out_experts
+    profile = profiler(2).at(1, links)
+    (stage,) = stage_costs(profile, setup(mesh, 2, zero=0, has_whole_experts=False), links)
+    experts = sum(unit.expert_elements for unit in profile.units)
+    elements = stage.num_elements - experts
+    buckets = [max(1, -(-number * 4 // 2**20)) for number in (elements, experts)]
+    summed_s = links.replicas.sum_s(elements * 4, buckets[0])
+    summed_s += links.expert_replicas.sum_s(experts * 4, buckets[1])
+    number = max(1, -(-(elements + experts) * 4 // 2**20))
+    exposed = exposed_s(summed_s, stage.time.backward_s, links.overlap_slowdown, summed_s / number)
+    assert stage.reduction_s == pytest.approx(exposed)
 
 
 def test_zero_over_a_part_of_the_replicas_cuts_experts_over_as_many_ranks() -> None:

@@ -103,7 +103,7 @@ class Replicas:
 class Links:
     """Costs of the groups of the mesh's first rank; the others are alike. ``num_shards`` ranks share what ZeRO cuts (default: all).
 
-    ``replicas`` hold the same parameters, ``expert_replicas`` the same experts where these are whole.
+    ``replicas`` hold the same parameters, ``expert_replicas`` the same experts.
     """
 
     def __init__(
@@ -130,13 +130,19 @@ class Links:
         )
 
     @property
+    def deals_out_experts(self) -> bool:
+        """Whether ranks hold different experts, so that fewer hold the same ones."""
+        return self.ep > 1 or self.has_whole_experts
+
+    @property
     def expert_replicas(self) -> Replicas:
-        holders, sharing = (n * self.mesh.tp for n in (self.replicas.count, self.replicas.num_shards))
+        whole, replicas = self.has_whole_experts, self.replicas
+        holders = self.mesh.tp if whole else 1
         return Replicas(
             costs=self._costs,
-            count=max(1, holders // self.ep),
-            stride=self.ep,
-            num_shards=max(1, sharing // self.ep),
+            count=max(1, holders * replicas.count // self.ep),
+            stride=self.ep * (1 if whole else replicas.stride),
+            num_shards=max(1, holders * replicas.num_shards // self.ep),
         )
 
     def transfer_s(self, num_bytes: int) -> float:

@@ -210,8 +210,8 @@ def zero_talk_s(
 def _of_holders(
     elements: float, experts: float, links: Links, talk_s: Callable[[Replicas, float], float]
 ) -> float:
-    """Seconds of talk among the ranks that hold the same parameters: others hold the same experts where these are whole."""
-    if not links.has_whole_experts:
+    """Seconds of talk among the ranks that hold the same parameters: others hold the same experts where these are dealt out."""
+    if not links.deals_out_experts:
         return talk_s(links.replicas, elements)
     return talk_s(links.replicas, elements - experts) + talk_s(links.expert_replicas, experts)
 
@@ -221,7 +221,7 @@ def _reduction_s(
 ) -> float:
     """Seconds after the last backward until a stage's gradients are summed over dp and ties."""
     waited = links.tie_s(tied * setup.wire_bytes)
-    holders = max(setup.mesh.num_replicas, links.expert_replicas.count if links.has_whole_experts else 1)
+    holders = max(setup.mesh.num_replicas, links.expert_replicas.count if links.deals_out_experts else 1)
     if holders == 1 or setup.sharding_level >= 2:
         return waited
     num_buckets = _num_buckets(setup, elements)

@@ -148,7 +148,7 @@ class UnitCosts:
     """``UnitCost`` of one unit, an array over cases for each figure that differs between them."""
 
     work: Work
-    has_whole_experts: bool
+    deals_out_experts: Any
     compute_s: Pair
     memory_s: Pair
     host_s: Pair
@@ -181,8 +181,8 @@ class UnitCosts:
 
     @property
     def replicated_elements(self) -> Array:
-        """Those that all replicas hold, and no others: whole experts have holders of their own."""
-        return self.own_elements - self.expert_elements if self.has_whole_experts else self.own_elements
+        """Those that all replicas hold, and no others: experts that are dealt out have holders of their own."""
+        return self.own_elements - np.where(self.deals_out_experts, self.expert_elements, 0.0)
 
     def at(self, case: int) -> UnitCost:
         """Of one case."""
@@ -245,7 +245,7 @@ def costs_of_unit(
     none = np.zeros_like(size)
     return UnitCosts(
         work=work,
-        has_whole_experts=cases.has_whole_experts,
+        deals_out_experts=(cases.ep > 1) | cases.has_whole_experts,
         compute_s=compute_s,
         memory_s=Pair(seconds.forward_memory, seconds.backward_memory),
         host_s=Pair(
@@ -358,18 +358,19 @@ def _seconds(kernels: Sequence[Kernel], cases: Cases, device: DeviceClass) -> _S
     if experts:
         for ep in np.unique(cases.ep).tolist():
             of_ep = cases.ep == ep
-            dealt = [_dealt_out(kernel, int(ep), reads_own=cases.has_whole_experts) for kernel in experts]
+            dealt = [_dealt_out(kernel, int(ep)) for kernel in experts]
             more = _sums_of(dealt, kernels_s(dealt, cases.size[of_ep].tolist(), device), device)
             for total, each in zip(found, more, strict=True):
                 total[of_ep] += each
     return _Seconds(*found)
 
 
-def _dealt_out(kernel: Kernel, ep: int, *, reads_own: bool) -> Kernel:
-    """The same product where a rank has its share of the experts, and the tokens of ``ep`` ranks for them; ``reads_own`` share alone."""
+def _dealt_out(kernel: Kernel, ep: int) -> Kernel:
+    """The same product where a rank has its share of the experts, which it reads alone, and the tokens of ``ep`` ranks for them."""
     rows = {kernel.scaled: ep * getattr(kernel, kernel.scaled)} if kernel.scaled in ("m", "k") else {}
-    fixed_bytes = kernel.fixed_bytes / (ep if reads_own else 1)
-    return kernel._replace(fixed_bytes=fixed_bytes, num_products=max(1, kernel.num_products // ep), **rows)
+    return kernel._replace(
+        fixed_bytes=kernel.fixed_bytes / ep, num_products=max(1, kernel.num_products // ep), **rows
+    )
 
 
 def _sums_of(kernels: Sequence[Kernel], table: Any, device: DeviceClass) -> _Seconds:

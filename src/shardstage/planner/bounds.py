@@ -76,7 +76,7 @@ def bounded(
     num_schedules = meshes.has_schedule.sum(axis=1)[rows.mesh]
     is_open = ~is_large & ~is_slow
     rows = rows.at(is_open)
-    table = table.at(is_open).with_talk_of_whole_experts()
+    table = table.at(is_open).with_talk_of_experts()
     seconds, least_bytes = _of_schedules(lattice, rows, table, below_s, most_per_rank)
     return Bounds(
         lattice=lattice,

@@ -146,15 +146,15 @@ class Table:
         again = np.where(self._is_gathered, gather, 0.0)
         return np.where(self._is_scattered, gather, 0.0), np.where(self._is_scattered, again + scatter, 0.0)
 
-    def with_talk_of_whole_experts(self) -> Table:
-        """With ZeRO-2/3's gathers and sums of experts that tensor-parallel ranks hold whole, which go over ranks of their own (``Links``):
-        left out at first, as these are of many sizes."""
+    def with_talk_of_experts(self) -> Table:
+        """With ZeRO-2/3's gathers and sums of experts that are dealt out, which go over ranks of their own (``Links``): left out at first,
+        as these are of many sizes."""
         terms, settings = self.terms, self.settings
-        at = np.flatnonzero(self._is_scattered[:, 0] & terms.has_whole_experts[self.group[:, 0]])
+        at = np.flatnonzero(self._is_scattered[:, 0] & terms.deals_out_experts[self.group[:, 0]])
         if not len(at):
             return self
         group = self.group[at, 0]
-        sizes = np.stack([self._expert_shards[at, 0], terms.ep[group]]).astype(np.int64)
+        sizes = np.stack([self._expert_shards[at, 0], terms.expert_stride[group]]).astype(np.int64)
         known, size = np.unique(sizes, axis=1, return_inverse=True)
         gather_s, scatter_s = (
             np.array([1 / terms.costs.cost(kind, *pair).bytes_per_s for pair in known.T.tolist()])[size]

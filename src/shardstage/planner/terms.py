@@ -80,7 +80,8 @@ class Terms:
         self.own = f.whole @ f.own
         self.replicated = f.whole @ f.replicated
         self.costs = lattice.costs
-        self.has_whole_experts = np.array([group.has_whole_experts for group in of_groups], dtype=bool)
+        self.deals_out_experts = np.array([g.ep > 1 or g.has_whole_experts for g in of_groups], dtype=bool)
+        self.expert_stride = np.array([g.ep * (1 if g.has_whole_experts else g.tp) for g in of_groups])
         self.holders = np.array([g.tp if g.has_whole_experts else 1 for g in of_groups], dtype=np.float64)
         self.experts = f.whole @ f.experts
         self.summing_s = f.own * settings.summing_s
