@@ -83,11 +83,17 @@ def test_another_cut_another_fold_and_another_sequence_are_read_anew(
             other()
 
 
-def test_named_modules_are_read_where_all_else_was_known(tmp_path: Path) -> None:
+def test_named_modules_are_kept_and_others_read_where_all_else_was_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     graph, path = GRAPHS["dense"], tmp_path / "a.readings"
     readings = Readings(path)
-    first = profiler(graph, readings).naming(("*.up",)).at(2)
+    first, other = (profiler(graph, readings).naming((name,)).at(2) for name in ("*.up", "*.down"))
+    profiler(graph, readings := Readings(path)).naming(("*.up",))
     readings.keep()
+    known = Readings(path)
+    assert asdict(profiler(graph, known).naming(("*.down",)).at(2)) == asdict(other) != asdict(first)
+    monkeypatch.setattr(PROFILE, "shard", None)
     assert asdict(profiler(graph, Readings(path)).naming(("*.up",)).at(2)) == asdict(first)
 
 

@@ -18,7 +18,7 @@ from shardstage.graph.unfold import Repeat, ShortGraph
 _CAPTURED = Captured(
     short=ShortGraph(
         graph=toy_graph(num_layers=3, width=8, hidden=16),
-        repeats=(Repeat(path="layers", first=2, period=1, copies=4),),
+        repeats=(Repeat(path="layers", first=1, period=1, copies=4),),
     ),
     max_sequence=64,
 )
@@ -122,6 +122,20 @@ def test_a_factory_of_the_user_s_is_never_cached(spec: str, folder: Path) -> Non
 
 def test_the_text_of_a_capture_reads_back() -> None:
     assert from_text(to_text(_CAPTURED)) == _CAPTURED
+
+
+def test_a_capture_that_is_read_back_knows_its_blocks_and_its_fingerprint(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    read, whole = from_text(to_text(_CAPTURED)), _CAPTURED.short.unfold()
+    expected = whole.blocks, whole.fingerprint
+    for name in ("blocks.find_blocks", "file.fingerprint"):
+        monkeypatch.setattr(f"shardstage.graph.{name}", None)
+    graph = read.unfold()
+    assert graph == whole
+    assert (graph.blocks, graph.fingerprint) == expected
+    with pytest.raises(TypeError):
+        graph.at(microbatch=2, sequence=8).blocks  # noqa: B018 another graph, which must find its own
 
 
 def test_a_cached_model_is_known_without_torch(folder: Path, tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ def known_model(model: str, sequence: int, precision: Precision) -> KnownModel:
 
     captured, notes = cached(model, sequence=sequence, dtype=precision, capture=capture)
     return KnownModel(
-        graph=captured.short.unfold(),
+        graph=captured.unfold(),
         readings=Readings(readings_path(model, sequence=sequence, dtype=precision)),
         max_sequence=captured.max_sequence,
         notes=notes,

@@ -84,13 +84,14 @@ def choose(
         best = replace(found.best, graph_fingerprint=found.certificate.graph)
         chosen = Chosen(plan=best, prediction=found.prediction, found=found, searcher=chosen.searcher)
     assert chosen.found is not None and chosen.searcher is not None
-    readings.keep()
-    return chosen, Comparison(
+    comparison = Comparison(
         alternatives=alternatives(chosen.searcher, chosen.found),
         front=front(chosen.searcher, chosen.found),
         modules=named_modules(chosen.searcher, chosen.found),
         dollars=_dollars(chosen, machine),
     )
+    readings.keep()
+    return chosen, comparison
 
 
 Result = TypeVar("Result", "SearchResult", "MixedResult")

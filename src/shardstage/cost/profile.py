@@ -137,7 +137,11 @@ class Profiler:
     def naming(self, modules: tuple[str, ...]) -> Profiler:
         """The same where selective recomputation means these modules: nothing is sharded or read again but what is kept."""
         named = copy(self)
-        named._read = self._read._replace(works=tuple(self._reading.naming(modules, self._read.works)))
+        named._key = f"{self._key} naming {modules}"
+        named._read = self._readings.find(
+            named._key,
+            lambda: self._read._replace(works=tuple(self._reading.naming(modules, self._read.works))),
+        )
         return named
 
     def with_whole_experts(self) -> Profiler:

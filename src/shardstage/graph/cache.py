@@ -16,12 +16,14 @@ import json
 import os
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from shardstage.errors import CaptureError
+from shardstage.graph.blocks import Block
 from shardstage.graph.file import graph_from_json, graph_to_json
+from shardstage.graph.model_graph import ModelGraph
 from shardstage.graph.unfold import Repeat, ShortGraph
 
 __all__ = ["Captured", "cache_folder", "cached", "capture_key", "readings_path", "write_whole"]
@@ -29,10 +31,22 @@ __all__ = ["Captured", "cache_folder", "cached", "capture_key", "readings_path",
 
 @dataclass(frozen=True, kw_only=True)
 class Captured:
-    """A model's graph in short, and the longest sequence that the model has positions for (None: no limit)."""
+    """A model's graph in short, and the longest sequence that the model has positions for (None: no limit).
+
+    ``blocks`` and ``fingerprint`` are those of the whole graph where they are known already.
+    """
 
     short: ShortGraph
     max_sequence: int | None = None
+    blocks: tuple[Block, ...] = field(default=(), compare=False)
+    fingerprint: str = field(default="", compare=False)
+
+    def unfold(self) -> ModelGraph:
+        """The whole graph, which need not be asked again for what is known."""
+        graph = self.short.unfold()
+        if self.fingerprint:
+            vars(graph).update(blocks=self.blocks, fingerprint=self.fingerprint)
+        return graph
 
 
 def cached(
@@ -95,9 +109,11 @@ def readings_path(spec: str, *, sequence: int, dtype: str) -> Path | None:
 
 def to_text(captured: Captured) -> str:
     """The capture as a line about it, with a digest of the rest, and its graph."""
-    graph = graph_to_json(captured.short.graph)
+    graph, whole = graph_to_json(captured.short.graph), captured.unfold()
     about = {
         "digest": _digest(graph),
+        "fingerprint": whole.fingerprint,
+        "blocks": [asdict(block) for block in whole.blocks],
         "max_sequence": captured.max_sequence,
         "repeats": [asdict(repeat) for repeat in captured.short.repeats],
     }
@@ -112,10 +128,12 @@ def from_text(text: str) -> Captured:
         if about["digest"] != _digest(graph):
             raise CaptureError("the file is damaged", hint="remove it")
         repeats = tuple(Repeat(**repeat) for repeat in about["repeats"])
-        limit = about["max_sequence"]
+        limit, fingerprint = about["max_sequence"], about["fingerprint"]
+        blocks = tuple(Block(**block) for block in about["blocks"])
     except (ValueError, KeyError, TypeError) as error:
         raise CaptureError(f"this is no capture: {error}", hint="remove the file") from error
-    return Captured(short=ShortGraph(graph=graph_from_json(graph), repeats=repeats), max_sequence=limit)
+    short = ShortGraph(graph=graph_from_json(graph), repeats=repeats)
+    return Captured(short=short, max_sequence=limit, blocks=blocks, fingerprint=fingerprint)
 
 
 def _digest(text: str) -> str:
