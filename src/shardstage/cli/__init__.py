@@ -19,18 +19,13 @@ _SPINS = "1000"
 Threads that spin keep the cores from those that have work: on 2 cores with 6 other busy programs a proof took 115 s by default, 16 s so.
 """
 
-_COLLECTED_OBJECTS = 100_000
-"""New objects after which Python looks for cycles among them. Its own number, 700, takes a tenth of a search's time, as nearly all of them
-are kept and none is part of a cycle. What was imported stays anyway and is left out for good."""
-
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs ``shardstage`` and exits."""
     os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)  # libgomp reads it once, when torch is loaded
-    gc.disable()
+    gc.disable()  # what is imported stays, and is not looked through for cycles, now or later
     from shardstage.cli.app import run
 
     gc.freeze()
     gc.enable()
-    gc.set_threshold(_COLLECTED_OBJECTS)
     sys.exit(run(arguments))
