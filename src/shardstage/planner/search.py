@@ -52,18 +52,17 @@ MIN_RUNNERS_UP: Final = 3
 MAX_PRUNED_PRICED: Final = 12
 """Where fewer others were priced, some that bounds had ruled out are, so that there is something to compare with."""
 
-
 SCOUTED_GROUPS: Final = (32, 128)
 """So many groups are looked at before all others, and then so many of those that may be better than what was found."""
 
 MAX_SCOUTED: Final = 24
-"""Choices that are priced in search of a plan that fits."""
+"""Choices that a scout prices in search of a plan that fits."""
 
 WORTH_SHOWING: Final = 4.0
 """A plan that takes so many times as long is nothing to compare with."""
 
 MAX_DIVES: Final = 8
-"""Choices that are priced in search of a better one."""
+"""Choices that are priced in search of a better plan than is known."""
 
 LIKELY_RATIO: Final = 0.75
 """A choice whose bound on memory is so much of the limit mostly fits."""
@@ -246,11 +245,11 @@ class Searcher:
                 walk.prefer(limit_bytes * LIKELY_RATIO)
             num_left = MAX_SCOUTED
             while num_left > 0 and walk.least_s < found.best_s:
-                choice, had_none = walk.next(), found.best is None
+                choice = walk.next()
                 if choice not in found.scouted:
                     found.scouted[choice] = self._outcome(choice, limit_bytes, found.best_s)
                     found.take(found.scouted[choice])
-                num_left = min(num_left - 1, MAX_SCOUTED if had_none and found.best is None else MAX_DIVES)
+                num_left = num_left - 1 if found.best is None else min(num_left - 1, MAX_DIVES)
 
     def _scouted(self, groups: Any, limit_bytes: int, below_s: float) -> Walk:
         """The choices of groups that may fit and take less and have fewest stages a rank, in the order of their bounds."""
