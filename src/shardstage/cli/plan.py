@@ -6,7 +6,7 @@ import gc
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Final
@@ -28,6 +28,7 @@ from shardstage.cli.comparison import (
 )
 from shardstage.cli.fixing import parse_fixed
 from shardstage.cli.outputs import require_endings, write_text
+from shardstage.cli.short_list import Simulated, print_short_list, short_list, short_list_table
 from shardstage.errors import PlanError
 from shardstage.plan import Plan, check, explain, save_plan, shorthand
 from shardstage.plan.check import require_runnable
@@ -73,6 +74,7 @@ def plan(
     show: Annotated[
         bool, typer.Option("--explain", help="Say who does what, and what was not shared")
     ] = False,
+    simulate: options.Simulate = 0,
 ) -> None:
     """Choose a plan for a model on a cluster, and predict its step time and memory; no weight is allocated.
 
@@ -91,9 +93,7 @@ def plan(
     require_endings(out or (), ENDINGS)
     fixed, aim = parse_fixed(fix, plan=plan), objective_named(objective)
     memory_bytes = None if memory is None else parse_bytes(memory)
-    console = Console(
-        highlight=False, emoji=False, stderr=as_json
-    )  # then standard output is the object alone
+    console = Console(highlight=False, emoji=False, stderr=as_json)  # the object stands alone
     machine = _machine(console, cluster, ranks)
     question = Question(
         plan=plan,
@@ -105,7 +105,7 @@ def plan(
         fixed=fixed,
     )
     _require_answerable(question, machine)
-    answer = _answer(console, model, machine, question, aim)
+    answer = _answer(console, model, machine, question, aim).with_simulated(console, simulate)
     answer.show(console, as_json=as_json, is_explained=show, out=out or ())
 
 
@@ -167,10 +167,18 @@ class _Answer:
     chosen: Chosen
     comparison: Comparison
     notes: tuple[str, ...]
+    simulated: tuple[Simulated, ...] = ()
+
+    def with_simulated(self, console: Console, number: int) -> _Answer:
+        """With so many of the best plans simulated."""
+        with console.status("simulating") as status:
+            found = short_list(self.chosen, self.graph, self.machine, number, status.update)
+        return replace(self, simulated=found)
 
     def show(self, console: Console, *, as_json: bool, is_explained: bool, out: Sequence[Path]) -> None:
         if as_json:
             table = as_table(self.chosen, self.comparison, self.notes)
+            table["simulated"] = short_list_table(self.simulated)
             sys.stdout.write(json.dumps(table, indent=1) + "\n")
         else:
             self._print(console)
@@ -184,6 +192,7 @@ class _Answer:
         console.print(headline(self.model, self.graph, self.machine, self.num_ranks))
         console.print(_chosen_table(self.chosen.plan, self.chosen.prediction))
         print_comparison(console, self.chosen, self.comparison, self.machine)
+        print_short_list(console, self.simulated)
         for note in self.notes:
             console.print(f"[yellow]note[/]  {note}", soft_wrap=True)
 

@@ -1,0 +1,102 @@
+"""The best plans are simulated act by act, and said to be so beside what the formula says."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+
+import pytest
+from rich.console import Console
+from tests.cost.toy import toy_graph
+
+from shardstage.cli.choosing import Chosen, KnownModel, Question
+from shardstage.cli.comparison import choose
+from shardstage.cli.fixing import parse_fixed
+from shardstage.cli.short_list import Simulated, print_short_list, short_list, short_list_table
+from shardstage.cluster import Cluster, load
+from shardstage.errors import PlanError
+from shardstage.graph import ModelGraph
+from shardstage.plan import parse_request
+from shardstage.program import lower
+from shardstage.simulator import planned_prices, simulate
+
+GRAPH: ModelGraph = toy_graph(num_layers=7, width=256, hidden=1024)
+MACHINE: Cluster = load("a100-80:4")
+
+
+def chosen(fix: str = "runnable", *, plan: str = "auto") -> Chosen:
+    question = Question(
+        plan=plan,
+        num_ranks=4,
+        batch=15,
+        sequence=64,
+        precision="float32",
+        fixed=parse_fixed(fix, plan=plan),
+    )
+    return choose(question, KnownModel(graph=GRAPH), MACHINE, "time")[0]
+
+
+def printed(found: tuple[Simulated, ...]) -> str:
+    console = Console(file=io.StringIO(), width=80, highlight=False)
+    print_short_list(console, found)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert isinstance(text, str)
+    return text
+
+
+def test_each_plan_has_the_seconds_of_its_own_simulated_program() -> None:
+    best, told = chosen(), []
+    found = short_list(best, GRAPH, MACHINE, 3, told.append)
+    assert best.found is not None
+    plans = [best.plan, *(each.plan for each in best.found.runners_up)][:3]
+    assert len(found) == len(plans) == 3 == len(told)
+    for each, plan in zip(found, plans, strict=True):
+        timeline = simulate(lower(GRAPH, plan), planned_prices(GRAPH, plan, MACHINE))
+        assert each.simulated_s == pytest.approx(timeline.step_time_s)
+    assert found[0].formula_s == best.prediction.step_time_s
+    assert "2 of 3" in told[1]
+
+
+def test_the_formula_and_the_simulation_are_near_each_other() -> None:
+    """Both add up the same kernels; what they say of overlap and of waiting differs by little."""
+    for each in short_list(chosen(), GRAPH, MACHINE, 3):
+        assert each.simulated_s == pytest.approx(each.formula_s, rel=0.25)
+
+
+def test_none_are_simulated_where_none_are_asked_for_and_no_more_than_there_are() -> None:
+    assert short_list(chosen(), GRAPH, MACHINE, 0) == ()
+    assert printed(()) == ""
+    given = chosen("", plan="dp=2,pp=2,mb=2")
+    assert [each.text for each in short_list(given, GRAPH, MACHINE, 9)] == ["dp=2,pp=2,mb=2"]
+
+
+def test_what_this_release_does_not_run_is_not_simulated() -> None:
+    given = chosen("", plan="dp=4,mb=2")
+    outside = replace(given, plan=replace(given.plan, zero=1, zero_ranks=2))
+    (found,) = short_list(outside, GRAPH, MACHINE, 1)
+    assert found.simulated_s is None
+    assert "not run" in printed((found,))
+    assert short_list_table((found,))[0]["simulated_step_time_s"] is None
+
+
+def test_several_classes_of_devices_are_refused_before_anything_is_simulated() -> None:
+    with pytest.raises(PlanError, match="devices of one class") as refused:
+        short_list(chosen(), GRAPH, load("a100-80:2+h100:2"), 2)
+    assert refused.value.hint == "leave out --simulate"
+
+
+def test_a_plan_that_the_simulation_finds_faster_is_offered_to_be_pasted() -> None:
+    first = Simulated(text="dp=4", formula_s=1.0, simulated_s=1.2)
+    second = Simulated(text="dp=2,pp=2", formula_s=1.1, simulated_s=0.9)
+    assert 'simulated, another is 25.0 % faster: --plan "dp=2,pp=2"' in printed((first, second))
+    assert "another" not in printed((second, first))
+    assert "another" not in printed((replace(first, simulated_s=None), second))
+    assert "20.0 %" in printed((first,))
+
+
+def test_the_table_of_machines_says_what_was_printed() -> None:
+    best = chosen()
+    found = short_list(best, GRAPH, MACHINE, 2)
+    for entry, each in zip(short_list_table(found), found, strict=True):
+        assert parse_request(entry["plan"]) is not None
+        assert (entry["step_time_s"], entry["simulated_step_time_s"]) == (each.formula_s, each.simulated_s)
