@@ -143,7 +143,7 @@ def choose_plan(
     if not question.is_open:
         return _given(question, graph, machine)
     if machine.is_mixed:
-        return _search_mixed(question, graph, machine)
+        return _search_mixed(question, graph, machine, readings)
     return _search(question, graph, machine, readings)
 
 
@@ -167,7 +167,9 @@ def _search(question: Question, graph: ModelGraph, machine: Cluster, readings: R
     return Chosen(plan=best, prediction=found.prediction, found=found, searcher=searcher)
 
 
-def _search_mixed(question: Question, graph: ModelGraph, machine: Cluster) -> Chosen:
+def _search_mixed(
+    question: Question, graph: ModelGraph, machine: Cluster, readings: Readings | None
+) -> Chosen:
     from shardstage.planner import MixedSearcher
 
     searcher = MixedSearcher(
@@ -179,6 +181,7 @@ def _search_mixed(question: Question, graph: ModelGraph, machine: Cluster) -> Ch
         fix=question.fixed.request,
         fixed=question.fixed.names,
         is_runnable=question.fixed.is_runnable,
+        readings=readings,
     )
     return chosen_mixed(searcher.best(question.limits(machine)), searcher)
 

@@ -78,6 +78,7 @@ def choose(
     if chosen.mixed is not None and objective == "memory":
         chosen = _smallest_mixed(chosen, question.limits(machine))
     if chosen.found is None or chosen.searcher is None:
+        readings.keep()
         return chosen, Comparison(dollars=_dollars(chosen, machine))
     if objective == "memory":
         found = _smallest(chosen.searcher.best, chosen.found)

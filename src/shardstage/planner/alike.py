@@ -14,6 +14,7 @@ from itertools import pairwise
 from operator import mul
 
 from shardstage.cost import MemoryModel, Profile, StepSetup
+from shardstage.cost.accounting import OUR_ACCOUNTING
 from shardstage.graph.recompute import StageRecompute, counted
 from shardstage.planner.recompute import Layers
 
@@ -48,20 +49,37 @@ class Alike:
                 return None
         return memory
 
+    def assume(self, rank: int, state_bytes_of: Callable[[int, int], float]) -> None:
+        """Binds a rank before ``within`` has asked what it holds: of state so much in each of its runs of units."""
+        stages, units = self._setup.stages_of(rank), self._profile.units
+        spans = [self._spans[stage] for stage in stages]
+        ends = [[units[at].input_bytes if 0 < at < len(units) else 0 for at in span] for span in spans]
+        posted = OUR_ACCOUNTING.num_posted_receives * sum(map(sum, ends))
+        self._binding[rank] = _Rank(
+            spans=spans,
+            moments=self._setup.in_flight_together(rank),
+            beside_bytes=[received for received, _ in ends],
+            state_bytes=sum(state_bytes_of(*span) for span in spans) + posted,
+        )
+
     def least(self) -> StageRecompute | None:
-        """What lets all ranks fit that bind, with the least seconds of recomputation in all; by bisection, as beyond a first layer more
-        never takes more memory."""
+        """What lets all ranks fit that bind, with the least seconds of recomputation in all."""
+        return next(iter(self.options()), None)
+
+    def options(self) -> list[StageRecompute]:
+        """All that lets the ranks fit that bind and recomputes nothing in vain, least seconds first; by bisection, as beyond a first layer
+        more never takes more memory."""
         most = self._most
+        if self._fits(0, 0):
+            return ["none"]
         in_full = _first(1, most + 1, lambda full: self._fits(full, full))
         found = [(in_full, in_full)] if in_full <= most else []
         beside = 0 if self._fits(0, most) else _first(1, in_full, lambda full: self._fits(full, most))
         for full in range(beside, min(in_full, most + 1)):
             if self._fits(full, most):
                 found.append((full, _first(full + 1, most, partial(self._fits, full))))
-        if not found:
-            return None
-        full, end = min(found, key=lambda each: self._again_s(*each))
-        return counted(full, end - full, most)
+        found.sort(key=lambda each: self._again_s(*each))
+        return [counted(full, end - full, most) for full, end in found]
 
     def _fits(self, full: int, end: int) -> bool:
         """Whether so many layers in full, and those up to an end selectively, let the ranks that bind fit."""
@@ -99,7 +117,7 @@ class _Rank:
     spans: Sequence[tuple[int, int]]
     moments: tuple[tuple[int, ...], ...]
     beside_bytes: Sequence[float]
-    state_bytes: int
+    state_bytes: float
 
     def peak_bytes(self, layers: Layers, recompute: StageRecompute) -> float:
         runs = [layers.runs(recompute, *span) for span in self.spans]

@@ -24,7 +24,7 @@ from shardstage.graph.recompute import Recompute, StageRecompute
 from shardstage.planner.recompute import Layers, Least
 from shardstage.planner.stages import Fitted
 
-__all__ = ["Chain", "ChainCosts", "ShardingWaits"]
+__all__ = ["Chain", "ChainCosts", "ShardingWaits", "state_bytes_of"]
 
 
 class Chain:
@@ -161,7 +161,7 @@ class ChainCosts:
         )  # of an expert's elements a rank adds up so many times the part that it does of others
         self._waits_s = waits_s
         self._in_flight = [setup.in_flight(stage) for stage in range(setup.mesh.pp)]
-        self._state_bytes = _state_bytes_of(chain, setup)
+        self._state_bytes = state_bytes_of(chain, setup)
         self._asked = asked
         self._known: dict[tuple[int, int, int], Fitted | None] = {}
 
@@ -235,7 +235,7 @@ class ChainCosts:
         return Least(self._asked, chain.layers.again_s(runs)) if fits else None
 
 
-def _state_bytes_of(chain: Chain, setup: StepSetup) -> Callable[[int, int], float]:
+def state_bytes_of(chain: Chain, setup: StepSetup) -> Callable[[int, int], float]:
     """Parameters, gradients and optimizer state of a run: ``cost.memory``'s table."""
     level, c, g, w = setup.sharding_level, setup.compute_bytes, setup.gradient_bytes, setup.master_bytes
     own, experts, bucket_bytes = chain.own, chain.experts, setup.bucket_bytes

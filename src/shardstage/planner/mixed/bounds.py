@@ -23,12 +23,13 @@ import numpy as np
 import numpy.typing as npt
 
 from shardstage.cluster import CollectiveKind, LinearCost
+from shardstage.cost import StepSetup
 from shardstage.cost.compute import moved_s, optimizer_s
 from shardstage.cost.links import overlap_slowdown
-from shardstage.cost.pipeline import LATE_BUBBLES, SPLITTING
+from shardstage.cost.memory import MOMENTS
 from shardstage.cost.profile import RECOMPUTES, Recompute
 from shardstage.layout import Mesh
-from shardstage.planner.mixed.needs import state_bytes
+from shardstage.planner.mixed.even import uneven_pipeline_s
 from shardstage.planner.mixed.pricing import MixedPricing
 from shardstage.planner.mixed.space import Arrangement, MixedChoice, MixedSpace
 from shardstage.planner.space import Schedule, Zero
@@ -245,7 +246,7 @@ class _OfZero:
         self._scatter = rows.talk.over_replicas("reduce_scatter", zero.num_ranks)
         self._lanes = [(own, on, lanes, self._costs(own, on, lanes)) for own, on, lanes in rows.lanes()]
         self._slowest: dict[tuple[int, str], tuple[Array, Array]] = {}
-        self._state = state_bytes(setup, self._level, self._shards)
+        self._state = _state_bytes(setup, self._level, self._shards)
 
     def of(self, schedule: Schedule) -> tuple[Array, npt.NDArray[np.bool_]]:
         """[row]: least seconds, and whether a choice cannot fit."""
@@ -412,18 +413,25 @@ def _whole_layers_s(both: Array, number: Array, k: Array) -> Array:
     return found
 
 
+def _state_bytes(setup: StepSetup, level: Array, shards: Array) -> Array:
+    """[row]: bytes of parameters, gradients and optimizer for each element of a stage, at least (``cost.memory``'s table)."""
+    c, g, w = setup.compute_bytes, setup.gradient_bytes, setup.master_bytes
+    is_cut = level >= 2
+    stored = np.where(is_cut, g, c)
+    has_own_masters = setup.is_offloaded | (stored != w)
+    of_master = np.where(is_cut | has_own_masters, w, 0)
+    of_owned = np.zeros_like(shards) if setup.is_offloaded else of_master + MOMENTS * w
+    of_owned = of_owned + np.where(level >= 1, g, 0) + np.where(is_cut & has_own_masters, g, 0)
+    whole = np.where(level >= 3, 0, np.where(level == 2, c, c + g))
+    found: Array = whole + of_owned / shards
+    return found
+
+
 def _pipeline_s(
     schedule: Schedule, slowest: Array, forward: Array, backward: Array, all_s: Array, p: Array, m: Array
 ) -> Array:
     """[row]: ``cost.pipeline`` of ranks that take so long at most, and of the mean stage."""
     if schedule.name in ("1f1b", "gpipe"):
         return (m - 1) * slowest + np.maximum(slowest, all_s)
-    v, few = schedule.per_rank, np.maximum(0.0, p - m)
-    mean_forward, mean_backward = forward / (p * v), backward / (p * v)
-    if schedule.name in SPLITTING:
-        late = LATE_BUBBLES.get(schedule.name, 0.0) * np.minimum(p, np.maximum(0.0, 2 * p - m)) / p
-        bubble = (p - 1) * mean_forward * (1 + late) + few * v * mean_backward / 2
-    else:
-        bubble = (p - 1 + few * (v - 1)) * (mean_forward + mean_backward)
-    found: Array = m * slowest + np.where(p > 1, bubble, 0.0)
+    found: Array = uneven_pipeline_s(schedule.name, schedule.per_rank, slowest, forward, backward, p, m)
     return found

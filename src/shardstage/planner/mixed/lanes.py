@@ -25,6 +25,7 @@ from shardstage.cost import (
 )
 from shardstage.cost.links import LinkCosts
 from shardstage.cost.memory import MemoryUse
+from shardstage.cost.readings import Readings
 from shardstage.errors import PlanError
 from shardstage.graph import ModelGraph
 from shardstage.plan import Plan
@@ -111,6 +112,7 @@ class LaneCosts:
         sequence: int | None,
         replicate: Sequence[str] = (),
         is_compiled: bool = False,
+        readings: Readings | None = None,
     ) -> None:
         self.folded = folded
         self.classes = tuple(
@@ -126,6 +128,7 @@ class LaneCosts:
             is_sequence_parallel=is_sp,
             replicate=replicate,
             is_compiled=is_compiled,
+            readings=readings,
         )
         self._profilers: dict[tuple[int, bool, int], Profiler] = {}
         self._profiles: dict[tuple[int, bool, int, int], Profile] = {}

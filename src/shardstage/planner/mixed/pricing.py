@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -13,7 +14,8 @@ import numpy.typing as npt
 from shardstage.cluster import Cluster
 from shardstage.cost import Links, MemoryModel, Prediction, StepSetup, step_seconds
 from shardstage.cost.offload import has_host_room
-from shardstage.cost.pipeline import StageTime, pipeline_s, rank_seconds
+from shardstage.cost.pipeline import SPLITTING, StageTime, pipeline_s
+from shardstage.cost.readings import Readings
 from shardstage.cost.stages import least_update_s
 from shardstage.cost.units import Cases, UnitCosts
 from shardstage.graph import ModelGraph
@@ -22,10 +24,10 @@ from shardstage.layout import Mesh
 from shardstage.plan import Plan, Precision
 from shardstage.plan.complete import ranges
 from shardstage.planner.alike import Alike
-from shardstage.planner.chain import Chain
+from shardstage.planner.chain import Chain, state_bytes_of
 from shardstage.planner.mixed.cuts import LaneAsStages, LanesAsStages, balanced_on
+from shardstage.planner.mixed.even import EvenCut, EvenLane, Sums
 from shardstage.planner.mixed.lanes import LaneCosts, classes_of_stages, combined
-from shardstage.planner.mixed.needs import Need, need_of, spared_bytes_per_s, state_bytes
 from shardstage.planner.mixed.space import Lane, MixedChoice
 from shardstage.planner.pricing import fold_for
 from shardstage.planner.space import Savers
@@ -71,6 +73,7 @@ class MixedPricing:
         is_compiled: bool = False,
         asked: StageRecompute | None = None,
         modules: tuple[str, ...] = (),
+        readings: Readings | None = None,
     ) -> None:
         self.graph = graph
         self.cluster = cluster
@@ -82,17 +85,19 @@ class MixedPricing:
         self._modules = modules
         self.savers = Savers()
         self.folded = fold_for(graph, cluster.num_devices, modules)
-        self.costs = LaneCosts(cluster, self.folded, sequence=sequence, is_compiled=is_compiled)
+        self.costs = LaneCosts(
+            cluster, self.folded, sequence=sequence, is_compiled=is_compiled, readings=readings
+        )
         calibrations = (part.calibration for part in self.costs.classes)
         factors = [f for each in calibrations if each is not None for f in each.factors.values()]
         self.least_factor = min([1.0, *factors])
         self._twins = [unit.twin for unit in self.folded.units]
         self._chains: dict[tuple[int, bool, int, int], Chain] = {}
         self._pipelines: dict[tuple[object, ...], float] = {}
-        self._least_s: dict[tuple[object, ...], float] = {}
-        self._slowest_s: dict[tuple[object, ...], float] = {}
-        self._needs: dict[tuple[object, ...], list[Need]] = {}
-        self._spared: dict[tuple[int, bool, int, int], float] = {}
+        self._sums: dict[tuple[int, bool, int, int], Sums] = {}
+        self._even_cuts: dict[tuple[object, ...], EvenCut] = {}
+        self._lanes: dict[tuple[object, ...], EvenLane] = {}
+        self._ends: dict[tuple[object, ...], Alike] = {}
         self._beside: dict[tuple[object, ...], float] = {}
         self._starts: dict[tuple[object, ...], tuple[int, ...]] = {}
 
@@ -284,7 +289,6 @@ class MixedPricing:
         lanes, is_sp = choice.arrangement.lanes, choice.arrangement.is_sequence_parallel
         made = replace(setup, starts=self._balanced(choice, setup))
         for lane in lanes:
-            self._check_pipeline(choice, lane, made, below_s)
             if not self._may_fit(choice, lane, replace(made, microbatch=lane.size), limits, below_s):
                 return None
         needs = [
@@ -304,67 +308,89 @@ class MixedPricing:
         self, choice: MixedChoice, lane: Lane, setup: StepSetup, limits: Sequence[int], below_s: float
     ) -> StageRecompute | None:
         """The least recomputation that lets all ranks of a lane fit."""
-        if below_s != math.inf and setup.sharding_level and self.asked is None:
-            least_s = self._least_of_zeros_s(choice, lane, setup, limits)
-            if least_s == math.inf:
+        if self.asked is None:
+            options = self._options(choice, lane, setup, limits, below_s)
+            if not options:
                 return None
-            if least_s >= self._pipeline_below_s(choice, lane, setup, below_s):
-                raise TooLong
+            recompute = options[0]
+        else:
+            recompute = self.asked
         alike = self._alike(choice, lane, setup, limits)
-        recompute = setup.recompute
         while alike.within(recompute) is None:
-            found = alike.least() if self.asked is None else None
-            if found is None:
+            options = alike.options() if self.asked is None else []
+            if not options:
                 return None
-            recompute = found
-            self._check_pipeline(choice, lane, alike.setup(recompute), below_s)
-            self._check_seconds(choice, [lane], alike.setup(recompute), below_s)
+            self._check_options(choice, lane, setup, options, below_s)
+            recompute = options[0]
         return recompute
 
-    def _least_of_zeros_s(
-        self, choice: MixedChoice, lane: Lane, setup: StepSetup, limits: Sequence[int]
-    ) -> float:
-        """A lane's pipeline with what its fullest end must recompute where ZeRO of this kind (1, or 2 and 3) leaves most room: the same for
-        all ranks that it may cut over; infinite where it cannot fit."""
-        level = 1 if setup.sharding_level == 1 else 3
-        key = (choice.arrangement, choice.schedule, lane, level)
-        if key not in self._least_s:
-            roomy = replace(setup, zero=level, zero_ranks=None)
-            alike = self._alike(choice, lane, roomy, limits)
-            found: StageRecompute | None = setup.recompute
-            if alike.within(setup.recompute) is None:
-                found = alike.least()
-            self._least_s[key] = (
-                math.inf if found is None else self._pipeline_s(choice, lane, alike.setup(found))
-            )
-        return self._least_s[key]
+    def _options(
+        self, choice: MixedChoice, lane: Lane, setup: StepSetup, limits: Sequence[int], below_s: float
+    ) -> list[StageRecompute]:
+        """What a lane may recompute at least, by what the first ranks of its classes and its last rank hold. Raises ``TooLong``
+        where none of that comes below ``below_s``."""
+        key = (choice.arrangement, choice.schedule, lane)
+        if key not in self._ends:
+            self._ends[key] = self._alike(choice, lane, setup, limits)
+        alike, chain = self._ends[key], self.chain(choice, lane.classes[0], lane.size)
+        of_stage = state_bytes_of(chain, setup)
+        for rank in {*map(lane.classes.index, lane.classes), setup.mesh.pp - 1}:
+            alike.assume(rank, of_stage)
+        options = alike.options()
+        if options:
+            self._check_options(choice, lane, setup, options, below_s)
+        return options
+
+    def _check_options(
+        self,
+        choice: MixedChoice,
+        lane: Lane,
+        setup: StepSetup,
+        options: Sequence[StageRecompute],
+        below_s: float,
+    ) -> None:
+        """Raises ``TooLong`` where no way of recomputation lets a lane come below ``below_s``."""
+        for recompute in options:
+            with suppress(TooLong):
+                found = replace(setup, recompute=recompute)
+                self._check_pipeline(choice, lane, found, below_s)
+                self._check_seconds(choice, [lane], found, below_s)
+                return
+        raise TooLong
 
     def _may_fit(
         self, choice: MixedChoice, lane: Lane, setup: StepSetup, limits: Sequence[int], below_s: float
     ) -> bool:
-        """Whether the first rank of each class may fit. Raises ``TooLong`` where what it then recomputes takes too long."""
+        """Whether some ranks of a lane may fit. Raises ``TooLong`` where what all must then recompute takes too long."""
+        if below_s == math.inf:
+            return True
         if self.asked is not None:
+            self._check_pipeline(choice, lane, setup, below_s)
             return True
         key = (choice.arrangement, choice.schedule, lane)
-        if key not in self._needs:
-            self._needs[key] = [self._need(choice, lane, setup, number) for number in {*lane.classes}]
-        state = float(state_bytes(setup, np.array([setup.sharding_level]), np.array([setup.num_shards]))[0])
-        needed = max(need.least_s(state, limits[need.number]) for need in self._needs[key])
-        if needed == math.inf:
-            return False
-        if below_s != math.inf:
-            later_s = setup.num_microbatches * max(0.0, needed - self._slowest_s[key])
-            plain_s = self._pipelines[*key, setup.recompute]
-            if plain_s + later_s >= self._pipeline_below_s(choice, lane, setup, below_s):
-                raise TooLong
-        return True
+        if key not in self._lanes:
+            self._lanes[key] = self._even_lane(choice, lane, setup)
+        most_s, of_lane = self._pipeline_below_s(choice, lane, setup, below_s), self._lanes[key]
+        if of_lane.plain_s >= most_s:
+            raise TooLong
+        least_s = of_lane.least_s(setup, limits)
+        if most_s <= least_s < math.inf:
+            raise TooLong
+        return least_s < math.inf
 
-    def _need(self, choice: MixedChoice, lane: Lane, setup: StepSetup, number: int) -> Need:
-        chain = self.chain(choice, number, lane.size)
-        key = (choice.arrangement.tp, choice.arrangement.is_sequence_parallel, number, lane.size)
-        if key not in self._spared:
-            self._spared[key] = spared_bytes_per_s(chain)
-        return need_of(setup, lane.classes.index(number), number, chain, self._spared[key])
+    def _even_lane(self, choice: MixedChoice, lane: Lane, setup: StepSetup) -> EvenLane:
+        of = choice.arrangement
+        sums = {}
+        for number in {*lane.classes}:
+            key = (of.tp, of.is_sequence_parallel, number, lane.size)
+            if key not in self._sums:
+                self._sums[key] = Sums(self.chain(choice, number, lane.size))
+            sums[number] = self._sums[key]
+        is_v = setup.schedule in SPLITTING
+        if (setup.starts, lane.classes, is_v) not in self._even_cuts:
+            chain = sums[lane.classes[0]].chain
+            self._even_cuts[setup.starts, lane.classes, is_v] = EvenCut(chain, lane.classes, setup)
+        return EvenLane(sums, self._even_cuts[setup.starts, lane.classes, is_v], setup)
 
     def _alike(self, choice: MixedChoice, lane: Lane, setup: StepSetup, limits: Sequence[int]) -> Alike:
         profile = self.costs.lane_profile(lane, setup, choice.arrangement.is_sequence_parallel)
@@ -403,9 +429,6 @@ class MixedPricing:
             if mode != "none":
                 backward_s += of.layers.again_s(of.layers.runs(mode, start, stop))
             times.append(StageTime(forward_s, backward_s))
-        if mode == (self.asked or "none"):
-            slowest_s = max(rank_seconds(setup.schedule, times, setup.mesh.pp))
-            self._slowest_s[choice.arrangement, choice.schedule, lane] = slowest_s
         return pipeline_s(setup.schedule, times, setup.mesh.pp, setup.num_microbatches)
 
     def _plan(self, choice: MixedChoice, setup: StepSetup) -> Plan:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Final
 
 import numpy as np
@@ -18,6 +20,7 @@ import numpy.typing as npt
 from shardstage.cluster import Cluster
 from shardstage.cost import Prediction
 from shardstage.cost.offload import host_of
+from shardstage.cost.readings import Readings
 from shardstage.errors import PlanError
 from shardstage.graph import ModelGraph
 from shardstage.plan import Plan, Precision, Request, shorthand
@@ -35,6 +38,10 @@ KEPT_RUNNERS_UP: Final = 5
 TRIED_OF_MESH: Final = 2
 """Of each mesh that may be a runner-up so many choices of the least bounds are priced, and as many with one stage a rank, whose bounds
 know more of memory."""
+
+
+SCOUTED_MESHES: Final = 24
+"""Of so many meshes the choice of the least bound is priced first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +122,7 @@ class MixedSearcher:
         fix: Request | None = None,
         fixed: frozenset[str] = frozenset(),
         is_runnable: bool = False,
+        readings: Readings | None = None,
     ) -> None:
         request = fix or Request()
         require_modules(request.recompute_modules, graph, is_compiled=request.is_compiled)
@@ -129,6 +137,7 @@ class MixedSearcher:
             is_compiled=request.is_compiled,
             asked=request.recompute if "recompute" in fixed else None,
             modules=request.recompute_modules,
+            readings=readings,
         )
         declared = declared_space(
             graph,
@@ -200,6 +209,7 @@ class MixedSearcher:
         flat = np.concatenate(seconds) if seconds else np.zeros(0)
         order = np.argsort(flat, kind="stable")[: int(np.isfinite(flat).sum())]
         found.order = _Order(tables, firsts, order)
+        self._scout(found, limits)
         for place, index in enumerate(order):
             if flat[index] >= found.best_s:
                 found.counts.by_bound = len(order) - place
@@ -207,9 +217,20 @@ class MixedSearcher:
                 break
             self._price(found.order.choice(int(index)), limits, found)
 
+    def _scout(self, found: _Found, limits: Sequence[int]) -> None:
+        """Looks for a good plan in some meshes, before any choice is counted: the sooner one is known, the less is asked of the others."""
+        assert found.order is not None
+        for choice in found.order.of_free_cuts(SCOUTED_MESHES):
+            with suppress(TooLong):
+                found.scouted[choice] = self.pricing.price(choice, limits, found.best_s)
+                found.add_if(found.scouted[choice])
+
     def _price(self, choice: MixedChoice, limits: Sequence[int], found: _Found) -> None:
         try:
-            priced = self.pricing.price(choice, limits, found.best_s)
+            if choice in found.scouted:
+                priced = found.scouted[choice]
+            else:
+                priced = self.pricing.price(choice, limits, found.best_s)
         except TooLong as slower:
             found.counts.priced += 1
             found.add_slower(choice, slower.seconds)
@@ -299,17 +320,31 @@ class _Order:
         table = int(np.searchsorted(self._firsts, index, side="right")) - 1
         return self._tables[table].choice(index - int(self._firsts[table]))
 
-    def by_mesh(self, besides: MeshKey) -> Iterator[tuple[MeshKey, list[MixedChoice]]]:
-        """The choices of least bounds of each mesh, the mesh of the least one first."""
+    @cached_property
+    def _columns(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """A number of each one's mesh, and how many stages a rank has."""
         rows = [(of.by, of.tp, of.pp) for table in self._tables for of in table.arrangements]
         numbers = {key: number for number, key in enumerate(dict.fromkeys(rows))}
-        of_rows = np.array([numbers[key] for key in rows])
-        columns = np.concatenate([np.full(len(t.arrangements), len(t.columns)) for t in self._tables])
-        meshes = np.repeat(of_rows, columns)[self._order]
+        of_rows = np.array([numbers[key] for key in rows], dtype=np.int64)
+        lengths = [(len(t.arrangements), [s.per_rank for _, s in t.columns]) for t in self._tables]
+        columns = [np.full(number, len(each)) for number, each in lengths]
+        per_rank = [np.tile(each, number) for number, each in lengths]
+        return np.repeat(of_rows, np.concatenate(columns))[self._order], np.concatenate(per_rank)[self._order]
+
+    def of_free_cuts(self, number: int) -> Iterator[MixedChoice]:
+        """The first choices of so many meshes with one stage a rank, whose bounds know more of memory."""
+        if not len(self._order):
+            return
+        meshes, per_rank = self._columns
+        places = np.flatnonzero(per_rank == 1)
+        _, firsts = np.unique(meshes[places], return_index=True)
+        for place in places[np.sort(firsts)[:number]]:
+            yield self.choice(int(self._order[place]))
+
+    def by_mesh(self, besides: MeshKey) -> Iterator[tuple[MeshKey, list[MixedChoice]]]:
+        """The choices of least bounds of each mesh, the mesh of the least one first."""
+        meshes, per_rank = self._columns
         known, firsts = np.unique(meshes, return_index=True)
-        per_rank = np.concatenate(
-            [np.tile([s.per_rank for _, s in t.columns], len(t.arrangements)) for t in self._tables]
-        )[self._order]
         for mesh in known[np.argsort(firsts)][: KEPT_RUNNERS_UP + 3]:
             of_mesh = meshes == mesh
             chosen = (
@@ -331,6 +366,7 @@ class _Found:
     by_mesh: dict[MeshKey, MixedPriced] = field(default_factory=dict)
     slower: dict[MeshKey, tuple[float, MixedChoice]] = field(default_factory=dict)
     order: _Order | None = None
+    scouted: dict[MixedChoice, MixedPriced | None] = field(default_factory=dict)
 
     @property
     def best_s(self) -> float:
