@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from tests.cluster.test_calibration import FOUND
 
 from shardstage.cli.app import run
 
@@ -56,6 +58,33 @@ def test_it_proves_times_executes_and_writes(
     assert json.loads(files[1].read_text())["traceEvents"]
     assert run(["rehearse", "--program", str(files[2])]) == 0
     assert "no rank waits for ever" in capsys.readouterr().out
+
+
+def test_a_calibrated_cluster_shows_the_step_that_its_runs_tell_and_how_far_it_may_be_off(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Twice the seconds of every cause are twice the step, in the what-ifs too, with the interval that ``plan`` has."""
+    from shardstage.cluster import CAUSES, load, save
+
+    plain, path = load("a100-80:4"), tmp_path / "ours.toml"
+    save(replace(plain, calibration=replace(FOUND, factors=dict.fromkeys(CAUSES, 2.0))), path)
+    asked = ["--plan", "dp=2,pp=2,mb=1", "--batch", "16", "--ranks", "none", "--what-if", "slow=0:9"]
+    shown, seconds = [], []
+    for cluster in ("a100-80:4", str(path)):
+        assert rehearsed(config, "--cluster", cluster, *asked) == 0
+        shown.append(capsys.readouterr().out)
+        seconds.append(
+            [float(number) for number in re.findall(r"([\d.]+) ms (?:predicted|→|a step)", shown[-1])]
+        )
+    assert len(seconds[0]) == 3
+    assert seconds[1] == pytest.approx([2 * number for number in seconds[0]], rel=0.01)
+    line = r" +calibrated by runs on this cluster: low ([\d.]+) ms, high ([\d.]+) ms"
+    assert re.search(line, shown[0]) is None
+    said = re.search(line, shown[1])
+    assert said is not None
+    low, high = map(float, said.groups())
+    assert low < seconds[1][0] < high and low * high == pytest.approx(seconds[1][0] ** 2, rel=0.01)
+    assert max(map(len, shown[1].splitlines())) <= 80
 
 
 def test_what_does_not_fit_is_said_with_what_would(

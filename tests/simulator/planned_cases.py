@@ -7,6 +7,7 @@ from typing import NamedTuple
 from tests.cost.machines import round_machine
 from tests.cost.toy import toy_graph
 
+from shardstage.cluster import Cluster
 from shardstage.cost import Links, Prediction, fold, predict_step, profile
 from shardstage.cost.step import CALIBRATIONS
 from shardstage.graph import ModelGraph
@@ -26,12 +27,14 @@ class Planned(NamedTuple):
     prices: PlannedPrices
 
 
-def planned(text: str, *, num_ranks: int = 4, graph: ModelGraph = GRAPH) -> Planned:
+def planned(
+    text: str, *, num_ranks: int = 4, graph: ModelGraph = GRAPH, cluster: Cluster = CLUSTER
+) -> Planned:
     plan = complete(parse_request(text), graph, num_ranks=num_ranks, global_batch=32, sequence=64)
-    return Planned(plan, lower(graph, plan), planned_prices(graph, plan, CLUSTER))
+    return Planned(plan, lower(graph, plan), planned_prices(graph, plan, cluster))
 
 
-def analytic(plan: Plan) -> tuple[Prediction, float]:
+def analytic(plan: Plan, cluster: Cluster = CLUSTER) -> tuple[Prediction, float]:
     """The cost model's prediction, and its seconds before they are calibrated.
 
     The schedule is run action by action: named ones have formulas, which unlike stages follow to a few per cent only.
@@ -41,6 +44,6 @@ def analytic(plan: Plan) -> tuple[Prediction, float]:
     folded = fold(GRAPH, boundaries=boundaries, modules=plan.recompute_modules)
     starts = tuple(folded.unit_at(position) for position in boundaries)
     setup = setup_of(plan, folded, starts, schedule_of(plan))
-    priced = profile(folded, CLUSTER, tp=plan.mesh.tp, microbatch=setup.microbatch, sequence=64)
-    prediction = predict_step(priced, setup, Links(CLUSTER, plan.mesh))
+    priced = profile(folded, cluster, tp=plan.mesh.tp, microbatch=setup.microbatch, sequence=64)
+    prediction = predict_step(priced, setup, Links(cluster, plan.mesh))
     return prediction, prediction.step_time_s / CALIBRATIONS["cuda"].expected

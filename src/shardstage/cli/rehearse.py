@@ -231,13 +231,22 @@ class _Findings:
         """Of the simulated step."""
         return self.prediction.mfu * self.prediction.step_time_s / self.found.timeline.step_time_s
 
+    @property
+    def _calibrated_s(self) -> tuple[float, float] | None:
+        """Low and high of the simulated step, as far from it as the plan's are from its formula."""
+        if self.machine.part(0).calibration is None:
+            return None
+        formula = self.prediction
+        ratio = self.found.timeline.step_time_s / formula.step_time_s
+        return ratio * formula.step_time_low_s, ratio * formula.step_time_high_s
+
     def show(self, changes: list[Change], *, is_drawn: bool, out: list[Path]) -> int:
         """Prints and writes it; returns the exit code."""
         from shardstage.planner import usable_bytes
         from shardstage.rehearsal.text import rehearsal_text
 
         found, limit = self.found, usable_bytes(self.machine)
-        self._print(rehearsal_text(found, mfu=self._mfu, limit_bytes=limit))
+        self._print(rehearsal_text(found, mfu=self._mfu, limit_bytes=limit, calibrated_s=self._calibrated_s))
         is_fitting = found.fullest.peak_bytes <= limit
         if not is_fitting:
             self._print_misfit(limit)

@@ -23,6 +23,7 @@ here imports ``probe.py``.
     cluster.device.op_latency_s                 what an op takes however small its tensors; 0 where unknown
     cluster.device.alone_ratio, .message        of ranks that share cores: how much quicker one is alone, what a message takes of them
     cluster.device.price_per_hour, cluster.price_per_hour       USD of one device, of all; None where unknown
+    cluster.calibration, cluster.factors        what its own runs say about predictions: factors by cause, 1 where nothing is known
     cluster.notes                               what was assumed to make the cluster up
     cluster.to_toml(), Cluster.from_toml(text), save(cluster, path)     exact round trip
     shardstage.cluster.probe.probe(4)           → Cluster: this machine as measured; imports torch
@@ -33,7 +34,7 @@ and all_to_all are given by each rank, what broadcast and p2p send.
 
 from __future__ import annotations
 
-from shardstage.cluster.calibration import CAUSES, Calibration
+from shardstage.cluster.calibration import CAUSES, UNCALIBRATED, Calibration
 from shardstage.cluster.cluster import Cluster, Part
 from shardstage.cluster.device import DeviceClass, GemmCurve
 from shardstage.cluster.files import join, load, preset_names, save
@@ -42,6 +43,7 @@ from shardstage.cluster.links import CollectiveCurve, CollectiveKind, LinearCost
 
 __all__ = [
     "CAUSES",
+    "UNCALIBRATED",
     "Calibration",
     "Cluster",
     "CollectiveCurve",

@@ -5,15 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Final
 
 from shardstage.cluster.table import Table
 from shardstage.errors import ClusterError
 
-__all__ = ["CAUSES", "TENTH_PERCENTILE", "Calibration", "quadratic"]
+__all__ = ["CAUSES", "TENTH_PERCENTILE", "UNCALIBRATED", "Calibration", "quadratic"]
 
 CAUSES: Final = ("products", "memory", "host", "tp", "dp", "pp")
 """What a step's seconds go to: matrix products, kernels bound by memory, what launching adds to both, and what waits for an axis."""
+
+UNCALIBRATED: Final[Mapping[str, float]] = MappingProxyType(dict.fromkeys(CAUSES, 1.0))
+"""The factors of a cluster whose runs nobody looked at."""
 
 TENTH_PERCENTILE: Final = 1.2815515655446004
 """Of a normal distribution, in standard deviations: a tenth lies further below the mean, a tenth further above."""

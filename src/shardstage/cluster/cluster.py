@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import accumulate
 from typing import Any, Final
 
-from shardstage.cluster.calibration import Calibration
+from shardstage.cluster.calibration import UNCALIBRATED, Calibration
 from shardstage.cluster.device import DeviceClass
 from shardstage.cluster.groups import Group, cut, rising
 from shardstage.cluster.links import (
@@ -153,6 +153,12 @@ class Cluster:
     def device_at(self, rank: int) -> DeviceClass:
         """The class of the device that a rank runs on."""
         return self.parts[self.part_of(rank)].device
+
+    @property
+    def factors(self) -> Mapping[str, float]:
+        """By cause (``CAUSES``), what seconds on ``device`` are multiplied by: 1 where there is no calibration."""
+        calibration = self.part(0).calibration
+        return UNCALIBRATED if calibration is None else calibration.factors
 
     @property
     def price_per_hour(self) -> float | None:

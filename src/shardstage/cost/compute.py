@@ -8,13 +8,13 @@ the roofline (Williams, Waterman, Patterson, 2009). Arithmetic follows from a pr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import gcd
 from typing import Any, Final, NamedTuple
 
 import numpy as np
 
-from shardstage.cluster import DeviceClass
+from shardstage.cluster import UNCALIBRATED, DeviceClass
 from shardstage.cluster.kernel_model import ALIGNED_BYTES
 from shardstage.cost.collective import is_communication
 from shardstage.cost.kernels import Kernel, KernelReader
@@ -24,6 +24,7 @@ from shardstage.units import dtype_bytes
 __all__ = [
     "RELATIVE",
     "OpTime",
+    "added_launch_s",
     "dispatch_s",
     "gradient_sums_s",
     "kernel_s",
@@ -55,29 +56,41 @@ class OpTime(NamedTuple):
     backward_s: float
 
 
-def op_time(graph: ModelGraph, op: Op, device: DeviceClass) -> OpTime:
-    """Seconds forward and backward at the graph's own microbatch; a view takes none."""
+def op_time(
+    graph: ModelGraph, op: Op, device: DeviceClass, factors: Mapping[str, float] = UNCALIBRATED
+) -> OpTime:
+    """Seconds forward and backward at the graph's own microbatch, by ``factors`` of causes; a view takes none."""
     kernels = KernelReader(graph, _is_never_fixed).kernels(op)
     return OpTime(
         *(
-            sum(kernel_s(k, graph.microbatch, device) for k in kernels if k.is_backward is way)
+            sum(kernel_s(k, graph.microbatch, device, factors) for k in kernels if k.is_backward is way)
             for way in (False, True)
         )
     )
 
 
-def gradient_sums_s(graph: ModelGraph, device: DeviceClass) -> float:
+def gradient_sums_s(
+    graph: ModelGraph, device: DeviceClass, factors: Mapping[str, float] = UNCALIBRATED
+) -> float:
     """Seconds of summing gradients that no computing op makes room for: of what a stage's graph receives, and of what is communicated."""
     reader = KernelReader(graph, _is_never_fixed)
     talked = (reader.gradient_sums(op.outputs) for op in graph.ops if is_communication(op))
     sums = (*reader.received_sums(), *(kernel for kernels in talked for kernel in kernels))
-    return sum(kernel_s(kernel, graph.microbatch, device) for kernel in sums)
+    return sum(kernel_s(kernel, graph.microbatch, device, factors) for kernel in sums)
 
 
-def kernel_s(kernel: Kernel, microbatch: float, device: DeviceClass) -> float:
-    """Seconds of one kernel for a microbatch of so many samples, its launch on the device included."""
+def kernel_s(
+    kernel: Kernel, microbatch: float, device: DeviceClass, factors: Mapping[str, float] = UNCALIBRATED
+) -> float:
+    """Seconds of one kernel for a microbatch of so many samples, its launch included, by ``factors`` of its causes."""
+    own_s = _own_s(kernel, microbatch, device)
+    return factors[kernel.cause] * own_s + factors["host"] * added_launch_s(device)
+
+
+def _own_s(kernel: Kernel, microbatch: float, device: DeviceClass) -> float:
+    """Without what launching adds."""
     moved = moved_s(kernel.moved_bytes(microbatch), device)
-    launch_s = device.op_latency_s if device.kernels is None else device.kernels.launch_s
+    launch_s = 0.0 if device.kernels is None else device.kernels.launch_s
     if kernel.kind == "moved":
         return moved + launch_s
     if device.kernels is None:
@@ -154,6 +167,11 @@ def _by_flops_s(kernel: Kernel, microbatch: float, device: DeviceClass) -> float
 
 def _is_never_fixed(_: str) -> bool:
     return False
+
+
+def added_launch_s(device: DeviceClass) -> float:
+    """Seconds that the host adds to each kernel; 0 where the device's kernel model has launches in a kernel's own time."""
+    return device.op_latency_s if device.kernels is None else 0.0
 
 
 def dispatch_s(device: DeviceClass) -> float:

@@ -53,6 +53,11 @@ class Kernel(NamedTuple):
     is_weight: bool = False
     is_expert: bool = False
 
+    @property
+    def cause(self) -> Literal["products", "memory"]:
+        """What its seconds, without the host's, are booked under (``cluster.CAUSES``)."""
+        return "memory" if self.kind == "moved" else "products"
+
     def moved_bytes(self, microbatch: float) -> float:
         return self.fixed_bytes + microbatch * self.sample_bytes
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from shardstage.cost.profile import UnitCost
 from shardstage.graph.recompute import Recompute
 
-__all__ = ["Parts", "compute_parts"]
+__all__ = ["Parts", "cause_of_axis", "compute_parts"]
 
 
 class Parts(NamedTuple):
@@ -31,6 +31,12 @@ class Parts(NamedTuple):
 
     def times(self, count: float) -> Parts:
         return Parts(*(count * seconds for seconds in self))
+
+
+def cause_of_axis(axis: str) -> Literal["tp", "dp"]:
+    """What waiting for a collective along an axis is booked under: all that is not in compute's midst under dp, with sums of ties
+    (``tie0+3``) and of the norm (``world``)."""
+    return "tp" if axis in ("tp", "cp", "ep") else "dp"
 
 
 def compute_parts(units: Sequence[UnitCost], modes: Sequence[Recompute]) -> Parts:

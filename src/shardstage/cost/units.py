@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from shardstage.cluster import CollectiveKind, DeviceClass
 from shardstage.cluster.links import LinearCost
-from shardstage.cost.compute import dispatch_s, kernels_s
+from shardstage.cost.compute import added_launch_s, dispatch_s, kernels_s
 from shardstage.cost.kernels import Kernel
 from shardstage.cost.links import Links, each_exposed_s
 from shardstage.cost.reading import Again, Bytes, Recompute, Work
@@ -375,7 +375,7 @@ def _dealt_out(kernel: Kernel, ep: int) -> Kernel:
 
 def _sums_of(kernels: Sequence[Kernel], table: Any, device: DeviceClass) -> _Seconds:
     """Of seconds [kernel, case]; sums go kernel by kernel. Launches count where a kernel's time holds the host's."""
-    launch_s = device.op_latency_s if device.kernels is None else 0.0
+    launch_s = added_launch_s(device)
 
     def total(is_counted: Callable[[Kernel], bool], beside_s: float = 0.0) -> Any:
         rows = [number for number, kernel in enumerate(kernels) if is_counted(kernel)]
@@ -388,11 +388,11 @@ def _sums_of(kernels: Sequence[Kernel], table: Any, device: DeviceClass) -> _Sec
     return _Seconds(
         forward=total(lambda k: not k.is_backward),
         backward=total(lambda k: k.is_backward),
-        forward_products=total(lambda k: not k.is_backward and k.kind != "moved"),
+        forward_products=total(lambda k: not k.is_backward and k.cause == "products"),
         forward_attention=total(lambda k: not k.is_backward and k.kind == "attention"),
         backward_attention=total(lambda k: k.is_backward and k.kind == "attention"),
-        forward_memory=total(lambda k: not k.is_backward and k.kind == "moved", launch_s),
-        backward_memory=total(lambda k: k.is_backward and k.kind == "moved", launch_s),
+        forward_memory=total(lambda k: not k.is_backward and k.cause == "memory", launch_s),
+        backward_memory=total(lambda k: k.is_backward and k.cause == "memory", launch_s),
         forward_launches=launches(False),
         backward_launches=launches(True),
     )

@@ -18,9 +18,15 @@ MAX_KINDS = 16
 """Kinds of ranks that have a line of their own: the fullest."""
 
 
-def rehearsal_text(found: Rehearsal, *, mfu: float, limit_bytes: int) -> str:
-    """What was proved, the step, what was executed, each kind of rank, and what the fullest holds."""
-    lines = [counts_text(found.counts), *_step(found, mfu), *_dry_run(found), "", *_ranks(found, limit_bytes)]
+def rehearsal_text(
+    found: Rehearsal, *, mfu: float, limit_bytes: int, calibrated_s: tuple[float, float] | None = None
+) -> str:
+    """What was proved, the step, what was executed, each kind of rank, and what the fullest holds.
+
+    ``calibrated_s`` are low and high seconds of the step, where runs on the cluster tell.
+    """
+    step = _step(found, mfu, calibrated_s)
+    lines = [counts_text(found.counts), step, *_dry_run(found), "", *_ranks(found, limit_bytes)]
     return "\n".join(lines)
 
 
@@ -43,21 +49,22 @@ def counts_text(counts: Counts) -> str:
     return _entry("proved", lines)
 
 
-def _step(found: Rehearsal, mfu: float) -> Iterator[str]:
+def _step(found: Rehearsal, mfu: float, calibrated_s: tuple[float, float] | None) -> str:
     timeline, plan = found.timeline, found.plan
     step_s = timeline.step_time_s
     speed = f"{plan.global_batch / step_s:,.3g} samples/s"
     if plan.sequence is not None:
         speed = f"{plan.global_batch * plan.sequence / step_s:,.0f} tokens/s"
     shares = _shares(timeline)
-    yield _entry(
-        "step",
-        [
-            f"{format_s(step_s)} predicted: {speed}, MFU {format_ratio(mfu)}",
-            f"a rank computes {format_ratio(shares[0])}, waits for talk {format_ratio(shares[1])}, "
-            f"idles {format_ratio(shares[2])} of it",
-        ],
+    lines = [f"{format_s(step_s)} predicted: {speed}, MFU {format_ratio(mfu)}"]
+    if calibrated_s is not None:
+        low, high = map(format_s, calibrated_s)
+        lines.append(f"calibrated by runs on this cluster: low {low}, high {high}")
+    lines.append(
+        f"a rank computes {format_ratio(shares[0])}, waits for talk {format_ratio(shares[1])}, "
+        f"idles {format_ratio(shares[2])} of it"
     )
+    return _entry("step", lines)
 
 
 def _shares(timeline: Timeline) -> tuple[float, float, float]:

@@ -9,6 +9,7 @@ from shardstage.cluster import Cluster
 from shardstage.cost.compute import optimizer_s
 from shardstage.cost.links import overlap_slowdown
 from shardstage.cost.offload import offloaded_update_s
+from shardstage.cost.parts import cause_of_axis
 from shardstage.errors import PlanError
 from shardstage.graph import ModelGraph
 from shardstage.layout import Mesh
@@ -30,6 +31,9 @@ class PlannedPrices:
 
     Beside compute run collectives, which slow it down as the device's kernel model says, and messages: not at all on GPUs, where they take
     a channel or two, and wholly where cores do both.
+
+    Each duration is multiplied by the cluster's calibration of its cause, as the step formula's parts are. What ranks idle comes of these:
+    the formula's ``pp`` weighs the pipeline's bubble, too, here only its messages.
 
     A cluster of CPU ranks has its own device for each rank: cores that ranks share are known only to those who measure them.
     """
@@ -59,11 +63,12 @@ class PlannedPrices:
 
     def collective(self, collective: Collective, group: Sequence[int]) -> Wire:
         cost = self.cluster.collective(collective.kind, group)
-        return Wire(cost.latency_s, collective.num_bytes / cost.bytes_per_s)
+        wire = Wire(cost.latency_s, collective.num_bytes / cost.bytes_per_s)
+        return wire.times(self.cluster.factors[cause_of_axis(collective.axis)])
 
     def transfer(self, num_bytes: int, source: int, target: int) -> Wire:
         cost = self.cluster.collective("p2p", (source, target))
-        return Wire(cost.latency_s, num_bytes / cost.bytes_per_s)
+        return Wire(cost.latency_s, num_bytes / cost.bytes_per_s).times(self.cluster.factors["pp"])
 
     def own_s(self, rank: int, kind: InstructionKind, stage: int | None, num_bytes: int) -> float:
         """STEP: the optimizer over what the rank owns."""
@@ -71,22 +76,26 @@ class PlannedPrices:
             return 0.0
         pp = self.mesh.coordinate(rank, "pp")
         if pp not in self._update_s:
-            plan = self.costs.plan
             owned = self.holdings.rank(rank).owned_elements
-            element_bytes = dtype_bytes(master_dtype(plan))
-            num_tensors = max(1, owned * element_bytes // plan.bucket_bytes)
-            self._update_s[pp] = optimizer_s(owned, element_bytes, num_tensors, self.cluster.device)
-            if plan.offload == "optimizer":
-                down_bytes = dtype_bytes(gradient_dtype(plan))
-                is_cut = plan.zero >= 2 and plan.mesh.dp > 1
-                self._update_s[pp] = offloaded_update_s(
-                    owned,
-                    self.cluster.device,
-                    down_bytes=down_bytes,
-                    up_bytes=down_bytes if is_cut else dtype_bytes(plan.precision),
-                    element_bytes=element_bytes,
-                )
+            self._update_s[pp] = self.cluster.factors["memory"] * self._optimizer_s(owned)
         return self._update_s[pp]
+
+    def _optimizer_s(self, owned: int) -> float:
+        plan, device = self.costs.plan, self.cluster.device
+        element_bytes = dtype_bytes(master_dtype(plan))
+        if plan.offload != "optimizer":
+            return optimizer_s(
+                owned, element_bytes, max(1, owned * element_bytes // plan.bucket_bytes), device
+            )
+        down_bytes = dtype_bytes(gradient_dtype(plan))
+        is_cut = plan.zero >= 2 and plan.mesh.dp > 1
+        return offloaded_update_s(
+            owned,
+            device,
+            down_bytes=down_bytes,
+            up_bytes=down_bytes if is_cut else dtype_bytes(plan.precision),
+            element_bytes=element_bytes,
+        )
 
     @property
     def levels(self) -> tuple[str, ...]:

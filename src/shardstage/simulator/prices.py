@@ -22,6 +22,9 @@ class Wire(NamedTuple):
     def seconds(self) -> float:
         return self.latency_s + self.bytes_s
 
+    def times(self, factor: float) -> Wire:
+        return Wire(factor * self.latency_s, factor * self.bytes_s)
+
 
 class Prices(Protocol):
     """Seconds on one machine.

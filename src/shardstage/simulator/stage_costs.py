@@ -1,6 +1,7 @@
 """``StageCosts``: what the ops of a plan's stages take on a device, in seconds and bytes, one microbatch on one rank.
 
-Seconds are those of ``cost.compute`` op by op, the collectives left out: they are the Program's. A backward is cut as the engine cuts it:
+Seconds are those of ``cost.compute`` op by op, by the cluster's factors of their causes, the collectives left out: they are the
+Program's. A backward is cut as the engine cuts it:
 
     W    the products that yield the gradients of weights of linear maps, and adding these up        I    everything else
 """
@@ -13,7 +14,7 @@ from typing import Final
 
 from shardstage.cluster import Cluster
 from shardstage.cost.collective import is_communication
-from shardstage.cost.compute import gradient_sums_s, moved_s, op_time
+from shardstage.cost.compute import OpTime, gradient_sums_s, moved_s, op_time
 from shardstage.graph import ModelGraph, Op
 from shardstage.graph.cuts import Segment
 from shardstage.graph.flops import backward_flops, forward_flops
@@ -63,6 +64,7 @@ class StageCosts:
     def __init__(self, stages: StageGraphs, cluster: Cluster) -> None:
         self.stages = stages
         self._device = cluster.device
+        self._factors = cluster.factors
         self._known: dict[tuple[int, int, int], StageCost] = {}
 
     @property
@@ -81,9 +83,10 @@ class StageCosts:
 
     def _cost(self, segment: Segment) -> StageCost:
         graph = segment.graph
-        times = {op.name: op_time(graph, op, self._device) for op in graph.ops if not is_communication(op)}
+        times = {op.name: self._time(graph, op) for op in graph.ops if not is_communication(op)}
         forward_s = sum(time.forward_s for time in times.values())
-        backward_s = sum(time.backward_s for time in times.values()) + gradient_sums_s(graph, self._device)
+        sums_s = gradient_sums_s(graph, self._device, self._factors)
+        backward_s = sum(time.backward_s for time in times.values()) + sums_s
         weight_s = sum(
             times[op.name].backward_s / max(1, round(backward_flops(graph, op) / forward_flops(graph, op)))
             for op in _split_ops(graph)
@@ -106,6 +109,9 @@ class StageCosts:
             ),
         )
 
+    def _time(self, graph: ModelGraph, op: Op) -> OpTime:
+        return op_time(graph, op, self._device, self._factors)
+
     def _accumulation_s(self, graph: ModelGraph) -> float:
         """Seconds of adding a microbatch's gradients to their sums: each element read once, its sum read and written (``cost.setup``)."""
         plan = self.plan
@@ -116,7 +122,9 @@ class StageCosts:
         if plan.zero >= 2:
             elements = -(-elements // plan.mesh.dp)
         sum_bytes = dtype_bytes(gradient_dtype(plan))
-        return moved_s(elements * (dtype_bytes(plan.precision) + 2 * sum_bytes), self._device)
+        return self._factors["memory"] * moved_s(
+            elements * (dtype_bytes(plan.precision) + 2 * sum_bytes), self._device
+        )
 
     def _recompute_s(self, segment: Segment) -> float:
         """Seconds of computing layers, or named modules of them, again: products by their FLOPs, all else whole."""
@@ -129,7 +137,7 @@ class StageCosts:
             if part.mode == "none":
                 continue
             ops = [op for op in graph.ops[part.start : part.stop] if not is_communication(op)]
-            times = [(op_time(graph, op, self._device).forward_s, forward_flops(graph, op)) for op in ops]
+            times = [(self._time(graph, op).forward_s, forward_flops(graph, op)) for op in ops]
             flops = sum(count for _, count in times)
             again = sum(forward_flops(graph, op) for op in recomputed_of(graph, part))
             products_s = sum(seconds for seconds, count in times if count)
