@@ -113,7 +113,8 @@ def kernels_s(kernels: Sequence[Kernel], microbatches: Sequence[float], device: 
     """``kernel_s`` of many kernels at many microbatches: [kernels, microbatches]."""
     model = device.kernels
     if model is None or not kernels:
-        rows = [[kernel_s(kernel, b, device) for b in microbatches] for kernel in kernels]
+        launch_s = added_launch_s(device)
+        rows = [[_own_s(kernel, b, device) + launch_s for b in microbatches] for kernel in kernels]
         return np.array(rows).reshape(len(kernels), len(microbatches))
     b = np.array(microbatches)[None, :]
     moved = _column([k.fixed_bytes for k in kernels]) + b * _column([k.sample_bytes for k in kernels])

@@ -32,8 +32,8 @@ class PlannedPrices:
     Beside compute run collectives, which slow it down as the device's kernel model says, and messages: not at all on GPUs, where they take
     a channel or two, and wholly where cores do both.
 
-    Each duration is multiplied by the cluster's calibration of its cause, as the step formula's parts are. What ranks idle comes of these:
-    the formula's ``pp`` weighs the pipeline's bubble, too, here only its messages.
+    Each duration is multiplied by the cluster's calibration of its cause, as the step formula's parts are. What hides and how long
+    ranks idle comes of these: the formula weighs what does not hide of collectives, and by ``pp`` the pipeline's bubble, too.
 
     A cluster of CPU ranks has its own device for each rank: cores that ranks share are known only to those who measure them.
     """
