@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import statistics
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +39,12 @@ def main() -> None:
 
 def case_of(row: dict[str, Any]) -> Case:
     """nanotron keeps bfloat16 weights and float32 sums of gradients whole, and cuts float32 weights and Adam's moments, as Megatron does
-    with its distributed optimizer; its RMS norm (TritonRMSNorm) keeps its input and a number a row, what ``layer`` keeps here, too."""
+    with its distributed optimizer; its RMS norm (TritonRMSNorm) keeps its input and a number a row, as torch's does on a GPU."""
     job = job_of(row, software_of(row["software"], row["plan"]))
     microbatch, num_microbatches = microbatches_of(job)
     return Case(
         shape=job.shape,
-        kernels=replace(job.framework.kernels, norm="layer"),
+        kernels=job.framework.kernels,
         accounting=megatron_2023(
             job.shape, num_tokens=microbatch * job.sequence, tp=job.mesh.tp, is_fp16=False
         ),

@@ -38,7 +38,7 @@ def case_of(row: dict[str, Any]) -> Case:
             else "fused-softmax"
             if kernel == "fused"
             else "written-out",
-            norm="layer" if "RMS" in kernel else "eager-rms",  # a fused norm of either kind keeps its input
+            norm="rms" if "RMS" in kernel else "eager-rms",
             is_rotary=True,
             has_bias=False,
         ),

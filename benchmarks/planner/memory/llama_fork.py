@@ -23,7 +23,7 @@ def case_of(row: dict[str, Any]) -> Case:
     microbatch = plan["microbatch"]
     return Case(
         shape=shape,
-        kernels=Kernels(attention="flash", norm="layer", is_rotary=True, has_bias=False),
+        kernels=Kernels(attention="flash", norm="rms", is_rotary=True, has_bias=False),
         accounting=megatron_2023(shape, num_tokens=microbatch * model["seq_len"], tp=tp, is_fp16=False),
         mesh=Mesh(dp=dp, tp=tp, pp=pp),
         layers_of=(shape.layers // pp,) * pp,

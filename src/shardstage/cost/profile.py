@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Final
 
 from shardstage.cluster import Cluster, CollectiveKind
@@ -18,6 +18,7 @@ from shardstage.cost.readings import Read, Readings
 from shardstage.cost.units import Cases, KeptOf, UnitCost, UnitCosts, costs_of_unit
 from shardstage.graph import ModelGraph
 from shardstage.graph.flops import forward_flops
+from shardstage.graph.saved_on import saved_on
 from shardstage.sharding import localize, shard
 
 __all__ = ["RECOMPUTES", "KeptOf", "Profile", "Profiler", "Recompute", "UnitCost", "profile"]
@@ -100,13 +101,24 @@ class Profiler:
 
         self._localized = localized
         sizes = (graph.microbatch, graph.sequence, folded.kept, folded.modules)
-        self._key = repr((tp, is_sequence_parallel, tuple(replicate), is_compiled, *sizes))
+        self._key = repr((tp, is_sequence_parallel, tuple(replicate), is_compiled, self._device.kind, *sizes))
         self._readings = Readings() if readings is None else readings
+        self._made_for = partial(
+            Profiler,
+            folded,
+            tp=tp,
+            sequence=sequence,
+            is_sequence_parallel=is_sequence_parallel,
+            replicate=replicate,
+            is_compiled=is_compiled,
+            waits_for_kernels=waits_for_kernels,
+            readings=self._readings,
+        )
         self._read = self._readings.find(self._key, lambda: self._read_now(range(len(folded.kept))))
 
     @cached_property
     def _local(self) -> ModelGraph:
-        return self._localized()
+        return saved_on(self._localized(), self._device.kind)
 
     @cached_property
     def _elements(self) -> dict[str, int]:
@@ -196,7 +208,9 @@ class Profiler:
         ]
 
     def on(self, cluster: Cluster) -> Profiler:
-        """The same sharding, priced on another cluster."""
+        """The same sharding, priced on another cluster; read again, without names of modules, where that is of another kind."""
+        if cluster.device.kind != self._device.kind:
+            return self._made_for(cluster)
         other = copy(self)
         other._use(cluster)
         return other

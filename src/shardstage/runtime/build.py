@@ -19,6 +19,7 @@ from shardstage.program import Program, StageGraphs, lower, verify
 from shardstage.program.stage_parameters import HeldParameter, assign_buckets, held_parameters
 from shardstage.runtime.block_code import BlockWriter
 from shardstage.runtime.bucketed import BucketedParameters
+from shardstage.runtime.dry_run_kernels import cuda_kernels
 from shardstage.runtime.engine import Engine, Parameters
 from shardstage.runtime.fully_sharded import FullyShardedParameters
 from shardstage.runtime.groups import RankGroups, build_groups
@@ -89,8 +90,8 @@ def assemble_engine(
 ) -> Engine:
     """The engine of the rank whose ``groups`` these are, with parameters that have no values yet and buffers still on meta.
 
-    ``allocate`` makes the flat buffers in which parameters and gradients lie. ``device_kind`` is what operators are to be quick on, where
-    that is not the device.
+    ``allocate`` makes the flat buffers in which parameters and gradients lie. ``device_kind`` is what operators are to be quick on, and
+    to keep tensors as, where that is not the device.
     """
     graph, plan, rank = graphs.graph, graphs.plan, groups.rank
     mesh = plan.mesh
@@ -103,7 +104,7 @@ def assemble_engine(
     context = _context(groups, plan, own, seed=seed, device_kind=device_kind or device.type)
     is_fully_sharded = plan.zero >= 2 and mesh.dp > 1
     storage = Storage.of(plan, device)
-    writer = BlockWriter(_library(graph, source, context), device, is_compiled=plan.is_compiled)
+    writer = BlockWriter(_library(graph, source, context, device), device, is_compiled=plan.is_compiled)
     stages = {
         stage: build_stage(
             segments[stage],
@@ -189,10 +190,15 @@ def _held_parameters(
 
 
 def _library(
-    graph: ModelGraph, source: ModelSource, context: OperatorContext
+    graph: ModelGraph, source: ModelSource, context: OperatorContext, device: torch.device
 ) -> Mapping[str, Callable[..., Any]]:
-    """Our operators, and the model's own modules where it could not be exported and runs as blocks."""
+    """Our operators, and the model's own modules where it could not be exported and runs as blocks.
+
+    In a dry run on the CPU of what is to run on CUDA also those that keep there what torch's keep only there.
+    """
     operators = library(context)
+    if context.device_kind == "cuda" and device.type != "cuda":
+        operators = {**operators, **cuda_kernels()}
     known = {op.target for op in graph.ops if op.target.startswith("shardstage.")} <= set(operators)
     return operators if known else {**operators, **module_library(source)}
 

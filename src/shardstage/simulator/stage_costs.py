@@ -9,7 +9,7 @@ Program's. A backward is cut as the engine cuts it:
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from shardstage.cluster import Cluster
@@ -20,6 +20,7 @@ from shardstage.graph.cuts import Segment
 from shardstage.graph.flops import backward_flops, forward_flops
 from shardstage.graph.named_modules import recompute_parts
 from shardstage.graph.saved import peak_extra_bytes, recomputed_of, saved_values, transient_bytes
+from shardstage.graph.saved_on import saved_on
 from shardstage.plan import Plan
 from shardstage.program import StageGraphs
 from shardstage.program.stage_parameters import gradient_dtype
@@ -72,7 +73,9 @@ class StageCosts:
         return self.stages.plan
 
     def segment(self, stage: int, *, tp: int, size: int) -> Segment:
-        return self.stages.segments(tp=self.stages.twin(tp), microbatch=size)[stage]
+        """A stage's graph as its devices run it."""
+        found = self.stages.segments(tp=self.stages.twin(tp), microbatch=size)[stage]
+        return replace(found, graph=saved_on(found.graph, self._device.kind))
 
     def cost(self, stage: int, *, tp: int, size: int) -> StageCost:
         """Of a microbatch of ``size`` samples on tensor-parallel rank ``tp``."""

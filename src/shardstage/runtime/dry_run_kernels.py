@@ -1,0 +1,46 @@
+"""``cuda_kernels``: operators that keep on a CUDA device what they do not keep on the CPU, for a dry run's tensors, which have no data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from shardstage.graph.saved_on import is_fused
+
+__all__ = ["cuda_kernels"]
+
+
+def cuda_kernels() -> Mapping[str, Callable[..., Any]]:
+    """By target: operators that allocate and keep what CUDA's kernels do, and compute nothing (``graph.saved_on`` has the table)."""
+    return MappingProxyType({"aten.rms_norm.default": _rms_norm})
+
+
+def _rms_norm(
+    x: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
+) -> Tensor:
+    dtypes = [str(tensor.dtype).removeprefix("torch.") for tensor in (x, weight) if tensor is not None]
+    if not is_fused(dtypes[0], dtypes[-1]):
+        return torch.rms_norm(x, list(normalized_shape), weight, eps)
+    return _FusedRmsNorm.apply(x, weight, len(normalized_shape))  # type: ignore[no-untyped-call, no-any-return]
+
+
+class _FusedRmsNorm(Function):
+    """Keeps x [.., h], weight [h] and 1 / rms [.., 1]."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, num_dims: int) -> Tensor:
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        reciprocal_rms = x.new_empty((*x.shape[:-num_dims], *(1,) * num_dims), dtype=dtype)
+        ctx.save_for_backward(x, weight, reciprocal_rms)
+        return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, _ = ctx.saved_tensors
+        wanted = zip((x, weight), ctx.needs_input_grad[:2], strict=True)
+        return (*(torch.empty_like(tensor) if is_wanted else None for tensor, is_wanted in wanted), None)

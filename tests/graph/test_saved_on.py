@@ -1,0 +1,109 @@
+"""What autograd keeps on a CUDA device, where that is not what it keeps on the CPU of the capture."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from tests.graph.norm_models import kept_bytes, norm_graph
+from tests.graph.small_graphs import call, graph, value
+
+from shardstage.graph import ModelGraph
+from shardstage.graph.recompute import Recompute
+from shardstage.graph.saved import peak_extra_bytes, saved_bytes
+from shardstage.graph.saved_on import is_fused, saved_on
+from shardstage.graph.saved_trace import trace_saved
+
+
+def norm_of(
+    *, x: str = "bfloat16", weight: str | None = "bfloat16", dims: int = 1, requires_grad: bool = True
+) -> ModelGraph:
+    shape = (2, 3, 4)
+    values = [
+        value("x", shape, kind="input", requires_grad=requires_grad, dtype=x),
+        value("y", shape, requires_grad=requires_grad, dtype=x),
+    ]
+    arguments: list[Any] = ["x"]
+    if weight is not None:
+        stored = value("w", shape[-dims:], kind="parameter", requires_grad=requires_grad, dtype=weight)
+        values.append(stored)
+        arguments.append("w")
+    op = call("y", "aten.rms_norm.default", *arguments)
+    args = (op.args[0], shape[-dims:], *op.args[1:])
+    return trace_saved(graph([replace(op, args=args)], values, output="y"))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_two_layers_keep_what_is_added_up_by_hand(dtype: str, kind: str) -> None:
+    found = saved_on(norm_graph(dtype).at(microbatch=2, sequence=8), kind)
+    assert saved_bytes(found, 0, len(found.ops), "none") == kept_bytes(dtype, kind, num_rows=16)
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_scaling_before_and_after_is_the_same(recompute: Recompute) -> None:
+    whole = norm_graph("bfloat16")
+    before = saved_on(whole, "cuda").at(microbatch=3, sequence=5)
+    after = saved_on(whole.at(microbatch=3, sequence=5), "cuda")
+    assert before.values == after.values
+    assert before.ops == after.ops
+    for found in (before, after):
+        assert saved_bytes(found, 0, len(found.ops), recompute) <= saved_bytes(
+            found, 0, len(found.ops), "none"
+        )
+
+
+def test_a_layer_that_is_recomputed_brings_less_back_on_a_gpu() -> None:
+    cpu = norm_graph("bfloat16").at(microbatch=2, sequence=8)
+    gpu = saved_on(cpu, "cuda")
+    back = [peak_extra_bytes(each, 0, len(each.ops), "full") for each in (cpu, gpu)]
+    result, number, wide = 2 * 16 * 16, 4 * 16, 4 * 16 * 16
+    assert back == [2 * wide + number + result, number + result]
+
+
+def test_a_cpu_s_graph_is_the_captured_one_itself() -> None:
+    found = norm_graph("float32")
+    assert saved_on(found, "cpu") is found
+
+
+def test_a_graph_without_such_ops_is_the_same_on_every_device() -> None:
+    found = graph([call("y", "aten.sin.default", "x", saved=("x",))], [value("x"), value("y")], output="y")
+    assert saved_on(found, "cuda") is found
+
+
+def test_cuda_keeps_input_weight_and_a_number_a_row() -> None:
+    found = saved_on(norm_of(), "cuda")
+    assert found.ops[0].saved == ("x", "w", "y#reciprocal_rms")
+    own = {name: kept for name, kept in found.values.items() if kept.kind == "saved"}
+    assert {name: (kept.shape, kept.dtype) for name, kept in own.items()} == {
+        "y#reciprocal_rms": ((2, 3, 1), "float32")
+    }
+
+
+def test_of_several_dims_that_are_normalised_there_is_one_number() -> None:
+    found = saved_on(norm_of(x="float64", weight="float64", dims=2), "cuda")
+    kept = found.values["y#reciprocal_rms"]
+    assert (kept.shape, kept.dtype) == ((2, 1, 1), "float64")
+
+
+def test_a_norm_without_a_weight_is_fused_too() -> None:
+    assert saved_on(norm_of(weight=None), "cuda").ops[0].saved == ("x", "y#reciprocal_rms")
+
+
+def test_a_weight_of_another_dtype_leaves_torch_to_its_parts() -> None:
+    assert not is_fused("bfloat16", "float32") and not is_fused("complex64", "complex64")
+    found = norm_of(weight="float32")
+    assert saved_on(found, "cuda") is found
+
+
+def test_a_norm_that_needs_no_gradient_keeps_nothing() -> None:
+    found = norm_of(requires_grad=False)
+    assert found.ops[0].saved == ()
+    assert saved_on(found, "cuda") is found
+
+
+def test_asking_twice_is_asking_once() -> None:
+    once = saved_on(norm_graph("float32"), "cuda")
+    twice = saved_on(once, "cuda")
+    assert (twice.ops, twice.values) == (once.ops, once.values)

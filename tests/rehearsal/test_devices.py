@@ -1,0 +1,109 @@
+"""A model with torch's own norm keeps other tensors on a GPU than on a CPU: planner, simulator and dry run say so alike."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from tests.cost.machines import round_machine
+from tests.graph.norm_models import kept_bytes, norm_graph, norm_source
+
+from shardstage.cost import Profiler, fold
+from shardstage.cost.readings import Readings
+from shardstage.plan import Plan, complete, parse_request
+from shardstage.planner import predict
+from shardstage.program import StageGraphs, lower
+from shardstage.rehearsal import rehearse
+from shardstage.runtime.dry_run import DryRun, dry_run
+from shardstage.runtime.optimizer import OptimizerConfig
+from shardstage.simulator import planned_prices
+
+SEQUENCE = 8
+DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
+
+
+def plan_of(text: str, dtype: str, *, ranks: int = 1) -> Plan:
+    return complete(
+        parse_request(f"{text},dtype={dtype}"),
+        norm_graph(DTYPES[dtype]),
+        num_ranks=ranks,
+        global_batch=128,
+        sequence=SEQUENCE,
+        precision=DTYPES[dtype],  # type: ignore[arg-type]  # a word of the table
+    )
+
+
+def run_of(plan: Plan, dtype: str, kind: str) -> DryRun:
+    graph = norm_graph(DTYPES[dtype])
+    graphs = StageGraphs(graph, plan)
+    return dry_run(
+        graph,
+        plan,
+        norm_source(),
+        rank=0,
+        optimizer=OptimizerConfig(),
+        program=lower(graph, plan, graphs),
+        graphs=graphs,
+        device_kind=kind,
+    )
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_all_predict_the_bytes_that_are_added_up_by_hand(dtype: str, kind: str) -> None:
+    graph, plan, cluster = norm_graph(DTYPES[dtype]), plan_of("mb=64", dtype), round_machine(1, kind=kind)
+    by_hand = kept_bytes(DTYPES[dtype], kind, num_rows=64 * SEQUENCE)
+    assert predict(graph, plan, cluster).ranks[0].activations == by_hand
+    cost = planned_prices(graph, plan, cluster).costs.cost(0, tp=0, size=64)
+    assert cost.saved_bytes == by_hand
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_the_dry_run_holds_on_each_device_what_is_predicted(dtype: str) -> None:
+    """After a forward: all but what else the engine holds, which is the same on both."""
+    plan = plan_of("mb=64", dtype)
+    held = {
+        kind: max(moment.held.get("activations", 0) for moment in run_of(plan, dtype, kind).moments)
+        for kind in ("cpu", "cuda")
+    }
+    by_hand = {kind: kept_bytes(DTYPES[dtype], kind, num_rows=64 * SEQUENCE) for kind in held}
+    assert held["cpu"] - held["cuda"] == by_hand["cpu"] - by_hand["cuda"] > 0
+    assert held["cuda"] == pytest.approx(by_hand["cuda"], rel=0.05)
+
+
+@pytest.mark.parametrize("text", ["mb=64,recompute=full", "mb=32,tp=2,sp", "mb=32,pp=2"])
+def test_a_rehearsal_for_gpus_holds_what_is_predicted(text: str) -> None:
+    """At the peak, which may be another moment of the loss that is cut over ranks: four bytes of a row, 1,024 here."""
+    ranks = 1 if text.startswith("mb=64") else 2
+    plan = plan_of(text, "bf16", ranks=ranks)
+    found = rehearse(norm_graph("bfloat16"), plan, norm_source(), round_machine(ranks))
+    assert found.differences == ()
+    for rank in found.ranks:
+        peak = found.timeline.peak(rank.rank)
+        assert peak is not None
+        assert rank.held["activations"] == pytest.approx(peak.bytes_by_category["activations"], abs=1032)
+
+
+def test_kinds_do_not_share_what_was_read() -> None:
+    folded, readings = fold(norm_graph("bfloat16")), Readings()
+    cpu, gpu = round_machine(1, kind="cpu"), round_machine(1)
+
+    def saved(profiler: Profiler) -> int:
+        return sum(unit.kept["none"].saved_bytes for unit in profiler.at(4).units)
+
+    profilers = [
+        Profiler(folded, cluster, tp=1, sequence=SEQUENCE, readings=readings) for cluster in (cpu, gpu)
+    ]
+    assert saved(profilers[0]) > saved(profilers[1])
+    assert saved(profilers[0].on(gpu)) == saved(profilers[1])
+    assert saved(profilers[1].on(cpu)) == saved(profilers[0])
+    other = replace(gpu, device=replace(gpu.device, bytes_per_s=2e9))
+    assert saved(profilers[1].on(other)) == saved(profilers[1])
+
+
+def test_a_norm_that_keeps_less_is_faster_on_a_gpu() -> None:
+    """One kernel reads x once and writes its result, where the parts move float32 copies of both."""
+    graph, plan = norm_graph("bfloat16"), plan_of("mb=64", "bf16")
+    clusters = [round_machine(1, kind=kind) for kind in ("cpu", "cuda")]
+    cpu, gpu = (planned_prices(graph, plan, cluster).costs.cost(0, tp=0, size=64) for cluster in clusters)
+    assert gpu.forward_s < cpu.forward_s and gpu.backward_s < cpu.backward_s
