@@ -31,6 +31,10 @@ class MadeUp:
     known: dict[tuple[int, int, int], Fitted | None] = field(init=False, default_factory=dict)
 
     @property
+    def has_unlike_stages(self) -> bool:
+        return False
+
+    @property
     def num_units(self) -> int:
         return len(self.seconds_of)
 

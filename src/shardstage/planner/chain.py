@@ -166,6 +166,10 @@ class ChainCosts:
         self._known: dict[tuple[int, int, int], Fitted | None] = {}
 
     @property
+    def has_unlike_stages(self) -> bool:
+        return False
+
+    @property
     def least_total_s(self) -> float:
         """What all stages take together at least."""
         return self._sums_s[-1] + (0.0 if self._waits_s is None else self._waits_s.least_s)

@@ -6,8 +6,8 @@
     minimise   (m - 1) max_s t_s + Σ_s t_s                     1F1B and GPipe with m microbatches (``cost.pipeline``)
 
 For a cap on the slowest stage, how far s stages reach is greedy: a stage that takes more units never hurts those after it, which hold fewer
-microbatches. The least cap is found by bisection and then step by step from cut to cut, until none is feasible below it. Where that cut
-recomputes anything, the sum matters too:
+microbatches, and are no slower where all are alike (else all ends are kept where one stage is stuck). The least cap is found by bisection
+and then step by step from cut to cut, until none is feasible below it. Where that cut recomputes anything, the sum matters too:
 
     least(s, j) = min over i of  least(s - 1, i) + t(s, i, j)   where t(s, i, j) <= cap
 
@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Final, NamedTuple, Protocol
 
 from shardstage.graph.recompute import StageRecompute
@@ -54,6 +54,11 @@ class StageCosts(Protocol):
 
     @property
     def num_units(self) -> int: ...
+    @property
+    def has_unlike_stages(self) -> bool:
+        """Whether a later stage may be slower than one before it."""
+        ...
+
     def plain_s(self, stage: int, start: int, stop: int) -> float:
         """Seconds of one microbatch if memory were no matter; never less with more units."""
         ...
@@ -129,6 +134,8 @@ def _reach(costs: StageCosts, num_stages: int, cap: float) -> Cut | None:
     for stage in range(num_stages):
         last = costs.num_units - (num_stages - stage - 1)
         stop = _farthest(costs, stage, start, last, cap)
+        if stop == start and costs.has_unlike_stages:
+            return _reach_around(costs, num_stages, cap)
         fitted = None if stop == start else costs.fitted(stage, start, stop)
         if fitted is None:
             return None
@@ -137,6 +144,33 @@ def _reach(costs: StageCosts, num_stages: int, cap: float) -> Cut | None:
         recompute.append(fitted.recompute)
         start = stop
     return Cut(tuple(starts), tuple(recompute), slowest, total) if start == costs.num_units else None
+
+
+def _reach_around(costs: StageCosts, num_stages: int, cap: float) -> Cut | None:
+    """As ``_reach``, by all ends that stages may have: where a unit is too much for a stage, one before it may leave it lighter
+    ones and the next one take it."""
+    came: list[dict[int, int]] = []
+    reached: Iterable[int] = (0,)
+    for stage in range(num_stages):
+        last, following = costs.num_units - (num_stages - stage - 1), dict[int, int]()
+        for start in reached:
+            for stop in range(start + 1, _farthest(costs, stage, start, last, cap) + 1):
+                following[stop] = start
+        came.append(following)
+        reached = following
+    if costs.num_units not in reached:
+        return None
+    stop, spans = costs.num_units, []
+    for following in reversed(came):
+        spans.append((following[stop], stop))
+        stop = following[stop]
+    spans.reverse()
+    each = [costs.fitted(stage, *span) for stage, span in enumerate(spans)]
+    fitted = [found for found in each if found is not None]
+    assert len(fitted) == num_stages, "what was reached fits"
+    seconds = [found.seconds for found in fitted]
+    starts, modes = tuple(start for start, _ in spans), tuple(found.recompute for found in fitted)
+    return Cut(starts, modes, max(seconds), sum(seconds))
 
 
 def _farthest(costs: StageCosts, stage: int, start: int, last: int, cap: float) -> int:

@@ -59,6 +59,10 @@ class LaneAsStages:
     def num_units(self) -> int:
         return self._of[self._lane.classes[0]].num_units
 
+    @property
+    def has_unlike_stages(self) -> bool:
+        return len(self._of) > 1
+
     def plain_s(self, stage: int, start: int, stop: int) -> float:
         return self._of[self._lane.classes[stage]].plain_s(stage, start, stop)
 
@@ -78,6 +82,7 @@ class LanesAsStages:
     def __init__(self, lanes: Sequence[LaneAsStages]) -> None:
         self._lanes = lanes
         self.num_units = lanes[0].num_units
+        self.has_unlike_stages = any(lane.has_unlike_stages for lane in lanes)
 
     def plain_s(self, stage: int, start: int, stop: int) -> float:
         return max(lane.plain_s(stage, start, stop) for lane in self._lanes)
