@@ -10,7 +10,7 @@ from rich.console import Console
 from tests.cost.toy import toy_graph
 from tests.planner.mixed.instances import machines
 
-from shardstage.cli.choosing import Chosen, Question
+from shardstage.cli.choosing import Chosen, KnownModel, Question
 from shardstage.cli.comparison import Comparison, Objective, as_table, choose, print_comparison
 from shardstage.cli.fixing import parse_fixed
 from shardstage.errors import PlanError
@@ -31,7 +31,7 @@ def chosen_by(
         memory_bytes=memory_bytes,
         fixed=parse_fixed(fix, plan="auto"),
     )
-    return choose(question, GRAPH, MIXED, objective)
+    return choose(question, KnownModel(graph=GRAPH), MIXED, objective)
 
 
 def shown(chosen: Chosen, comparison: Comparison) -> str:

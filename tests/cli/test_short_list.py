@@ -12,7 +12,14 @@ from tests.cost.toy import toy_graph
 from shardstage.cli.choosing import Chosen, KnownModel, Question
 from shardstage.cli.comparison import choose
 from shardstage.cli.fixing import parse_fixed
-from shardstage.cli.short_list import Simulated, print_short_list, short_list, short_list_table
+from shardstage.cli.short_list import (
+    SHORT_LIST,
+    Simulated,
+    fastest,
+    print_short_list,
+    short_list,
+    short_list_table,
+)
 from shardstage.cluster import Cluster, load
 from shardstage.errors import PlanError
 from shardstage.graph import ModelGraph
@@ -46,7 +53,7 @@ def printed(found: tuple[Simulated, ...]) -> str:
 
 def test_each_plan_has_the_seconds_of_its_own_simulated_program() -> None:
     best, told = chosen(), []
-    found = short_list(best, GRAPH, MACHINE, 3, told.append)
+    found = short_list(best, GRAPH, MACHINE, 3, progress=told.append)
     assert best.found is not None
     plans = [best.plan, *(each.plan for each in best.found.runners_up)][:3]
     assert len(found) == len(plans) == 3 == len(told)
@@ -63,8 +70,8 @@ def test_the_formula_and_the_simulation_are_near_each_other() -> None:
         assert each.simulated_s == pytest.approx(each.formula_s, rel=0.25)
 
 
-def test_none_are_simulated_where_none_are_asked_for_and_no_more_than_there_are() -> None:
-    assert short_list(chosen(), GRAPH, MACHINE, 0) == ()
+def test_no_more_are_simulated_than_there_are() -> None:
+    assert len(short_list(chosen(), GRAPH, MACHINE)) <= SHORT_LIST
     assert printed(()) == ""
     given = chosen("", plan="dp=2,pp=2,mb=2")
     assert [each.text for each in short_list(given, GRAPH, MACHINE, 9)] == ["dp=2,pp=2,mb=2"]
@@ -75,6 +82,7 @@ def test_what_this_release_does_not_run_is_not_simulated() -> None:
     outside = replace(given, plan=replace(given.plan, zero=1, zero_ranks=2))
     (found,) = short_list(outside, GRAPH, MACHINE, 1)
     assert found.simulated_s is None
+    assert fastest(outside, (found,)).prediction is outside.prediction
     assert "not run" in printed((found,))
     assert short_list_table((found,))[0]["simulated_step_time_s"] is None
 
@@ -82,16 +90,21 @@ def test_what_this_release_does_not_run_is_not_simulated() -> None:
 def test_several_classes_of_devices_are_refused_before_anything_is_simulated() -> None:
     with pytest.raises(PlanError, match="devices of one class") as refused:
         short_list(chosen(), GRAPH, load("a100-80:2+h100:2"), 2)
-    assert refused.value.hint == "leave out --simulate"
+    assert refused.value.hint == "--objective time"
 
 
-def test_a_plan_that_the_simulation_finds_faster_is_offered_to_be_pasted() -> None:
-    first = Simulated(text="dp=4", formula_s=1.0, simulated_s=1.2)
-    second = Simulated(text="dp=2,pp=2", formula_s=1.1, simulated_s=0.9)
-    assert 'simulated, another is 25.0 % faster: --plan "dp=2,pp=2"' in printed((first, second))
-    assert "another" not in printed((second, first))
-    assert "another" not in printed((replace(first, simulated_s=None), second))
-    assert "20.0 %" in printed((first,))
+def test_the_plan_that_the_simulation_finds_faster_is_chosen_and_said_to_be() -> None:
+    best = chosen()
+    first, second = (replace(each, simulated_s=1.0) for each in short_list(best, GRAPH, MACHINE, 2))
+    slower, quicker = replace(first, simulated_s=1.2), replace(second, simulated_s=0.9)
+    picked = fastest(best, (slower, quicker))
+    assert picked.prediction is second.prediction
+    assert picked.plan == replace(second.plan, graph_fingerprint=best.plan.graph_fingerprint)
+    said = printed((slower, quicker)).replace("\n", " ")
+    assert f"chosen     {second.text}: 25.0 % faster, simulated," in said
+    assert fastest(best, (first, second)).plan == best.plan
+    assert "chosen" not in printed((first, second))
+    assert "chosen" not in printed((replace(first, simulated_s=None), quicker))
 
 
 def test_the_table_of_machines_says_what_was_printed() -> None:

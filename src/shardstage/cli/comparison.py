@@ -31,7 +31,7 @@ __all__ = [
     "print_comparison",
 ]
 
-Objective = Literal["time", "cost", "memory"]
+Objective = Literal["time", "cost", "memory", "simulated"]
 
 MEMORY_SLACK: Final = 1.25
 """With the objective memory a plan may take a quarter longer than the fastest."""

@@ -22,7 +22,6 @@ __all__ = [
     "Plan",
     "RunFile",
     "Sequence",
-    "Simulate",
     "count",
     "typed",
 ]
@@ -57,9 +56,6 @@ ClusterName = Annotated[
     str, typer.Option(help='Preset and size such as "h100:512", a cluster file, or "local"')
 ]
 Data = Annotated[list[str] | None, typer.Option(help="Text files or folders (default: Python's own sources)")]
-Simulate = Annotated[
-    int, typer.Option(min=0, help="Simulate so many of the best plans act by act, beside the formula")
-]
 RunFile = Annotated[
     Path | None, typer.Option("--run", "--run-file", help="Run file, which the other options override")
 ]

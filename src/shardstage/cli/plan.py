@@ -6,7 +6,7 @@ import gc
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Final
@@ -28,7 +28,7 @@ from shardstage.cli.comparison import (
 )
 from shardstage.cli.fixing import parse_fixed
 from shardstage.cli.outputs import require_endings, write_text
-from shardstage.cli.short_list import Simulated, print_short_list, short_list, short_list_table
+from shardstage.cli.short_list import Simulated, fastest, print_short_list, short_list, short_list_table
 from shardstage.errors import PlanError
 from shardstage.plan import Plan, check, explain, save_plan, shorthand
 from shardstage.plan.check import require_runnable
@@ -64,7 +64,9 @@ def plan(
     ] = None,
     objective: Annotated[
         str,
-        typer.Option(help="time, cost (of a step, over fewer devices) or memory (a quarter slower at most)"),
+        typer.Option(
+            help="time, cost (of a step), memory (a quarter slower at most), simulated (time, short list)"
+        ),
     ] = "time",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, for machines")] = False,
     out: Annotated[
@@ -74,7 +76,6 @@ def plan(
     show: Annotated[
         bool, typer.Option("--explain", help="Say who does what, and what was not shared")
     ] = False,
-    simulate: options.Simulate = 0,
 ) -> None:
     """Choose a plan for a model on a cluster, and predict its step time and memory; no weight is allocated.
 
@@ -105,7 +106,7 @@ def plan(
         fixed=fixed,
     )
     _require_answerable(question, machine)
-    answer = _answer(console, model, machine, question, aim).with_simulated(console, simulate)
+    answer = _answer(console, model, machine, question, aim)
     answer.show(console, as_json=as_json, is_explained=show, out=out or ())
 
 
@@ -137,6 +138,12 @@ def _answer(
         known = known_model(model, question.sequence, question.precision)
     with console.status("pricing plans"):
         chosen, comparison = choose(question, known, machine, objective)
+    simulated: tuple[Simulated, ...] = ()
+    if objective == "simulated":
+        with console.status("simulating") as status:
+            simulated = short_list(chosen, known.graph, machine, progress=status.update)
+        chosen = fastest(chosen, simulated)
+    with console.status("checking the plan"):
         notes = check(
             chosen.plan,
             known.graph,
@@ -153,6 +160,7 @@ def _answer(
         chosen=chosen,
         comparison=comparison,
         notes=(*known.notes, *machine.notes, *notes, *run_notes),
+        simulated=simulated,
     )
 
 
@@ -168,12 +176,6 @@ class _Answer:
     comparison: Comparison
     notes: tuple[str, ...]
     simulated: tuple[Simulated, ...] = ()
-
-    def with_simulated(self, console: Console, number: int) -> _Answer:
-        """With so many of the best plans simulated."""
-        with console.status("simulating") as status:
-            found = short_list(self.chosen, self.graph, self.machine, number, status.update)
-        return replace(self, simulated=found)
 
     def show(self, console: Console, *, as_json: bool, is_explained: bool, out: Sequence[Path]) -> None:
         if as_json:

@@ -1,10 +1,10 @@
-"""The short list: the best plans of a search, simulated act by act, beside what the formula says of them."""
+"""The short list: the best plans of a search, simulated act by act, of which the fastest is chosen (``--objective simulated``)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Final
 
 from rich.console import Console
 from rich.table import Table
@@ -17,51 +17,77 @@ from shardstage.units import format_ratio, format_s
 
 if TYPE_CHECKING:
     from shardstage.cluster import Cluster
+    from shardstage.cost import Prediction
     from shardstage.graph import ModelGraph
 
-__all__ = ["Simulated", "print_short_list", "short_list", "short_list_table"]
+__all__ = ["SHORT_LIST", "Simulated", "fastest", "print_short_list", "short_list", "short_list_table"]
+
+SHORT_LIST: Final = 4
+"""Plans that are simulated: seconds each for some devices, a minute and a half for a thousand that gather parameters."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Simulated:
-    """A plan with the seconds of its step by the formula, and by the simulation of its Program: None where this release does not run it."""
+    """A plan with its price by the formula, and seconds of its step by the simulation of its Program: None where this release does not run
+    it."""
 
-    text: str
-    formula_s: float
+    plan: Plan
+    prediction: Prediction
     simulated_s: float | None
+
+    @property
+    def text(self) -> str:
+        return shorthand(self.plan, default_precision=self.plan.precision)
+
+    @property
+    def formula_s(self) -> float:
+        return self.prediction.step_time_s
 
 
 def short_list(
     chosen: Chosen,
     graph: ModelGraph,
     machine: Cluster,
-    number: int,
+    number: int = SHORT_LIST,
     progress: Callable[[str], None] = lambda _: None,
 ) -> tuple[Simulated, ...]:
     """The chosen plan and those that come after it, ``number`` in all, each simulated.
 
     Raises ``PlanError`` for a cluster of several classes, which the simulator does not know.
     """
-    if number and machine.is_mixed:
+    if machine.is_mixed:
         raise PlanError(
-            "--simulate: programs are simulated on devices of one class, and this cluster has several",
-            hint="leave out --simulate",
+            "--objective simulated: programs are simulated on devices of one class, and this cluster has several",
+            hint="--objective time",
         )
     plans = list(_plans(chosen))[:number]
     found = []
-    for place, (plan, formula_s) in enumerate(plans, start=1):
-        text = shorthand(plan, default_precision=chosen.plan.precision)
-        progress(f"simulating {place} of {len(plans)}: {text}")
-        found.append(
-            Simulated(text=text, formula_s=formula_s, simulated_s=_simulated_s(plan, graph, machine))
-        )
+    for place, (plan, prediction) in enumerate(plans, start=1):
+        progress(f"simulating {place} of {len(plans)}: {shorthand(plan)}")
+        simulated_s = _simulated_s(plan, graph, machine)
+        found.append(Simulated(plan=plan, prediction=prediction, simulated_s=simulated_s))
     return tuple(found)
 
 
-def _plans(chosen: Chosen) -> Iterator[tuple[Plan, float]]:
-    yield chosen.plan, chosen.prediction.step_time_s
+def fastest(chosen: Chosen, found: Sequence[Simulated]) -> Chosen:
+    """With the plan whose simulated step is shortest; the proof stays that of the formula's choice."""
+    best = _fastest_of(found)
+    plan = replace(best.plan, graph_fingerprint=chosen.plan.graph_fingerprint)
+    return replace(chosen, plan=plan, prediction=best.prediction)
+
+
+def _fastest_of(found: Sequence[Simulated]) -> Simulated:
+    """Of those that were simulated; the first where that was not."""
+    if found[0].simulated_s is None:
+        return found[0]
+    ran = [each for each in found if each.simulated_s is not None]
+    return min(ran, key=lambda each: each.simulated_s or 0.0)
+
+
+def _plans(chosen: Chosen) -> Iterator[tuple[Plan, Prediction]]:
+    yield chosen.plan, chosen.prediction
     for candidate in chosen.found.runners_up if chosen.found else ():
-        yield candidate.plan, candidate.prediction.step_time_s
+        yield candidate.plan, candidate.prediction
 
 
 def _simulated_s(plan: Plan, graph: ModelGraph, machine: Cluster) -> float | None:
@@ -98,8 +124,9 @@ def print_short_list(console: Console, found: Sequence[Simulated]) -> None:
             apart = format_ratio(each.simulated_s / each.formula_s - 1)
         table.add_row(each.text, format_s(each.formula_s), simulated, apart)
     console.print(table)
-    ran = {each.text: each.simulated_s for each in found if each.simulated_s is not None}
-    fastest = min(ran, key=ran.__getitem__, default=found[0].text)
-    if fastest != found[0].text and found[0].text in ran:
-        gain = format_ratio(1 - ran[fastest] / ran[found[0].text])
-        console.print(f'simulated, another is {gain} faster: --plan "{fastest}"', soft_wrap=True)
+    chosen = _fastest_of(found)
+    if chosen is not found[0]:
+        gain = format_ratio(1 - (chosen.simulated_s or 0.0) / (found[0].simulated_s or 1.0))
+        console.print(
+            f"chosen     {chosen.text}: {gain} faster, simulated, than what the formula chose", soft_wrap=True
+        )
