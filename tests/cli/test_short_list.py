@@ -46,9 +46,8 @@ def chosen(fix: str = "runnable", *, plan: str = "auto") -> Chosen:
 def printed(found: tuple[Simulated, ...]) -> str:
     console = Console(file=io.StringIO(), width=80, highlight=False)
     print_short_list(console, found)
-    text = console.file.getvalue()  # type: ignore[attr-defined]
-    assert isinstance(text, str)
-    return text
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
 
 
 def test_each_plan_has_the_seconds_of_its_own_simulated_program() -> None:

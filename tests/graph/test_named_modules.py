@@ -171,9 +171,8 @@ def checkpointed(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
     """torch's checkpoint around every module whose name ends so."""
     chosen = [module for path, module in model.named_modules() if path.endswith(tuple(names))]
     for module in chosen:
-        module.forward = partial(  # type: ignore[method-assign]
-            checkpoint, module.forward, use_reentrant=False, preserve_rng_state=False
-        )
+        again = partial(checkpoint, module.forward, use_reentrant=False, preserve_rng_state=False)
+        vars(module)["forward"] = again
     try:
         yield
     finally:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import groupby
+from operator import itemgetter
 
 from shardstage.cost.kernels import is_attention, is_expert
 from shardstage.graph import ModelGraph, Op, Ref, Value, substitute
@@ -29,9 +30,9 @@ def routed_ops(graph: ModelGraph) -> frozenset[str]:
     found: set[str] = set()
     for block in graph.blocks:
         ops = graph.ops[block.start : block.stop]
-        experts = [i for i, op in enumerate(ops) if is_expert(op)]
-        for _, layer in groupby(experts, key=lambda i, own=ops: own[i].module):  # type: ignore[misc]
-            routed = _routed(graph, _Flow(graph, block.start, block.stop), list(layer))
+        experts = [(op.module, i) for i, op in enumerate(ops) if is_expert(op)]
+        for _, layer in groupby(experts, key=itemgetter(0)):
+            routed = _routed(graph, _Flow(graph, block.start, block.stop), [i for _, i in layer])
             if routed is None:
                 return frozenset()
             found.update(ops[i].name for i in routed)

@@ -192,15 +192,15 @@ def zero_talk_s(
     different = {(id(unit), num): unit for unit, num in calls}
 
     def each(talk_s: Callable[[Replicas, float, int], float], element_bytes: float) -> list[float]:
-        known = {
-            (name, num): _of_holders(
+        def of_unit(unit: UnitCost, num: int) -> float:
+            return _of_holders(
                 unit.own_elements,
                 unit.expert_elements,
                 links,
-                lambda of, n, num=num: talk_s(of, n * element_bytes, num),  # type: ignore[misc]
+                lambda of, elements: talk_s(of, elements * element_bytes, num),
             )
-            for (name, num), unit in different.items()
-        }
+
+        known = {(name, num): of_unit(unit, num) for (name, num), unit in different.items()}
         return [known[id(unit), num] for unit, num in calls]
 
     gathers = each(lambda of, num_bytes, num: of.shards_s("all_gather", num_bytes, num), setup.compute_bytes)

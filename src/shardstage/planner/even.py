@@ -164,7 +164,8 @@ class EvenRanks:
 
     def least_first(self, of_kinds: Array) -> Array:
         """The least that the first units of a rank's stages add up to."""
-        return self._of_ways(self.firsts, of_kinds).min(axis=1)  # type: ignore[no-any-return]
+        found: Array = self._of_ways(self.firsts, of_kinds).min(axis=1)
+        return found
 
     def mean_first(self, of_kinds: Array) -> Array:
         """What the first units of the stages of a mean rank add up to."""
@@ -172,7 +173,8 @@ class EvenRanks:
 
     def slowest(self, of_kinds: Array) -> Array:
         """The most that the units of a rank add up to."""
-        return self._of_ways(self.each, of_kinds).max(axis=1)  # type: ignore[no-any-return]
+        found: Array = self._of_ways(self.each, of_kinds).max(axis=1)
+        return found
 
     def of_fullest(self, of_kinds: Array) -> Array:
         """What the units of the fullest rank add up to."""

@@ -26,7 +26,8 @@ def _rms_norm(
     dtypes = [str(tensor.dtype).removeprefix("torch.") for tensor in (x, weight) if tensor is not None]
     if not is_fused(dtypes[0], dtypes[-1]):
         return torch.rms_norm(x, list(normalized_shape), weight, eps)
-    return _FusedRmsNorm.apply(x, weight, len(normalized_shape))  # type: ignore[no-untyped-call, no-any-return]
+    found: Tensor = _FusedRmsNorm.apply(x, weight, len(normalized_shape))  # type: ignore[no-untyped-call]  # torch has no types for it
+    return found
 
 
 class _FusedRmsNorm(Function):

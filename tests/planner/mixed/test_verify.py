@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from tests.planner.mixed.instances import PLENTY, every_choice, machines, searcher_of
@@ -38,10 +39,10 @@ def test_an_honest_proof_holds_over_the_whole_space(searched: tuple[MixedSearche
     ],
 )
 def test_a_forged_certificate_is_caught(
-    searched: tuple[MixedSearcher, MixedResult], forged: dict[str, object], problem: str
+    searched: tuple[MixedSearcher, MixedResult], forged: dict[str, Any], problem: str
 ) -> None:
     searcher, found = searched
-    proof = replace(found.certificate, **forged)  # type: ignore[arg-type]
+    proof = replace(found.certificate, **forged)
     checked = verify_mixed(searcher, replace(found, certificate=proof), max_checked=1)
     assert any(problem in each for each in checked.problems)
 
