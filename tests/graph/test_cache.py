@@ -105,7 +105,7 @@ def test_the_key_follows_all_that_a_capture_depends_on(
     keys.append(capture_key(str(config), sequence=32, dtype="float32"))
     monkeypatch.setattr(module, "version", lambda package: f"a new {package}")
     keys.append(capture_key(str(config), sequence=32, dtype="float32"))
-    monkeypatch.setattr(module, "_own_code", lambda: "new code")
+    monkeypatch.setattr(module, "code_digest", lambda *_: "new code")
     keys.append(capture_key(str(config), sequence=32, dtype="float32"))
     assert None not in keys
     assert len(set(keys)) == len(keys)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from shardstage.schedule import (
     SCHEDULES,
     Schedule,
     held_by_stage,
+    held_in_rounds,
     held_together,
     make_schedule,
     stages_of_rank,
@@ -88,3 +90,13 @@ def test_a_few_rounds_hold_as_much_as_many(name: str, per_rank: int, num_ranks: 
         )
         held.append([schedule.max_held(stage) for stage in range(per_rank * num_ranks)])
     assert held[0] == held[1]
+
+
+@pytest.mark.parametrize(("p", "v"), [(2, 2), (3, 2), (4, 3), (5, 4)])
+def test_what_a_rank_holds_before_its_first_backward_is_one_of_its_fullest_moments(p: int, v: int) -> None:
+    for m in range(1, 4 * p + 3):
+        for rank in range(p):
+            moments = held_together(
+                "interleaved-1f1b", num_stages=p * v, num_ranks=p, num_microbatches=m, rank=rank
+            )
+            assert tuple(held_in_rounds(p, m, v, rank, np.arange(v))) in moments

@@ -6,7 +6,6 @@ Usage: python benchmarks/planner/step_time/run.py [--only GROUP] [--rows]
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from errors import print_run, print_table
 from published import DATA, is_ours, job_of, measured_s, predict, rows
 
 
@@ -34,21 +34,8 @@ def main() -> None:
         for name in dict.fromkeys((group_of(row), _source_of(row))):
             errors[name].append(error)
         if arguments.rows:
-            p = prediction
-            print(
-                f"{row['id']:62} {measured_s(row):8.3f} s {p.step_time_s:8.3f} s {100 * error:6.1f} %  "
-                f"dp {p.exposed_dp_s:.2f} tp {p.exposed_tp_s:.2f} "
-                f"pp {p.exposed_pp_s:.2f} opt {p.optimizer_s:.3f} bubble {p.bubble_ratio:.2f}"
-            )
-    print(
-        "| runs | number | median error | mean of absolute errors | median of absolute errors |\n|---|---|---|---|---|"
-    )
-    for name, group in errors.items():
-        absolute = [abs(error) for error in group]
-        print(
-            f"| {name} | {len(group)} | {100 * statistics.median(group):+.1f} % | {100 * statistics.mean(absolute):.1f} % "
-            f"| {100 * statistics.median(absolute):.1f} % |"
-        )
+            print_run(row["id"], measured_s(row), prediction)
+    print_table(errors)
 
 
 def _source_of(row: dict[str, Any]) -> str:

@@ -24,7 +24,9 @@ before and after it passes the other stages once: (m - 1) max t + Σ t. ``benchm
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
+
+import numpy as np
 
 from shardstage.schedule import Schedule, StageTimes, make_schedule, run_schedule
 
@@ -68,6 +70,18 @@ def bubble_s(schedule: str, stages: Sequence[StageTime], num_ranks: int, num_mic
     few, v = max(0, p - m), len(stages) // p
     if schedule in SPLITTING:  # I and W take half of B each: F + I - W = F
         late = LATE_BUBBLES.get(schedule, 0.0) * min(p, max(0, 2 * p - m)) / p
+        return (p - 1) * forward * (1 + late) + few * v * backward / 2
+    return (p - 1 + few * (v - 1)) * (forward + backward)
+
+
+def each_bubble_s(
+    schedule: str, v: Any, forward: Any, backward: Any, num_ranks: Any, num_microbatches: Any
+) -> Any:
+    """``bubble_s`` of arrays, where every one of a rank's v stages takes so long; not of 1F1B, whose ranks may differ."""
+    p, m = num_ranks, num_microbatches
+    few = np.maximum(0.0, p - m)
+    if schedule in SPLITTING:
+        late = LATE_BUBBLES.get(schedule, 0.0) * np.minimum(p, np.maximum(0.0, 2 * p - m)) / p
         return (p - 1) * forward * (1 + late) + few * v * backward / 2
     return (p - 1 + few * (v - 1)) * (forward + backward)
 

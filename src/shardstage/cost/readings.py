@@ -6,7 +6,6 @@ they are kept beside the model's capture (``graph.cache``), and a second search 
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -15,7 +14,7 @@ from typing import Any, NamedTuple
 
 from shardstage.cost.kernels import Kernel
 from shardstage.cost.reading import Again, Attention, Bytes, Kept, Work
-from shardstage.graph.cache import write_whole
+from shardstage.graph.cache import code_digest, write_whole
 
 __all__ = ["Read", "Readings"]
 
@@ -69,11 +68,8 @@ def _from_file(path: Path) -> dict[str, Read]:
 @lru_cache(maxsize=1)
 def _own_code() -> str:
     """A digest of the code that cuts, shards and reads graphs."""
-    digest, package = hashlib.blake2b(digest_size=16), Path(__file__).parents[1]
-    for folder in ("graph", "sharding", "cost", "cluster"):
-        for path in sorted((package / folder).rglob("*.py")):
-            digest.update(path.read_bytes())
-    return digest.hexdigest()
+    package = Path(__file__).parents[1]
+    return code_digest(*(package / folder for folder in ("graph", "sharding", "cost", "cluster")))
 
 
 def _read(works: Sequence[Any], shared_elements: dict[str, int], whole_flops: float) -> Read:

@@ -26,7 +26,7 @@ from shardstage.graph.file import graph_from_json, graph_to_json
 from shardstage.graph.model_graph import ModelGraph
 from shardstage.graph.unfold import Repeat, ShortGraph
 
-__all__ = ["Captured", "cache_folder", "cached", "capture_key", "readings_path", "write_whole"]
+__all__ = ["Captured", "cache_folder", "cached", "capture_key", "code_digest", "readings_path", "write_whole"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +94,8 @@ def capture_key(spec: str, *, sequence: int, dtype: str) -> str | None:
     else:
         content = b""
     digest = hashlib.blake2b(digest_size=16)
-    facts = [spec, sequence, dtype, _version("torch"), _version("transformers"), _own_code()]
+    code = code_digest(Path(__file__).parent)
+    facts = [spec, sequence, dtype, _version("torch"), _version("transformers"), code]
     for part in (json.dumps(facts).encode(), content):
         digest.update(part)
         digest.update(b"\0")
@@ -160,10 +161,10 @@ def _version(package: str) -> str:
         return ""
 
 
-def _own_code() -> str:
-    """A digest of the code that captures."""
+def code_digest(*folders: Path) -> str:
+    """A digest of the code in these folders of the package, and of what it asks of torch beyond its public names."""
     digest = hashlib.blake2b(digest_size=16)
-    folder = Path(__file__).parent
-    for path in (*sorted(folder.glob("*.py")), folder.parent / "compat.py"):
+    inside = (path for folder in folders for path in sorted(folder.rglob("*.py")))
+    for path in (*inside, Path(__file__).parents[1] / "compat.py"):
         digest.update(path.read_bytes())
     return digest.hexdigest()

@@ -7,7 +7,7 @@ imports no torch.
     found = search(graph, cluster, num_ranks=512, global_batch=1024, sequence=8192)
     found.best, found.prediction, found.certificate, found.runners_up
     predict(graph, plan, cluster)               the price of any plan
-    search_mixed(graph, cluster, …)             the best plan for several classes of devices (``planner.mixed``)
+    MixedSearcher(graph, cluster, …).best(…)    the best plan for several classes of devices (``planner.mixed``)
     cheapest_fit(graph, cluster, plan, limit_bytes=…)    what to change about one that needs too much memory
 """
 
@@ -19,7 +19,6 @@ from shardstage.planner.mixed import (
     MixedSearcher,
     class_peaks,
     predict_mixed,
-    search_mixed,
 )
 from shardstage.planner.mixed.verify import verify_mixed
 from shardstage.planner.modules import NamedModules, named_modules
@@ -49,7 +48,6 @@ __all__ = [
     "predict",
     "predict_mixed",
     "search",
-    "search_mixed",
     "usable_bytes",
     "verify_certificate",
     "verify_mixed",

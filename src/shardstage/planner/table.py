@@ -23,14 +23,14 @@ from shardstage.cost.compute import optimizer_s
 from shardstage.cost.links import each_exposed_s
 from shardstage.cost.memory import MOMENTS
 from shardstage.cost.offload import offloaded_update_s
-from shardstage.cost.pipeline import LATE_BUBBLES, SPLITTING
+from shardstage.cost.pipeline import SPLITTING, each_bubble_s
 from shardstage.cost.profile import Recompute
 from shardstage.planner.even import COUNTED_LAYERS
 from shardstage.planner.lattice import Rows
 from shardstage.planner.space import MAX_STAGES_PER_RANK
 from shardstage.planner.terms import Terms
 from shardstage.planner.trade import Trade
-from shardstage.schedule import STEADY_ROUNDS
+from shardstage.schedule import held_in_rounds
 
 __all__ = ["LOOSE", "Table"]
 
@@ -319,23 +319,11 @@ class Table:
         elif name == "looped-bfs":
             each = m
         else:
-            m = np.minimum(m, STEADY_ROUNDS * p + m % p)
-            rounds = np.maximum(1, np.floor(m / p))
-            done = np.minimum(m * v, 2 * (p - 1) + (v - 1) * np.ceil(m / rounds) + 1)
-            full = np.floor(done * rounds / (m * v))
-            full += (full < rounds) & (v * np.floor(m * (full + 1) / rounds) <= done)
-            start, stop = (np.floor(m * np.minimum(n, rounds) / rounds) for n in (full, full + 1))
-            each = start + np.clip(done - v * start - stage * (stop - start), 0, stop - start)
+            each = held_in_rounds(p, m, v, 0, stage)
         return np.where(stage < v, each, 0.0)
 
     def _bubble_s(self, name: str, v: Any, forward: Any, backward: Any) -> Any:
-        """``cost.pipeline.bubble_s`` of mean stages, ``v`` a rank."""
-        m, p = self.m, self.p
-        few = np.maximum(0.0, p - m)
-        if name in SPLITTING:
-            late = LATE_BUBBLES.get(name, 0.0) * np.minimum(p, np.maximum(0.0, 2 * p - m)) / p
-            return (p - 1) * forward * (1 + late) + few * v * backward / 2
-        return (p - 1 + few * (v - 1)) * (forward + backward)
+        return each_bubble_s(name, v, forward, backward, self.p, self.m)
 
 
 def _seconds_of(cost: Array, num_bytes: Any, calls: Any) -> Any:

@@ -12,8 +12,8 @@ from shardstage.schedule.dualpipe_v import dualpipe_v
 from shardstage.schedule.forward_only import forward_only
 from shardstage.schedule.gpipe import gpipe
 from shardstage.schedule.held import (
-    STEADY_ROUNDS,
     held_by_stage,
+    held_in_rounds,
     held_together,
     stages_of_rank,
     steady_microbatches,
@@ -31,7 +31,6 @@ from shardstage.schedule.zb_v import zb_v
 
 __all__ = [
     "SCHEDULES",
-    "STEADY_ROUNDS",
     "Action",
     "ActionKind",
     "OptimalSchedule",
@@ -47,6 +46,7 @@ __all__ = [
     "forward_only",
     "gpipe",
     "held_by_stage",
+    "held_in_rounds",
     "held_together",
     "interleaved_1f1b",
     "looped_bfs",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 from types import MappingProxyType
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +13,7 @@ from shardstage.schedule.action import Action
 from shardstage.schedule.places import Places, place_stages
 from shardstage.schedule.registry import SCHEDULES, make_schedule
 
-__all__ = ["STEADY_ROUNDS", "held_by_stage", "held_together", "stages_of_rank", "steady_microbatches"]
+__all__ = ["held_by_stage", "held_in_rounds", "held_together", "stages_of_rank", "steady_microbatches"]
 
 STEADY_ROUNDS: Final = 3
 """After so many rounds of microbatches over all ranks every schedule of ours has held as much as it ever will; what does not fill a round
@@ -87,6 +87,21 @@ def _held_together(name: str, num_stages: int, p: int, m: int, rank: int) -> tup
         return tuple(tuple(int(i == j) for j in range(len(stages))) for i in range(len(stages)))
     is_peak = (more[:-1] > 0) & (more[1:] < 0)
     return _largest(now[:-1][is_peak])
+
+
+def held_in_rounds(num_ranks: Any, num_microbatches: Any, stages_per_rank: Any, rank: Any, stage: Any) -> Any:
+    """Microbatches that a rank of interleaved 1F1B holds on one of its stages (from 0) just before its first backward.
+
+    At that moment it is as full as it gets. All may be arrays.
+    """
+    p, v = num_ranks, stages_per_rank
+    m = np.minimum(num_microbatches, STEADY_ROUNDS * p + num_microbatches % p)
+    rounds = np.maximum(1, np.floor(m / p))
+    done = np.minimum(m * v, 2 * (p - 1 - rank) + (v - 1) * np.ceil(m / rounds) + 1)
+    full = np.floor(done * rounds / (m * v))
+    full = full + ((full < rounds) & (v * np.floor(m * (full + 1) / rounds) <= done))
+    start, stop = (np.floor(m * np.minimum(number, rounds) / rounds) for number in (full, full + 1))
+    return start + np.clip(done - v * start - stage * (stop - start), 0, stop - start)
 
 
 def _row(name: str, num_stages: int, p: int, m: int, rank: int) -> tuple[Action, ...]:

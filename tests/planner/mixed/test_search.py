@@ -14,7 +14,7 @@ from shardstage.cluster import Cluster
 from shardstage.errors import PlanError
 from shardstage.graph import ModelGraph
 from shardstage.plan import Request
-from shardstage.planner import MixedResult, class_peaks, search_mixed
+from shardstage.planner import MixedResult, MixedSearcher, class_peaks
 
 
 def searched(
@@ -118,9 +118,8 @@ def test_savers_are_a_last_resort() -> None:
     limit = int(0.3 * max(share.peak_bytes for share in plenty.shares))
     with pytest.raises(PlanError):
         searched(cluster, (limit, limit))
-    found = search_mixed(
-        GRAPH, cluster, global_batch=12, sequence=64, precision="float32", limits=(limit, limit)
-    )
+    searcher = MixedSearcher(GRAPH, cluster, global_batch=12, sequence=64, precision="float32")
+    found = searcher.best((limit, limit))
     assert found.best.offload == "optimizer" and found.certificate.without
     assert "offload=optimizer" in found.certificate.necessity()
 

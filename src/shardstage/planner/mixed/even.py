@@ -17,12 +17,12 @@ import numpy.typing as npt
 
 from shardstage.cost import StepSetup
 from shardstage.cost.accounting import OUR_ACCOUNTING
-from shardstage.cost.pipeline import LATE_BUBBLES, SPLITTING
+from shardstage.cost.pipeline import each_bubble_s
 from shardstage.cost.profile import RECOMPUTES
 from shardstage.planner.chain import Chain, state_bytes_of
-from shardstage.schedule import STEADY_ROUNDS, stages_of_rank
+from shardstage.schedule import held_in_rounds, stages_of_rank
 
-__all__ = ["EvenCut", "EvenLane", "Sums", "held_in_rounds", "uneven_pipeline_s"]
+__all__ = ["EvenCut", "EvenLane", "Sums", "uneven_pipeline_s"]
 
 Array = npt.NDArray[np.float64]
 Numbers = npt.NDArray[np.int64]
@@ -171,35 +171,13 @@ def _held(setup: StepSetup, rank: int) -> Array:
     """[stage of the rank]: microbatches that it holds at a moment at which it is as full as it gets, or nearly."""
     p, m, v = setup.mesh.pp, setup.num_microbatches, setup.num_stages // setup.mesh.pp
     if setup.schedule == "interleaved-1f1b":
-        return held_in_rounds(p, m, v, rank)
+        return np.asarray(held_in_rounds(p, m, v, rank, np.arange(v)), dtype=np.float64)
     return np.array(max(setup.in_flight_together(rank), key=sum), dtype=np.float64)
-
-
-def held_in_rounds(p: int, m: int, v: int, rank: int) -> Array:
-    """[stage of the rank]: what interleaved 1F1B holds just before the first backward of a rank (``schedule.held``)."""
-    m = min(m, STEADY_ROUNDS * p + m % p)
-    rounds = max(1, m // p)
-    done = min(m * v, 2 * (p - 1 - rank) + (v - 1) * -(-m // rounds) + 1)
-    found, start = np.zeros(v), 0
-    for number in range(rounds):
-        stop = m * (number + 1) // rounds
-        for stage in range(v):
-            more = min(done, stop - start)
-            found[stage] += more
-            done -= more
-        start = stop
-    return found
 
 
 def uneven_pipeline_s(
     schedule: str, v: int, slowest: Any, forward: Any, backward: Any, p: Any, m: Any
 ) -> Any:
     """``cost.pipeline`` of schedules whose bubble is of mean stages, v a rank; ``slowest`` is of ranks, the others are sums."""
-    few = np.maximum(0.0, p - m)
-    mean_forward, mean_backward = forward / (p * v), backward / (p * v)
-    if schedule in SPLITTING:
-        late = LATE_BUBBLES.get(schedule, 0.0) * np.minimum(p, np.maximum(0.0, 2 * p - m)) / p
-        bubble = (p - 1) * mean_forward * (1 + late) + few * v * mean_backward / 2
-    else:
-        bubble = (p - 1 + few * (v - 1)) * (mean_forward + mean_backward)
+    bubble = each_bubble_s(schedule, v, forward / (p * v), backward / (p * v), p, m)
     return m * slowest + np.where(p > 1, bubble, 0.0)

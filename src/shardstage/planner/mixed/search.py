@@ -1,4 +1,4 @@
-"""``search_mixed``: the fastest plan of the declared space for a cluster of several device classes, with a certificate.
+"""``MixedSearcher``: the fastest plan of the declared space for a cluster of several device classes, with a certificate.
 
 All choices are bounded (``bounds``) and priced best bound first (``pricing``) until no bound beats the best price; where nothing fits,
 again with savers.
@@ -32,7 +32,7 @@ from shardstage.planner.mixed.space import Arrangement, MixedChoice, MixedSpace
 from shardstage.planner.space import Savers, declared_space, ladder
 from shardstage.units import format_bytes
 
-__all__ = ["ClassShare", "MixedResult", "MixedSearcher", "search_mixed"]
+__all__ = ["ClassShare", "MixedResult", "MixedSearcher"]
 
 KEPT_RUNNERS_UP: Final = 5
 TRIED_OF_MESH: Final = 2
@@ -76,36 +76,6 @@ class MixedResult:
     savers: Savers
     choice: MixedChoice
     runners_up: tuple[tuple[str, Prediction], ...] = field(repr=False)
-
-
-def search_mixed(
-    graph: ModelGraph,
-    cluster: Cluster,
-    *,
-    global_batch: int,
-    sequence: int | None,
-    precision: Precision,
-    limits: Sequence[int],
-    fix: Request | None = None,
-    fixed: frozenset[str] = frozenset(),
-    is_runnable: bool = False,
-) -> MixedResult:
-    """The fastest plan for a mixed cluster; ``limits`` are the bytes that a rank of each class may hold.
-
-    ``fixed`` names decisions that ``fix`` has taken. ``is_runnable`` leaves out what this release prices but does not run. Raises
-    ``PlanError`` where nothing fits.
-    """
-    searcher = MixedSearcher(
-        graph,
-        cluster,
-        global_batch=global_batch,
-        sequence=sequence,
-        precision=precision,
-        fix=fix,
-        fixed=fixed,
-        is_runnable=is_runnable,
-    )
-    return searcher.best(limits)
 
 
 class MixedSearcher:
