@@ -107,6 +107,21 @@ def test_what_does_not_fit_is_said_with_what_would(
     assert "does not fit" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("plan", ["dp=4,mb=4", "dp=2,pp=2,mb=4,recompute=full"])
+def test_a_rehearsed_step_of_a_tiny_model_is_the_planned_one(
+    plan: str, config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its host cannot launch as fast as a GPU computes, which the plan knew and the rehearsal did not: 82 against 24 ms."""
+    asked = ["--cluster", "a100-40:4", "--plan", plan, "--batch", "64", "--seq", "128"]
+    assert run(["plan", "--model", str(config), *asked, "--json"]) == 0
+    planned = json.loads(capsys.readouterr().out)
+    assert planned["parts_s"]["host"] > 0.5 * planned["step_time_s"]
+    assert rehearsed(config, *asked, "--ranks", "none") == 0
+    simulated = re.search(r"^step +([\d.]+) ms predicted", capsys.readouterr().out, re.MULTILINE)
+    assert simulated is not None
+    assert float(simulated[1]) == pytest.approx(1e3 * planned["step_time_s"], rel=0.05)
+
+
 def test_a_program_edited_to_deadlock_is_refused_with_the_grid_and_the_ranks(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

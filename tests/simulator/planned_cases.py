@@ -44,6 +44,14 @@ def analytic(plan: Plan, cluster: Cluster = CLUSTER) -> tuple[Prediction, float]
     folded = fold(GRAPH, boundaries=boundaries, modules=plan.recompute_modules)
     starts = tuple(folded.unit_at(position) for position in boundaries)
     setup = setup_of(plan, folded, starts, schedule_of(plan))
-    priced = profile(folded, cluster, tp=plan.mesh.tp, microbatch=setup.microbatch, sequence=64)
+    priced = profile(
+        folded,
+        cluster,
+        tp=plan.mesh.tp,
+        microbatch=setup.microbatch,
+        sequence=64,
+        is_sequence_parallel=plan.is_sequence_parallel,
+        is_compiled=plan.is_compiled,
+    )
     prediction = predict_step(priced, setup, Links(cluster, plan.mesh))
     return prediction, prediction.step_time_s / CALIBRATIONS["cuda"].expected

@@ -17,6 +17,7 @@ import numpy as np
 from shardstage.cluster import UNCALIBRATED, DeviceClass
 from shardstage.cluster.kernel_model import ALIGNED_BYTES
 from shardstage.cost.collective import is_communication
+from shardstage.cost.fusion import fused
 from shardstage.cost.kernels import Kernel, KernelReader
 from shardstage.graph import ModelGraph, Op
 from shardstage.units import dtype_bytes
@@ -25,10 +26,12 @@ __all__ = [
     "RELATIVE",
     "OpTime",
     "added_launch_s",
+    "compiled_time",
     "dispatch_s",
     "gradient_sums_s",
     "kernel_s",
     "kernels_s",
+    "launched_s",
     "moved_s",
     "op_time",
     "optimizer_s",
@@ -60,7 +63,19 @@ def op_time(
     graph: ModelGraph, op: Op, device: DeviceClass, factors: Mapping[str, float] = UNCALIBRATED
 ) -> OpTime:
     """Seconds forward and backward at the graph's own microbatch, by ``factors`` of causes; a view takes none."""
-    kernels = KernelReader(graph, _is_never_fixed).kernels(op)
+    return _time_of(KernelReader(graph, _is_never_fixed).kernels(op), graph, device, factors)
+
+
+def compiled_time(
+    graph: ModelGraph, ops: Sequence[Op], device: DeviceClass, factors: Mapping[str, float] = UNCALIBRATED
+) -> OpTime:
+    """The same of computing ops that are compiled together."""
+    return _time_of(fused(graph, KernelReader(graph, _is_never_fixed), ops), graph, device, factors)
+
+
+def _time_of(
+    kernels: Sequence[Kernel], graph: ModelGraph, device: DeviceClass, factors: Mapping[str, float]
+) -> OpTime:
     return OpTime(
         *(
             sum(kernel_s(k, graph.microbatch, device, factors) for k in kernels if k.is_backward is way)
@@ -178,3 +193,11 @@ def added_launch_s(device: DeviceClass) -> float:
 def dispatch_s(device: DeviceClass) -> float:
     """Seconds of the host for launching one kernel from eager PyTorch."""
     return 0.0 if device.kernels is None else device.kernels.dispatch_s
+
+
+def launched_s(kernels_s: Any, num_kernels: int, talk_s: Any, device: DeviceClass) -> Any:
+    """Seconds of kernels that take ``kernels_s`` on the device, launched one by one while they run and while ranks talk for ``talk_s``.
+
+    A host that is slower than its device holds it up; where it is not, or nothing is known of it, they take what they take.
+    """
+    return np.maximum(kernels_s, dispatch_s(device) * num_kernels - talk_s)

@@ -11,10 +11,24 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Final
 
+from shardstage.cost.collective import is_communication
 from shardstage.cost.kernels import Kernel, KernelReader
 from shardstage.graph import ModelGraph, Op
 
-__all__ = ["fused"]
+__all__ = ["fused", "kernels_of"]
+
+
+def kernels_of(
+    graph: ModelGraph, reader: KernelReader, ops: Sequence[Op], *, is_compiled: bool
+) -> tuple[Kernel, ...]:
+    """Kernels of ``ops``, forward and backward, compiled or one by one; of what only talks, the sums of its results' gradients."""
+    computing = [op for op in ops if not is_communication(op)]
+    talked = [name for op in ops if is_communication(op) for name in op.outputs]
+    if is_compiled:
+        kernels = fused(graph, reader, computing)
+    else:
+        kernels = tuple(kernel for op in computing for kernel in reader.kernels(op))
+    return (*kernels, *reader.gradient_sums(talked))
 
 
 def fused(graph: ModelGraph, reader: KernelReader, ops: Sequence[Op]) -> tuple[Kernel, ...]:

@@ -9,8 +9,8 @@ from itertools import pairwise
 from typing import Final, NamedTuple
 
 from shardstage.cluster import CollectiveKind
-from shardstage.cost.collective import calls_of, is_communication
-from shardstage.cost.fusion import fused
+from shardstage.cost.collective import calls_of
+from shardstage.cost.fusion import kernels_of
 from shardstage.cost.kernels import Kernel, KernelReader, is_attention, is_expert
 from shardstage.graph import ModelGraph, Op
 from shardstage.graph.blocks import Block
@@ -182,13 +182,7 @@ class Reading:
         )
 
     def _kernels(self, ops: Sequence[Op]) -> tuple[Kernel, ...]:
-        computing = [op for op in ops if not is_communication(op)]
-        talked = [name for op in ops if is_communication(op) for name in op.outputs]
-        if self.is_compiled:
-            kernels = fused(self.graph, self.reader, computing)
-        else:
-            kernels = tuple(kernel for op in computing for kernel in self.reader.kernels(op))
-        return (*kernels, *self.reader.gradient_sums(talked))
+        return kernels_of(self.graph, self.reader, ops, is_compiled=self.is_compiled)
 
     def _bytes(self, names: Iterable[str]) -> Bytes:
         return Bytes(*self.reader.moved(names))

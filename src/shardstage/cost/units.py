@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from shardstage.cluster import CollectiveKind, DeviceClass
 from shardstage.cluster.links import LinearCost
-from shardstage.cost.compute import added_launch_s, dispatch_s, kernels_s
+from shardstage.cost.compute import added_launch_s, dispatch_s, kernels_s, launched_s
 from shardstage.cost.kernels import Kernel
 from shardstage.cost.links import Links, each_exposed_s
 from shardstage.cost.reading import Again, Bytes, Recompute, Work
@@ -231,13 +231,16 @@ def costs_of_unit(
     size = cases.size
     seconds = _seconds(work.kernels, cases, device)
     talk, volume = _tp_talk(work.calls, size, tp_links)
-    host_s = Pair(*(dispatch_s(device) * number for number in work.num_kernels))
+    num_forward, num_backward = work.num_kernels
     if waits_for_kernels:
-        compute_s = Pair(seconds.forward + host_s.forward, seconds.backward + host_s.backward)
+        compute_s = Pair(
+            seconds.forward + dispatch_s(device) * num_forward,
+            seconds.backward + dispatch_s(device) * num_backward,
+        )
     else:
         compute_s = Pair(
-            np.maximum(seconds.forward, host_s.forward - talk.forward),
-            np.maximum(seconds.backward, host_s.backward - talk.backward),
+            launched_s(seconds.forward, num_forward, talk.forward, device),
+            launched_s(seconds.backward, num_backward, talk.backward, device),
         )
     cp_s, ep_s = _context_s(seconds, work, cases), _expert_s(work, cases)
     waits_s = _Waits(cp_s.forward, ep_s, waits_for_kernels)
@@ -309,8 +312,10 @@ def _again_s(
     """Seconds of running kernels and calls of named modules again; what attention and experts wait for goes with them."""
     seconds = _seconds(again.kernels, cases, device).forward if again.kernels else np.zeros_like(cases.size)
     talk = _tp_talk(again.calls, cases.size, tp_links)[0].forward
-    host_s = dispatch_s(device) * len(again.kernels)
-    compute_s = seconds + host_s if waits.for_kernels else np.maximum(seconds, host_s - talk)
+    if waits.for_kernels:
+        compute_s = seconds + dispatch_s(device) * len(again.kernels)
+    else:
+        compute_s = launched_s(seconds, len(again.kernels), talk, device)
     found: Array = compute_s + talk
     if any(kernel.kind == "attention" for kernel in again.kernels):
         found = found + waits.cp_s

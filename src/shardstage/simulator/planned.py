@@ -34,7 +34,7 @@ class PlannedPrices:
 
     Each duration is multiplied by the cluster's calibration of its cause, as the step formula's parts are. What hides and how long
     ranks idle comes of these: the formula weighs what does not hide of collectives, and by ``pp`` the pipeline's bubble, too.
-    A host that launches slower than its GPU computes (``cost.compute.dispatch_s``) is not simulated, so that ``host`` weighs nothing there.
+    A host that launches slower than its GPU computes holds it up as in the formula (``launches``).
 
     A cluster of CPU ranks has its own device for each rank: cores that ranks share are known only to those who measure them.
     """

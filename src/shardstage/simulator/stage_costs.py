@@ -1,20 +1,20 @@
 """``StageCosts``: what the ops of a plan's stages take on a device, in seconds and bytes, one microbatch on one rank.
 
-Seconds are those of ``cost.compute`` op by op, by the cluster's factors of their causes, the collectives left out: they are the
-Program's. A backward is cut as the engine cuts it:
+Seconds are those of ``cost.compute`` op by op (of compiled blocks kernel by kernel), by the cluster's factors of their causes, and what
+``launches`` add; the collectives are left out: they are the Program's. A backward is cut as the engine cuts it:
 
     W    the products that yield the gradients of weights of linear maps, and adding these up        I    everything else
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
 from shardstage.cluster import Cluster
 from shardstage.cost.collective import is_communication
-from shardstage.cost.compute import OpTime, gradient_sums_s, moved_s, op_time
+from shardstage.cost.compute import OpTime, compiled_time, gradient_sums_s, moved_s, op_time
 from shardstage.graph import ModelGraph, Op
 from shardstage.graph.cuts import Segment
 from shardstage.graph.flops import backward_flops, forward_flops
@@ -24,6 +24,7 @@ from shardstage.graph.saved_on import saved_on
 from shardstage.plan import Plan
 from shardstage.program import StageGraphs
 from shardstage.program.stage_parameters import gradient_dtype
+from shardstage.simulator.launches import launches
 from shardstage.units import dtype_bytes
 
 __all__ = ["StageCost", "StageCosts"]
@@ -64,6 +65,7 @@ class StageCosts:
 
     def __init__(self, stages: StageGraphs, cluster: Cluster) -> None:
         self.stages = stages
+        self._cluster = cluster
         self._device = cluster.device
         self._factors = cluster.factors
         self._known: dict[tuple[int, int, int], StageCost] = {}
@@ -86,19 +88,33 @@ class StageCosts:
 
     def _cost(self, segment: Segment) -> StageCost:
         graph = segment.graph
-        times = {op.name: self._time(graph, op) for op in graph.ops if not is_communication(op)}
-        forward_s = sum(time.forward_s for time in times.values())
+        runs = (
+            (graph.ops,)
+            if not self.plan.is_compiled
+            else (graph.ops[b.start : b.stop] for b in segment.blocks)
+        )
+        times = [time for ops in runs for time in self._times(graph, ops)]
+        forward_s = sum(time.forward_s for time in times)
         sums_s = gradient_sums_s(graph, self._device, self._factors)
-        backward_s = sum(time.backward_s for time in times.values()) + sums_s
+        backward_s = sum(time.backward_s for time in times) + sums_s
+        split = list(_split_ops(graph))
         weight_s = sum(
-            times[op.name].backward_s / max(1, round(backward_flops(graph, op) / forward_flops(graph, op)))
-            for op in _split_ops(graph)
+            self._time(graph, op).backward_s
+            / max(1, round(backward_flops(graph, op) / forward_flops(graph, op)))
+            for op in split
+        )
+        host, host_factor = (
+            launches(segment, self.plan, self._cluster, {op.name for op in split}),
+            self._factors["host"],
         )
         num_ops = len(graph.ops)
         return StageCost(
-            forward_s=forward_s,
-            input_s=backward_s - weight_s + self._recompute_s(segment),
-            weight_s=weight_s + self._accumulation_s(graph),
+            forward_s=forward_s + host_factor * host.forward_s,
+            input_s=backward_s
+            - weight_s
+            + self._recompute_s(segment)
+            + host_factor * (host.input_s + host.again_s),
+            weight_s=weight_s + self._accumulation_s(graph) + host_factor * host.weight_s,
             saved=tuple(self._saved(segment)),
             deferred_bytes=_deferred_bytes(graph),
             transient_bytes=transient_bytes(graph, 0, num_ops),
@@ -111,6 +127,13 @@ class StageCosts:
                 modules=self.plan.recompute_modules,
             ),
         )
+
+    def _times(self, graph: ModelGraph, ops: Sequence[Op]) -> list[OpTime]:
+        """Of what computes among consecutive ops: of each, or of all that are compiled together."""
+        computing = [op for op in ops if not is_communication(op)]
+        if self.plan.is_compiled:
+            return [compiled_time(graph, computing, self._device, self._factors)]
+        return [self._time(graph, op) for op in computing]
 
     def _time(self, graph: ModelGraph, op: Op) -> OpTime:
         return op_time(graph, op, self._device, self._factors)
@@ -139,12 +162,14 @@ class StageCosts:
         for part in (part for of_block in parts for part in of_block):
             if part.mode == "none":
                 continue
-            ops = [op for op in graph.ops[part.start : part.stop] if not is_communication(op)]
-            times = [(self._time(graph, op).forward_s, forward_flops(graph, op)) for op in ops]
-            flops = sum(count for _, count in times)
+            ops = graph.ops[part.start : part.stop]
+            products = [
+                (self._time(graph, op).forward_s, count) for op in ops if (count := forward_flops(graph, op))
+            ]
+            flops = sum(count for _, count in products)
             again = sum(forward_flops(graph, op) for op in recomputed_of(graph, part))
-            products_s = sum(seconds for seconds, count in times if count)
-            total_s += sum(seconds for seconds, _ in times) - products_s * (
+            products_s = sum(seconds for seconds, _ in products)
+            total_s += sum(time.forward_s for time in self._times(graph, ops)) - products_s * (
                 1 - again / flops if flops else 0.0
             )
         return total_s
