@@ -24,7 +24,6 @@ import numpy as np
 
 from shardstage.cluster import Cluster
 from shardstage.cost import Prediction
-from shardstage.cost.kernels import is_attention, is_expert
 from shardstage.cost.offload import host_of
 from shardstage.cost.readings import Readings
 from shardstage.errors import PlanError
@@ -180,9 +179,7 @@ class Searcher:
             global_batch=global_batch,
             sequence=sequence,
             num_units=self.pricing.num_units,
-            num_experts=_num_experts(graph),
             may_have_whole_experts=self.pricing.folded.can_have_whole_experts,
-            has_attention=_has_only_fused_attention(graph),
             fix=fix,
             fixed=fixed,
             is_runnable=is_runnable,
@@ -457,18 +454,6 @@ def _bound_settings(pricing: Pricing, precision: Precision, cluster: Cluster) ->
         bucket_bytes=Plan.bucket_bytes,
         least_factor=pricing.least_factor,
         modes=pricing.modes,
-    )
-
-
-def _num_experts(graph: ModelGraph) -> int:
-    """The number of experts of the layers that have some; 0 without any."""
-    return next((graph.values[op.inputs[1]].shape[0] for op in graph.ops if is_expert(op)), 0)
-
-
-def _has_only_fused_attention(graph: ModelGraph) -> bool:
-    """Whether all attention runs as one kernel, which context parallelism can feed part by part."""
-    return any(is_attention(op) for op in graph.ops) and not any(
-        op.target.startswith(("aten.softmax", "aten._softmax")) and "mlp" not in op.module for op in graph.ops
     )
 
 

@@ -21,6 +21,7 @@ from typing import Any, Final, Literal, NamedTuple
 import numpy as np
 
 from shardstage.cluster import Cluster
+from shardstage.cost.kernels import is_attention, is_expert
 from shardstage.errors import PlanError
 from shardstage.graph import ModelGraph
 from shardstage.layout import AXES, Mesh
@@ -246,9 +247,7 @@ def declared_space(
     global_batch: int,
     sequence: int | None,
     num_units: int,
-    num_experts: int,
     may_have_whole_experts: bool = False,
-    has_attention: bool,
     fix: Request | None = None,
     fixed: frozenset[str] = frozenset(),
     is_runnable: bool = False,
@@ -261,7 +260,8 @@ def declared_space(
     """
     request = fix or Request()
     node = cluster.devices_per(cluster.levels[0])
-    may_cut = sequence is not None and graph.is_sequence_scalable and has_attention and not is_runnable
+    may_cut = sequence is not None and graph.is_sequence_scalable and not is_runnable
+    may_cut, num_experts = may_cut and _has_only_fused_attention(graph), _num_experts(graph)
 
     def taken(name: str, offered: Iterable[Any]) -> tuple[Any, ...]:
         return (getattr(request, name),) if name in fixed else tuple(offered)
@@ -306,6 +306,18 @@ def ladder(
     if "offload" in fixed:
         offloads = (fix.offload,)
     return tuple(Savers(dtype, offload) for offload in offloads for dtype in dtypes)
+
+
+def _num_experts(graph: ModelGraph) -> int:
+    """The number of experts of the layers that have some; 0 without any."""
+    return next((graph.values[op.inputs[1]].shape[0] for op in graph.ops if is_expert(op)), 0)
+
+
+def _has_only_fused_attention(graph: ModelGraph) -> bool:
+    """Whether all attention runs as one kernel, which context parallelism can feed part by part."""
+    return any(is_attention(op) for op in graph.ops) and not any(
+        op.target.startswith(("aten.softmax", "aten._softmax")) and "mlp" not in op.module for op in graph.ops
+    )
 
 
 def _orders(request: Request, fixed: frozenset[str], *, is_runnable: bool) -> tuple[tuple[Axis, ...], ...]:

@@ -74,8 +74,8 @@ def random_searcher(random: Random) -> MixedSearcher:
 def every_arrangement(searcher: MixedSearcher) -> list[Arrangement]:
     return [
         arrangement
-        for tp, is_sp in searcher.space.shardings
-        for arrangement in searcher.figures(tp, is_sp)[1]
+        for sharding in searcher.space.shardings
+        for arrangement in searcher.arrangements(sharding)
     ]
 
 

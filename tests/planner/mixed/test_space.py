@@ -11,7 +11,7 @@ from tests.planner.mixed.instances import every_arrangement, machines, random_se
 
 from shardstage.layout import AXES
 from shardstage.planner.mixed.cuts import balanced_on
-from shardstage.planner.mixed.space import Arrangement
+from shardstage.planner.mixed.space import Arrangement, Sharding
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -40,8 +40,8 @@ def test_a_class_of_twice_the_speed_takes_about_twice_the_samples() -> None:
 
 
 def test_pipelines_on_one_class_each_lie_outside_and_pipelines_through_all_inside() -> None:
-    through = Arrangement("stages", 2, True, 3, 4, (1, 2), (2, 2), 8)
-    apart = Arrangement("shares", 2, True, 3, 3, (1, 2), (1, 2), 8)
+    through = Arrangement("stages", Sharding(2, True), 3, 4, (1, 2), (2, 2), 8)
+    apart = Arrangement("shares", Sharding(2, True), 3, 3, (1, 2), (1, 2), 8)
     assert through.mesh.order == AXES and through.used == (8, 16)
     assert [lane.classes for lane in through.lanes] == [(0, 1, 1)]
     assert apart.mesh.order[0] == "dp" and apart.used == (6, 12)

@@ -31,7 +31,7 @@ from shardstage.cost.profile import RECOMPUTES, Recompute
 from shardstage.layout import Mesh
 from shardstage.planner.mixed.even import uneven_pipeline_s
 from shardstage.planner.mixed.pricing import MixedPricing
-from shardstage.planner.mixed.space import Arrangement, MixedChoice, MixedSpace
+from shardstage.planner.mixed.space import Arrangement, MixedChoice, MixedSpace, Sharding
 from shardstage.planner.space import Schedule, Zero
 
 __all__ = ["Bounds", "MixedFigures", "bounds_of"]
@@ -44,9 +44,11 @@ INTEGER_STEPS: Final = 12
 
 @dataclass(frozen=True, kw_only=True)
 class MixedFigures:
-    """What units cost for each of some ``sizes`` of a microbatch: ``forward_s`` and ``backward_s`` [class, kind, size] with all waiting,
-    ``again_s`` [mode][class, kind, size], ``saved`` [mode][kind, size], ``own`` [kind], ``number`` [kind], ``received`` [size]."""
+    """What units cost under a sharding for each of some ``sizes`` of a microbatch: ``forward_s`` and ``backward_s`` [class, kind, size] with
+    all waiting, ``again_s`` [mode][class, kind, size], ``saved`` [mode][kind, size], ``own`` elements [kind], of them ``experts`` that not
+    all replicas hold, ``number`` [kind], ``received`` [size]. ``first`` is the kind of the first unit."""
 
+    sharding: Sharding
     sizes: npt.NDArray[np.int64]
     number: Array
     forward_s: Array
@@ -54,7 +56,8 @@ class MixedFigures:
     again_s: Mapping[Recompute, Array]
     saved: Mapping[Recompute, Array]
     own: Array
-    first_own: float
+    experts: Array
+    first: int
     received: Array
 
     @property
@@ -63,30 +66,52 @@ class MixedFigures:
         found: Array = np.einsum("u,cus->cs", self.number, self.forward_s + self.backward_s)
         return found
 
+    @property
+    def replicated(self) -> Array:
+        """[kind]: elements that all replicas hold."""
+        return self.own - self.experts
+
+    def least_s(self, num_devices: Sequence[int], batch: int) -> float:
+        """Seconds of a step at least, whatever the arrangement, its ZeRO and its schedule: all devices compute all the time, of each unit
+        so many samples as is best for all (weak duality, as above, of samples' units that are dealt out by fractions)."""
+        each = ((self.forward_s + self.backward_s) / self.sizes).min(axis=2)  # [class, kind], of a sample
+        speed = 1 / (each @ self.number)
+        groups = np.array(num_devices) // self.sharding.num_ranks
+        return float(batch * (self.number @ (speed[:, None] * each).min(axis=0)) / (groups @ speed))
+
     @staticmethod
-    def of(pricing: MixedPricing, tp: int, *, is_sp: bool, sizes: Sequence[int]) -> MixedFigures:
-        costs = pricing.unit_costs(tp, is_sp, sizes)
-        one, twins = costs[0], pricing.twins
+    def of(pricing: MixedPricing, shardings: Sequence[Sharding], sizes: Sequence[int]) -> list[MixedFigures]:
+        """Of each of some shardings, which differ in cp and ep alone."""
+        costs = pricing.unit_costs(shardings, sizes)
+        shape = (len(shardings), len(sizes))
 
-        def table(figure: Any) -> Array:
-            return np.array([[figure(unit) for unit in kinds] for kinds in costs], dtype=np.float64)
+        def table(figure: Any) -> Array:  # [sharding, class, kind, size]
+            values = [[figure(unit).reshape(shape) for unit in kinds] for kinds in costs]
+            return np.array(values, dtype=np.float64).transpose(2, 0, 1, 3)
 
-        def shared(figure: Any) -> Array:
-            return np.array([figure(unit) for unit in one], dtype=np.float64)
-
-        own = shared(lambda unit: unit.own_elements[0])
-        received = shared(lambda unit: unit.input_bytes)
-        return MixedFigures(
-            sizes=np.array(sizes),
-            number=pricing.num_of_kinds,
-            forward_s=table(lambda unit: unit.forward_s),
-            backward_s=table(lambda unit: unit.backward_s),
-            again_s={mode: table(lambda unit, m=mode: unit.recompute_s[m]) for mode in RECOMPUTES},
-            saved={mode: shared(lambda unit, m=mode: unit.saved_bytes[m]) for mode in RECOMPUTES},
-            own=own,
-            first_own=float(own[twins[0]]),
-            received=received[sorted({*twins[1:]})].min(axis=0) if len(twins) > 1 else received[0] * 0,
-        )
+        forward_s, backward_s = table(lambda unit: unit.forward_s), table(lambda unit: unit.backward_s)
+        again_s = {mode: table(lambda unit, m=mode: unit.recompute_s[m]) for mode in RECOMPUTES}
+        saved = {mode: table(lambda unit, m=mode: unit.saved_bytes[m])[:, 0] for mode in RECOMPUTES}
+        own = table(lambda unit: unit.own_elements)[:, 0, :, 0]
+        experts = own - table(lambda unit: unit.replicated_elements)[:, 0, :, 0]
+        received, twins = table(lambda unit: unit.input_bytes)[:, 0], pricing.twins
+        later = sorted({*twins[1:]}) or [0]
+        return [
+            MixedFigures(
+                sharding=sharding,
+                sizes=np.array(sizes),
+                number=pricing.num_of_kinds,
+                forward_s=forward_s[place],
+                backward_s=backward_s[place],
+                again_s={mode: each[place] for mode, each in again_s.items()},
+                saved={mode: each[place] for mode, each in saved.items()},
+                own=own[place],
+                experts=experts[place],
+                first=twins[0],
+                received=received[place, later].min(axis=0) * (len(twins) > 1),
+            )
+            for place, sharding in enumerate(shardings)
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,7 +202,7 @@ class _Rows:
         self.setup = pricing.setup(MixedChoice(arrangements[0], Zero(0), Schedule("1f1b", 1)))
         self.p = np.array([of.pp for of in arrangements], dtype=np.float64)
         self.m = np.array([of.num_microbatches for of in arrangements], dtype=np.float64)
-        self.dp = np.array([of.dp for of in arrangements], dtype=np.float64)
+        self.replicas = np.array([of.mesh.num_replicas for of in arrangements], dtype=np.float64)
         self.talk = _Talk(pricing, [of.mesh for of in arrangements])
         self.kinds = [
             (np.array([row for row, of in enumerate(arrangements) if of.by == by]), by)
@@ -225,8 +250,20 @@ class _Talk:
     def over_replicas(self, kind: CollectiveKind, num_ranks: int | None) -> Array:
         """Over all of them, or over so many neighbours."""
         return self._each(
-            lambda mesh: self._costs.cost(kind, min(num_ranks or mesh.dp, mesh.dp), mesh.stride("dp"))
+            lambda mesh: self._costs.cost(
+                kind,
+                min(num_ranks or mesh.num_replicas, mesh.num_replicas),
+                mesh.stride("cp" if mesh.cp > 1 else "dp"),
+            )
         )
+
+    def over_experts(self, kind: CollectiveKind, of: Sharding, shards: Array) -> Array:
+        """[row]: seconds a byte among the ranks that ZeRO cuts the same experts over, so many in each row."""
+        stride = of.ep * (1 if of.has_whole_experts else of.tp)
+        known, which = np.unique(shards.astype(np.int64), return_inverse=True)
+        costs = [self._costs.cost(kind, number, stride) for number in known.tolist()]
+        found: Array = np.array([1 / cost.bytes_per_s for cost in costs])[which]
+        return found
 
     def _each(self, cost: Callable[[Mesh], LinearCost]) -> Array:
         found = [cost(mesh) for mesh in self._meshes]
@@ -239,14 +276,19 @@ class _OfZero:
 
     def __init__(self, rows: _Rows, zero: Zero) -> None:
         self._rows = rows
-        self._level = np.where(rows.dp > 1, zero.level, 0)
-        setup = rows.setup
-        self._shards = np.where(self._level > 0, zero.num_ranks or rows.dp, 1.0)
+        self._level = np.where(rows.replicas > 1, zero.level, 0)
+        setup, of = rows.setup, rows.figures.sharding
+        self._shards = np.where(self._level > 0, zero.num_ranks or rows.replicas, 1.0)
+        holders = np.where(self._level > 0, of.tp if of.has_whole_experts else 1, 1.0)
+        self._expert_shards = np.where(
+            self._level > 0, np.maximum(1.0, self._shards * holders // of.ep), 1.0
+        )
         self._gather = rows.talk.over_replicas("all_gather", zero.num_ranks)
         self._scatter = rows.talk.over_replicas("reduce_scatter", zero.num_ranks)
         self._lanes = [(own, on, lanes, self._costs(own, on, lanes)) for own, on, lanes in rows.lanes()]
         self._slowest: dict[tuple[int, str], tuple[Array, Array]] = {}
         self._state = _state_bytes(setup, self._level, self._shards)
+        self._expert_state = _state_bytes(setup, self._level, self._expert_shards)
 
     def of(self, schedule: Schedule) -> tuple[Array, npt.NDArray[np.bool_]]:
         """[row]: least seconds, and whether a choice cannot fit."""
@@ -274,10 +316,11 @@ class _OfZero:
         reference = rows.pricing.costs.reference(on).device
         element_s = moved_s(setup.accumulation_bytes, reference)
         level, m = self._level[own], rows.m[own]
-        added_s = element_s * np.where(m > 1, 1.0, 0.0) / np.where(level >= 2, self._shards[own], 1.0)
+        parts = self._part_elements(own, f.replicated[:, None], f.experts[:, None])
+        added_s = element_s * (m > 1) * np.where(level >= 2, parts, f.own[:, None])
         talk_s = self._talk_s(own, level)
         forward, backward = sized(f.forward_s), sized(f.backward_s)
-        extra = f.own[:, None] * added_s + overlap_slowdown(reference) * talk_s
+        extra = added_s + overlap_slowdown(reference) * talk_s
         both = forward + backward + extra
         return _Costs(
             all_forward=_sums(f.number, forward.min(axis=0)),
@@ -298,30 +341,40 @@ class _OfZero:
 
     def _talk_s(self, own: Any, level: Array) -> Array:
         """[kind, row]: seconds of ZeRO-2/3's collectives for a microbatch."""
-        f, setup = self._rows.figures, self._rows.setup
-        calls = (f.own > 0)[:, None]
+        f, setup, shards = self._rows.figures, self._rows.setup, self._expert_shards[own]
+        calls, has_experts = (f.replicated > 0)[:, None], bool(f.experts.any())
 
-        def each(table: Array, element_bytes: float) -> Array:
-            found: Array = calls * table[own, 0] + f.own[:, None] * element_bytes * table[own, 1]
+        def each(kind: CollectiveKind, table: Array, element_bytes: float) -> Array:
+            found: Array = calls * table[own, 0] + f.replicated[:, None] * element_bytes * table[own, 1]
+            if has_experts:
+                byte_s = self._rows.talk.over_experts(kind, f.sharding, shards)
+                found = found + f.experts[:, None] * element_bytes * byte_s
             return found
 
-        gathers = np.where(level >= 3, 2.0, 1.0) * each(self._gather, setup.compute_bytes)
-        return np.where(level >= 2, gathers + each(self._scatter, setup.wire_bytes), 0.0)
+        if not level.max(initial=0) >= 2:
+            return np.zeros((len(f.own), len(level)))
+        gathers = np.where(level >= 3, 2.0, 1.0) * each("all_gather", self._gather, setup.compute_bytes)
+        scatters = each("reduce_scatter", self._scatter, setup.wire_bytes)
+        return np.where(level >= 2, gathers + scatters, 0.0)
+
+    def _part_elements(self, own: Any, replicated: Any, experts: Any) -> Any:
+        """What ranks own under ZeRO of so many elements."""
+        return replicated / self._shards[own] + experts / self._expert_shards[own]
 
     def _beside_s(self, own: Any, on: tuple[int, ...], lanes: _Lanes) -> Array:
         """[row]: transfers, the optimizer on the mean rank, new parameters, the norm's sum, and what of reductions nothing hides."""
         rows, f, setup, level = self._rows, self._rows.figures, self._rows.setup, self._level[own]
         talk, p = rows.talk, rows.p[own]
         reference = rows.pricing.costs.reference(on).device
-        elements = f.number @ f.own
-        part = elements / p / self._shards[own]
+        elements, first = f.number @ f.replicated, f.replicated[f.first]
+        part = self._part_elements(own, elements, f.number @ f.experts) / p
         received = f.received[lanes.size[0]]
         transfer = talk.transfer[own, 0] + received * talk.transfer[own, 1]
         update = 0.0 if setup.is_offloaded else part * optimizer_s(1, setup.master_bytes, 0, reference)
         gather = self._gather[own, 0] + elements / p * setup.compute_bytes * self._gather[own, 1]
         sums = np.where((level == 1)[:, None], self._scatter[own], talk.reduce[own])
-        least = np.where(p == 1, elements, f.first_own) * setup.wire_bytes * sums[:, 1]
-        exposed = overlap_slowdown(reference) * least * ((level < 2) & (rows.dp[own] > 1))
+        least = np.where(p == 1, elements, first) * setup.wire_bytes * sums[:, 1]
+        exposed = overlap_slowdown(reference) * least * ((level < 2) & (rows.replicas[own] > 1))
         waits = np.where(p > 1, 2 * (p - 1) * transfer, 0.0)
         found: Array = waits + update + np.where(level == 1, gather, 0.0) + exposed + talk.norm_s[own]
         return found
@@ -336,7 +389,8 @@ class _OfZero:
             held = (
                 lanes.held if how == "1f1b" else np.broadcast_to(np.minimum(rows.p, rows.m)[own], held.shape)
             )
-        state = self._state[own] * rows.figures.own[:, None]
+        f = rows.figures
+        state = self._state[own] * f.replicated[:, None] + self._expert_state[own] * f.experts[:, None]
         return _slowest_s(costs, rows.figures.number, lanes.k, held, state, rows.limits[list(on)])
 
     def _of_lane(self, schedule: Schedule, own: Any, costs: _Costs, slowest: Array) -> Array:

@@ -28,10 +28,11 @@ from shardstage.cost.memory import MemoryUse
 from shardstage.cost.readings import Readings
 from shardstage.errors import PlanError
 from shardstage.graph import ModelGraph
+from shardstage.layout import AXES, Mesh
 from shardstage.plan import Plan
 from shardstage.plan.order import setup_of
 from shardstage.plan.schedule import schedule_of
-from shardstage.planner.mixed.space import Lane
+from shardstage.planner.mixed.space import Lane, Sharding
 
 __all__ = ["LaneCosts", "class_peaks", "combined", "lanes_of", "predict_mixed"]
 
@@ -39,7 +40,7 @@ __all__ = ["LaneCosts", "class_peaks", "combined", "lanes_of", "predict_mixed"]
 def predict_mixed(graph: ModelGraph, plan: Plan, cluster: Cluster) -> Prediction:
     """What a plan takes on a cluster of several classes: its slowest pipeline, and the most that any of them holds.
 
-    Raises ``PlanError`` where a tensor-parallel group lies on two classes.
+    Raises ``PlanError`` where ranks that share samples or experts lie on two classes.
     """
     return combined([found for _, found in _predictions(graph, plan, cluster)], plan, cluster)
 
@@ -74,11 +75,13 @@ def _predictions(graph: ModelGraph, plan: Plan, cluster: Cluster) -> list[tuple[
     costs = LaneCosts(
         cluster, folded, sequence=plan.sequence, replicate=plan.replicate, is_compiled=plan.is_compiled
     )
-    return [(lane, costs.predict(lane, setup, plan.is_sequence_parallel)) for lane in lanes_of(plan, cluster)]
+    is_sp = plan.is_sequence_parallel
+    return [(lane, costs.predict(lane, setup, is_sp)) for lane in lanes_of(plan, cluster)]
 
 
 def lanes_of(plan: Plan, cluster: Cluster) -> tuple[Lane, ...]:
     """The different pipelines of a plan."""
+    _check_experts(plan, cluster)
     return tuple(
         dict.fromkeys(
             Lane(_classes_of(plan, dp, cluster), max(plan.microbatches(dp))) for dp in range(plan.mesh.dp)
@@ -90,15 +93,36 @@ def _classes_of(plan: Plan, dp: int, cluster: Cluster) -> tuple[int, ...]:
     """The class of each pipeline rank of a data-parallel rank."""
     mesh, found = plan.mesh, []
     for pp in range(mesh.pp):
-        ranks = [mesh.rank(pp=pp, dp=dp, tp=tp) for tp in range(mesh.tp)]
-        numbers = {cluster.part_of(rank) for rank in (ranks[0], ranks[-1])}
+        ranks = [mesh.rank(pp=pp, dp=dp, cp=cp, tp=tp) for cp in range(mesh.cp) for tp in range(mesh.tp)]
+        numbers = {cluster.part_of(rank) for rank in ranks}
         if len(numbers) > 1:
+            what, axis = ("context", "cp") if mesh.cp > 1 else ("tensor", "tp")
             raise PlanError(
-                f"tensor-parallel ranks {ranks} lie on different devices, and the slower ones would hold the others up at every layer",
-                hint=f'--plan "tp={math.gcd(*(part.num_devices for part in cluster.parts))}"',
+                f"{what}-parallel ranks {ranks} lie on different devices, and the slower ones would hold the others up at every layer",
+                hint=f'--plan "{axis}={math.gcd(mesh.size(axis), *(part.num_devices for part in cluster.parts))}"',
             )
         found.append(numbers.pop())
     return tuple(found)
+
+
+def _check_experts(plan: Plan, cluster: Cluster) -> None:
+    """Raises ``PlanError`` where experts are dealt out to ranks of two classes."""
+    mesh, is_whole = plan.mesh, plan.etp == 1
+    for pp in range(mesh.pp) if plan.ep > 1 else ():
+        holders = [
+            mesh.rank(pp=pp, dp=dp, cp=cp, tp=tp)
+            for dp in range(mesh.dp)
+            for cp in range(mesh.cp)
+            for tp in range(mesh.tp if is_whole else 1)
+        ]
+        for first in range(0, len(holders), plan.ep):
+            ranks = holders[first : first + plan.ep]
+            if len({cluster.part_of(rank) for rank in ranks}) > 1:
+                raise PlanError(
+                    f"ranks {ranks} deal experts out among them and lie on different devices, and the slower ones would hold the others up "
+                    "at every layer",
+                    hint=f'--plan "ep={math.gcd(plan.ep, *(part.num_devices for part in cluster.parts))}"',
+                )
 
 
 class LaneCosts:
@@ -130,23 +154,46 @@ class LaneCosts:
             is_compiled=is_compiled,
             readings=readings,
         )
-        self._profilers: dict[tuple[int, bool, int], Profiler] = {}
-        self._profiles: dict[tuple[int, bool, int, int], Profile] = {}
+        self._profilers: dict[tuple[int, bool, bool, int], Profiler] = {}
+        self._profiles: dict[tuple[Sharding, int, int], Profile] = {}
+        self._unit_links: dict[tuple[Sharding, int], Links] = {}
 
-    def profiler(self, tp: int, is_sp: bool, number: int) -> Profiler:
-        """Of one class: the model is sharded once for all of them."""
-        key = (tp, is_sp, number)
+    def profiler(self, of: Sharding, number: int) -> Profiler:
+        """Of one class: the model is sharded once for all of them, and for any ranks that share sequences or experts."""
+        key = (of.tp, of.is_sequence_parallel, of.has_whole_experts, number)
         if key not in self._profilers:
-            first = self._shard(tp, is_sp) if number == 0 else self.profiler(tp, is_sp, 0)
-            self._profilers[key] = first.on(self.classes[number]) if number else first
+            if of.has_whole_experts:
+                cut = self.profiler(of._replace(has_whole_experts=False), number)
+                self._profilers[key] = cut.with_whole_experts()
+            elif number:
+                self._profilers[key] = self.profiler(of, 0).on(self.classes[number])
+            else:
+                self._profilers[key] = self._shard(of.tp, of.is_sequence_parallel)
         return self._profilers[key]
 
-    def profile(self, tp: int, is_sp: bool, number: int, size: int) -> Profile:
+    def profile(self, of: Sharding, number: int, size: int) -> Profile:
         """The units on one class for a microbatch of so many samples."""
-        key = (tp, is_sp, number, size)
+        key = (of, number, size)
         if key not in self._profiles:
-            self._profiles[key] = self.profiler(tp, is_sp, number).at(size)
+            self._profiles[key] = self.profiler(of, number).at(size, self.unit_links(of, number))
         return self._profiles[key]
+
+    def unit_links(self, of: Sharding, number: int) -> Links:
+        """Who shares sequences and experts, neighbours on one class, whatever else the mesh is."""
+        key = (of, number)
+        if key not in self._unit_links:
+            mesh = Mesh(dp=max(1, of.ep // of.cp), cp=of.cp, tp=of.tp)
+            self._unit_links[key] = self._links_on(number, mesh, of)
+        return self._unit_links[key]
+
+    def _links_on(self, number: int, mesh: Mesh, of: Sharding) -> Links:
+        return Links(
+            self.classes[number],
+            mesh,
+            ep=of.ep,
+            has_whole_experts=of.has_whole_experts,
+            costs=self.link_costs,
+        )
 
     def reference(self, classes: Iterable[int]) -> Cluster:
         """Of some classes the one of slowest memory."""
@@ -177,14 +224,12 @@ class LaneCosts:
         return replace(profiles[lane.classes[0]], units=units)
 
     def _profile_of(self, lane: Lane, setup: StepSetup, is_sp: bool, number: int) -> Profile:
-        """The units on one class; ranks that share sequences or experts, which no search over several classes offers, are asked alone."""
-        tp = setup.mesh.tp
-        if setup.ep == setup.mesh.cp == 1 and not setup.has_whole_experts:
-            return self.profile(tp, is_sp, number, lane.size)
-        profiler = self.profiler(tp, is_sp, number)
-        if setup.has_whole_experts:
-            profiler = profiler.with_whole_experts()
-        return profiler.at(lane.size, self.links(lane, setup))
+        """The units on one class; where ranks that share sequences or experts are no neighbours, for this mesh alone."""
+        mesh = setup.mesh
+        of = Sharding(mesh.tp, is_sp, mesh.cp, setup.ep, setup.has_whole_experts)
+        if of.is_plain or mesh.order == AXES:
+            return self.profile(of, number, lane.size)
+        return self.profiler(of, number).at(lane.size, self._links_on(number, mesh, of))
 
     def predict(
         self, lane: Lane, setup: StepSetup, is_sp: bool, memory: MemoryModel | None = None

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shardstage.cluster import Cluster
-from shardstage.cost import Links, MemoryModel, Prediction, StepSetup, step_seconds
+from shardstage.cost import MemoryModel, Prediction, StepSetup, step_seconds
 from shardstage.cost.offload import has_host_room
 from shardstage.cost.pipeline import SPLITTING, StageTime, pipeline_s
 from shardstage.cost.readings import Readings
@@ -20,7 +20,6 @@ from shardstage.cost.stages import least_update_s
 from shardstage.cost.units import Cases, UnitCosts
 from shardstage.graph import ModelGraph
 from shardstage.graph.recompute import StageRecompute
-from shardstage.layout import Mesh
 from shardstage.plan import Plan, Precision
 from shardstage.plan.complete import ranges
 from shardstage.planner.alike import Alike
@@ -28,7 +27,7 @@ from shardstage.planner.chain import Chain, state_bytes_of
 from shardstage.planner.mixed.cuts import LaneAsStages, LanesAsStages, balanced_on
 from shardstage.planner.mixed.even import EvenCut, EvenLane, Sums
 from shardstage.planner.mixed.lanes import LaneCosts, classes_of_stages, combined
-from shardstage.planner.mixed.space import Lane, MixedChoice
+from shardstage.planner.mixed.space import Lane, MixedChoice, Sharding
 from shardstage.planner.pricing import fold_for
 from shardstage.planner.space import Savers
 from shardstage.planner.stages import StageCosts, best_cut
@@ -92,9 +91,9 @@ class MixedPricing:
         factors = [f for each in calibrations if each is not None for f in each.factors.values()]
         self.least_factor = min([1.0, *factors])
         self._twins = [unit.twin for unit in self.folded.units]
-        self._chains: dict[tuple[int, bool, int, int], Chain] = {}
+        self._chains: dict[tuple[Sharding, int, int], Chain] = {}
         self._pipelines: dict[tuple[object, ...], float] = {}
-        self._sums: dict[tuple[int, bool, int, int], Sums] = {}
+        self._sums: dict[tuple[Sharding, int, int], Sums] = {}
         self._even_cuts: dict[tuple[object, ...], EvenCut] = {}
         self._lanes: dict[tuple[object, ...], EvenLane] = {}
         self._ends: dict[tuple[object, ...], Alike] = {}
@@ -105,13 +104,14 @@ class MixedPricing:
     def num_units(self) -> int:
         return len(self.folded.units)
 
-    def unit_costs(self, tp: int, is_sp: bool, sizes: Sequence[int]) -> list[list[UnitCosts]]:
-        """[class][kind]: what units cost at each size."""
-        links = Links(self.costs.classes[0], Mesh(tp=tp), costs=self.costs.link_costs)
-        cases = Cases.of(sizes, [links] * len(sizes))
-        return [
-            self.costs.profiler(tp, is_sp, number).costs(cases) for number in range(len(self.costs.classes))
-        ]
+    def unit_costs(self, shardings: Sequence[Sharding], sizes: Sequence[int]) -> list[list[UnitCosts]]:
+        """[class][kind]: what units cost at each size in each of some shardings that differ in cp and ep alone, those of the first first."""
+        found = []
+        for number in range(len(self.costs.classes)):
+            links = [self.costs.unit_links(of, number) for of in shardings for _ in sizes]
+            cases = Cases.of([*sizes] * len(shardings), links)
+            found.append(self.costs.profiler(shardings[0], number).costs(cases))
+        return found
 
     @property
     def num_of_kinds(self) -> npt.NDArray[np.float64]:
@@ -131,7 +131,7 @@ class MixedPricing:
         found = (self._cut if choice.schedule.per_rank == 1 else self._even)(choice, setup, limits, below_s)
         if found is None:
             return None
-        lanes, is_sp = choice.arrangement.lanes, choice.arrangement.is_sequence_parallel
+        lanes, is_sp = choice.arrangement.lanes, choice.arrangement.sharding.is_sequence_parallel
         predictions = [self.costs.predict(lane, found, is_sp) for lane in lanes]
         peaks = [0] * len(limits)
         for lane, prediction in zip(lanes, predictions, strict=True):
@@ -180,6 +180,8 @@ class MixedPricing:
             sequence=self.sequence,
             zero=choice.zero.level,
             zero_ranks=choice.zero.num_ranks,
+            ep=of.sharding.ep,
+            has_whole_experts=of.sharding.has_whole_experts,
             recompute=self.asked or "none",
             schedule=choice.schedule.name,
             precision=self.precision,
@@ -191,7 +193,7 @@ class MixedPricing:
 
     def chain(self, choice: MixedChoice, number: int, size: int) -> Chain:
         """The units on one class, with their sums."""
-        key = (choice.arrangement.tp, choice.arrangement.is_sequence_parallel, number, size)
+        key = (choice.arrangement.sharding, number, size)
         if key not in self._chains:
             profile, twins = self.costs.profile(*key), self._twins
             kinds = [profile.units[twins.index(twin)] for twin in range(max(twins) + 1)]
@@ -270,7 +272,7 @@ class MixedPricing:
         """Raises ``TooLong`` where a step takes ``below_s`` or more; that is known sooner than what its ranks hold."""
         if below_s == math.inf:
             return
-        is_sp = choice.arrangement.is_sequence_parallel
+        is_sp = choice.arrangement.sharding.is_sequence_parallel
         seconds = max(
             step_seconds(
                 self.costs.lane_profile(lane, setup, is_sp),
@@ -286,7 +288,7 @@ class MixedPricing:
         self, choice: MixedChoice, setup: StepSetup, limits: Sequence[int], below_s: float
     ) -> StepSetup | None:
         """Several stages a rank: cut for balance on the slowest lane, all recomputing as many layers, as few as fit into all lanes."""
-        lanes, is_sp = choice.arrangement.lanes, choice.arrangement.is_sequence_parallel
+        lanes, is_sp = choice.arrangement.lanes, choice.arrangement.sharding.is_sequence_parallel
         made = replace(setup, starts=self._balanced(choice, setup))
         for lane in lanes:
             if not self._may_fit(choice, lane, replace(made, microbatch=lane.size), limits, below_s):
@@ -382,7 +384,7 @@ class MixedPricing:
         of = choice.arrangement
         sums = {}
         for number in {*lane.classes}:
-            key = (of.tp, of.is_sequence_parallel, number, lane.size)
+            key = (of.sharding, number, lane.size)
             if key not in self._sums:
                 self._sums[key] = Sums(self.chain(choice, number, lane.size))
             sums[number] = self._sums[key]
@@ -393,7 +395,7 @@ class MixedPricing:
         return EvenLane(sums, self._even_cuts[setup.starts, lane.classes, is_v], setup)
 
     def _alike(self, choice: MixedChoice, lane: Lane, setup: StepSetup, limits: Sequence[int]) -> Alike:
-        profile = self.costs.lane_profile(lane, setup, choice.arrangement.is_sequence_parallel)
+        profile = self.costs.lane_profile(lane, setup, choice.arrangement.sharding.is_sequence_parallel)
         layers = self.chain(choice, lane.classes[0], lane.size).layers
         return Alike(profile, layers, setup, [limits[number] for number in lane.classes])
 
@@ -401,7 +403,7 @@ class MixedPricing:
         """Stages of nearly equal seconds, each on its own class, of what the units take the first lane for about as many samples."""
         of, lane = choice.arrangement, choice.arrangement.lanes[0]
         places, size = tuple(classes_of_stages(lane, setup)), 1 << (lane.size.bit_length() - 1)
-        key = (of.tp, of.is_sequence_parallel, size, places)
+        key = (of.sharding, size, places)
         if key not in self._starts:
             sums = {number: self.chain(choice, number, size).both_s for number in {*places}}
             self._starts[key] = balanced_on([sums[number] for number in places])
@@ -446,7 +448,9 @@ class MixedPricing:
             stage_recompute=setup.recompute_of_stages,
             schedule=choice.schedule.name,
             precision=self.precision,
-            is_sequence_parallel=of.is_sequence_parallel,
+            is_sequence_parallel=of.sharding.is_sequence_parallel,
+            ep=of.sharding.ep,
+            etp=1 if of.sharding.has_whole_experts else None,
             is_compiled=self.is_compiled,
             gradient_dtype=self.savers.gradient_dtype,
             offload=self.savers.offload,

@@ -28,7 +28,7 @@ from shardstage.plan.modules import require_modules
 from shardstage.planner.certificate import Certificate, Counts, cluster_hash
 from shardstage.planner.mixed.bounds import Bounds, MixedFigures, bounds_of
 from shardstage.planner.mixed.pricing import MixedPriced, MixedPricing, TooLong
-from shardstage.planner.mixed.space import Arrangement, MixedChoice, MixedSpace
+from shardstage.planner.mixed.space import Arrangement, MixedChoice, MixedSpace, Sharding
 from shardstage.planner.space import Savers, declared_space, ladder
 from shardstage.units import format_bytes
 
@@ -116,8 +116,7 @@ class MixedSearcher:
             global_batch=global_batch,
             sequence=sequence,
             num_units=self.pricing.num_units,
-            num_experts=0,
-            has_attention=False,
+            may_have_whole_experts=self.pricing.folded.can_have_whole_experts,
             fix=fix,
             fixed=fixed,
             is_runnable=is_runnable,
@@ -130,7 +129,8 @@ class MixedSearcher:
         )
         has_host = all(host_of(part.device) is not None for part in cluster.parts)
         self._ladder = ladder(precision, request, fixed, has_host=has_host)
-        self._known: dict[tuple[int, bool], tuple[MixedFigures, list[Arrangement]]] = {}
+        self._figures: dict[Sharding, MixedFigures] = {}
+        self._arrangements: dict[Sharding, list[Arrangement]] = {}
         self.use(self._ladder[0])
 
     def use(self, savers: Savers) -> None:
@@ -154,20 +154,26 @@ class MixedSearcher:
             hint="--max-memory with more, a larger cluster, or fewer --fix",
         )
 
-    def figures(self, tp: int, is_sp: bool) -> tuple[MixedFigures, list[Arrangement]]:
-        """What units cost under a sharding, and its arrangements."""
-        if (tp, is_sp) not in self._known:
-            figures = MixedFigures.of(self.pricing, tp, is_sp=is_sp, sizes=self.space.sizes)
-            arrangements = [*self.space.arrangements(tp, is_sp=is_sp, seconds=figures.whole_s)]
-            self._known[tp, is_sp] = figures, arrangements
-        return self._known[tp, is_sp]
+    def figures(self, sharding: Sharding) -> MixedFigures:
+        """What units cost under a sharding: found for all that differ from it in cp and ep alone."""
+        if sharding not in self._figures:
+            alike = [each for each in self.space.shardings if each.cut == sharding.cut]
+            found = MixedFigures.of(self.pricing, alike, self.space.sizes)
+            self._figures.update(zip(alike, found, strict=True))
+        return self._figures[sharding]
+
+    def arrangements(self, sharding: Sharding) -> list[Arrangement]:
+        """All of a sharding."""
+        if sharding not in self._arrangements:
+            whole_s = self.figures(sharding).whole_s
+            self._arrangements[sharding] = [*self.space.arrangements(sharding, whole_s)]
+        return self._arrangements[sharding]
 
     def bounds(self, limits: Sequence[int]) -> Iterator[Bounds]:
         """Of all choices, sharding by sharding."""
-        for tp, is_sp in self.space.shardings:
-            figures, arrangements = self.figures(tp, is_sp)
-            if arrangements:
-                yield bounds_of(self.pricing, self.space, figures, arrangements, limits)
+        for sharding in self.space.shardings:
+            if arrangements := self.arrangements(sharding):
+                yield bounds_of(self.pricing, self.space, self.figures(sharding), arrangements, limits)
 
     def _search(self, limits: Sequence[int], found: _Found) -> None:
         """All choices best bound first; what is open when a bound reaches the best price is left out by it."""
@@ -268,12 +274,16 @@ class MixedSearcher:
             )
 
 
-MeshKey = tuple[str, int, int]
+MeshKey = tuple[str, int, int, int, int]
 
 
 def _key(choice: MixedChoice) -> MeshKey:
     """What makes two plans alike to a reader."""
-    return choice.arrangement.by, choice.arrangement.tp, choice.arrangement.pp
+    return _mesh_of(choice.arrangement)
+
+
+def _mesh_of(of: Arrangement) -> MeshKey:
+    return of.by, of.sharding.tp, of.pp, of.sharding.cp, of.sharding.ep
 
 
 class _Order:
@@ -293,7 +303,7 @@ class _Order:
     @cached_property
     def _columns(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """A number of each one's mesh, and how many stages a rank has."""
-        rows = [(of.by, of.tp, of.pp) for table in self._tables for of in table.arrangements]
+        rows = [_mesh_of(of) for table in self._tables for of in table.arrangements]
         numbers = {key: number for number, key in enumerate(dict.fromkeys(rows))}
         of_rows = np.array([numbers[key] for key in rows], dtype=np.int64)
         lengths = [(len(t.arrangements), [s.per_rank for _, s in t.columns]) for t in self._tables]

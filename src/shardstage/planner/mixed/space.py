@@ -4,15 +4,18 @@ by stages    each pipeline runs through all classes: so many pipeline ranks (``w
 by shares    each pipeline lies on one class: so many pipelines (``ways``) on each; a class takes as many samples of a microbatch as it
              computes in the time of the others
 
-tp × sp              a tensor-parallel group lies on one class; devices of a class that fill no group stay idle
+tp × sp × cp         ranks that share samples lie on one class, as do those that share experts; devices of a class that fill no group
+ep × etp             stay idle, as do pipelines that experts cannot be dealt out to
 ways × pp × dp       stages: the largest dp for each ``ways``, or the least that runs as few microbatches; shares: every pp
 microbatch           the sizes of the search over one class, and between classes of unlike speed every size up to ``EVERY_SIZE``
 ZeRO, schedule       as over one class; ZeRO cuts over all replicas
+                     replicas of cut sequences or dealt experts are neighbours, so that these go by shares without a pipeline only
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,7 +29,7 @@ from shardstage.layout import AXES, Mesh
 from shardstage.plan.complete import proportional_shares
 from shardstage.planner.space import DP_OUTSIDE, Schedule, Space, Zero
 
-__all__ = ["Arrangement", "Lane", "MixedChoice", "MixedSpace"]
+__all__ = ["Arrangement", "Lane", "MixedChoice", "MixedSpace", "Sharding"]
 
 Array = npt.NDArray[np.float64]
 Numbers = npt.NDArray[np.int64]
@@ -43,12 +46,41 @@ class Lane(NamedTuple):
     size: int
 
 
+class Sharding(NamedTuple):
+    """How a unit of the model is cut: where that is the same, a microbatch of a unit costs the same."""
+
+    tp: int
+    is_sequence_parallel: bool
+    cp: int = 1
+    ep: int = 1
+    has_whole_experts: bool = False
+
+    @property
+    def cut(self) -> Sharding:
+        """How it cuts operators, whoever shares sequences and experts."""
+        return self._replace(cp=1, ep=1)
+
+    @property
+    def num_ranks(self) -> int:
+        """Those that share a sample."""
+        return self.tp * self.cp
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether neither sequences nor experts are shared but along tp."""
+        return self.cp == self.ep == 1 and not self.has_whole_experts
+
+    @property
+    def dp_step(self) -> int:
+        """Of so many data-parallel ranks, or a multiple of that, all experts' holders are."""
+        return self.ep // math.gcd(self.ep, self.cp * (self.tp if self.has_whole_experts else 1))
+
+
 class Arrangement(NamedTuple):
     """Who does how much: ``sizes`` are the samples of a microbatch on each class, of which there are ``num_microbatches``."""
 
     by: Literal["stages", "shares"]
-    tp: int
-    is_sequence_parallel: bool
+    sharding: Sharding
     pp: int
     dp: int
     ways: tuple[int, ...]
@@ -58,12 +90,13 @@ class Arrangement(NamedTuple):
     @property
     def mesh(self) -> Mesh:
         is_outside = self.by == "shares" and self.pp > 1
-        return Mesh(pp=self.pp, dp=self.dp, tp=self.tp, order=DP_OUTSIDE if is_outside else AXES)
+        tp, cp = self.sharding.tp, self.sharding.cp
+        return Mesh(pp=self.pp, dp=self.dp, tp=tp, cp=cp, order=DP_OUTSIDE if is_outside else AXES)
 
     @property
     def used(self) -> tuple[int, ...]:
         """Devices of each class that compute; the others stay idle."""
-        each = self.tp * (self.dp if self.by == "stages" else self.pp)
+        each = self.sharding.num_ranks * (self.dp if self.by == "stages" else self.pp)
         return tuple(each * number for number in self.ways)
 
     @property
@@ -122,14 +155,18 @@ class MixedSpace:
         ]
 
     @property
-    def shardings(self) -> tuple[tuple[int, bool], ...]:
-        """tp, and whether sequences are cut between its ranks."""
-        return tuple(
-            (tp, is_sp)
-            for tp in self.declared.tps
-            if tp <= min(self.num_devices)
-            for is_sp in (self.declared.sequence_parallel if tp > 1 else (False,))
+    def shardings(self) -> tuple[Sharding, ...]:
+        """All that each class has ranks for."""
+        declared, most = self.declared, min(self.num_devices)
+        offered = (
+            Sharding(tp, is_sp, cp, ep, is_whole)
+            for tp in declared.tps
+            for is_sp in (declared.sequence_parallel if tp > 1 else (False,))
+            for is_whole in declared.whole_experts_at(tp, is_sp=is_sp)
+            for cp in declared.cps
+            for ep in declared.eps
         )
+        return tuple(each for each in offered if each.num_ranks * each.dp_step <= most)
 
     @cached_property
     def sizes(self) -> tuple[int, ...]:
@@ -152,36 +189,39 @@ class MixedSpace:
             if arrangement.pp * schedule.per_rank <= self.num_units
         )
 
-    def arrangements(self, tp: int, *, is_sp: bool, seconds: Array) -> Iterator[Arrangement]:
+    def arrangements(self, sharding: Sharding, seconds: Array) -> Iterator[Arrangement]:
         """Of one sharding; ``seconds`` [class, size] are what all units take a class for a microbatch of each of ``sizes``."""
-        groups, paced = [number // tp for number in self.num_devices], self._paced(seconds)
-        for by, pp, dp, ways in chain(self._meshes_by_stages(groups), self._meshes_by_shares(groups)):
+        groups, paced = [number // sharding.num_ranks for number in self.num_devices], self._paced(seconds)
+        by_stages = self._meshes_by_stages(groups, sharding.dp_step)
+        for by, pp, dp, ways in chain(by_stages, self._meshes_by_shares(groups, sharding)):
             deals = self._even_deals(dp) if by == "stages" else self._uneven_deals(ways, paced)
             for sizes, num_microbatches in deals:
                 sizes = sizes * len(groups) if by == "stages" else sizes
-                found = Arrangement(by, tp, is_sp, pp, dp, ways, sizes, num_microbatches)
+                found = Arrangement(by, sharding, pp, dp, ways, sizes, num_microbatches)
                 if not self.declared.uses_all_ranks or found.used == self.num_devices:
                     yield found
 
-    def _meshes_by_stages(self, groups: Sequence[int]) -> Iterator[_Mesh]:
-        """For each number of pipeline ranks on the classes the most pipelines, or the fewest with as small a share."""
+    def _meshes_by_stages(self, groups: Sequence[int], step: int) -> Iterator[_Mesh]:
+        """For each number of pipeline ranks on the classes the most pipelines, or the fewest with as small a share; of either a multiple of
+        ``step``."""
         if AXES not in self.declared.orders:
             return
         batch, known = self.declared.global_batch, set()
         for most in self.declared.dps or range(min(*groups, batch), 0, -1):
             ways = tuple(number // most for number in groups)
             pp = sum(ways)
-            if min(ways) < 1 or most > batch or pp not in self.declared.pps or ways in known:
+            if most % step or min(ways) < 1 or most > batch or pp not in self.declared.pps or ways in known:
                 continue
             known.add(ways)
             fewest = most if self.declared.dps else -(-batch // (-(-batch // most)))
-            for dp in dict.fromkeys((most, fewest)):
+            for dp in dict.fromkeys((most, -(-fewest // step) * step)):
                 yield "stages", pp, dp, ways
 
-    def _meshes_by_shares(self, groups: Sequence[int]) -> Iterator[_Mesh]:
-        """All pipelines that a class has ranks for."""
-        for pp in self.declared.pps:
-            ways = tuple(number // pp for number in groups)
+    def _meshes_by_shares(self, groups: Sequence[int], sharding: Sharding) -> Iterator[_Mesh]:
+        """All pipelines that a class has ranks for, without some that experts cannot be dealt out to."""
+        step = sharding.dp_step
+        for pp in self.declared.pps if sharding.is_plain else {1} & {*self.declared.pps}:
+            ways = tuple(number // pp // step * step for number in groups)
             dp = sum(ways)
             is_ordered = pp == 1 or DP_OUTSIDE in self.declared.orders
             is_asked = not self.declared.dps or dp in self.declared.dps

@@ -46,8 +46,8 @@ def verify_mixed(searcher: MixedSearcher, found: MixedResult, *, max_checked: in
 def _choices(searcher: MixedSearcher) -> Iterator[MixedChoice]:
     """Every choice of the space, by plain loops."""
     space = searcher.space
-    for tp, is_sp in space.shardings:
-        for arrangement in searcher.figures(tp, is_sp)[1]:
+    for sharding in space.shardings:
+        for arrangement in searcher.arrangements(sharding):
             for zero in space.zeros_of(arrangement):
                 for schedule in space.schedules_of(arrangement):
                     yield MixedChoice(arrangement, zero, schedule)
