@@ -11,7 +11,7 @@ from tests.planner.brute import all_priced, least_s
 
 from shardstage.cli.app import run
 from shardstage.cli.choosing import Question, choose_plan
-from shardstage.cli.fixing import KEPT, KEPT_ON_MIXED, Fixed, parse_fixed
+from shardstage.cli.fixing import KEPT, Fixed, parse_fixed
 from shardstage.cluster import load
 from shardstage.errors import PlanError
 from shardstage.plan import named_decisions, parse_request, shorthand
@@ -65,22 +65,9 @@ def test_what_no_search_keeps_to_is_refused_with_the_plan_that_it_would_be(decis
     assert (caught.value.hint or "").startswith(f'--plan "tp=2,{decision}"')
 
 
-@pytest.mark.parametrize("decision", ["cp=2", "ep=2"])
-def test_a_mixed_cluster_keeps_to_less(decision: str) -> None:
-    fixed = parse_fixed(f"tp=2,{decision}", plan="auto")
-    fixed.require_kept_on(MACHINE)
-    with pytest.raises(PlanError, match=f"--fix {decision}: a search over several classes of devices"):
-        fixed.require_kept_on(MIXED)
-    parse_fixed("tp=2,pp=1,zero=1,dtype=bf16,runnable", plan="auto").require_kept_on(MIXED)
-
-
-MIXED_VALUES = [value for value in KEPT_VALUES if named_decisions(value) <= named_decisions(KEPT_ON_MIXED)]
-
-
-@pytest.mark.parametrize("decisions", MIXED_VALUES)
+@pytest.mark.parametrize("decisions", KEPT_VALUES)
 def test_a_mixed_search_finds_a_plan_with_what_was_fixed(decisions: str) -> None:
     fixed = parse_fixed(decisions, plan="auto")
-    fixed.require_kept_on(MIXED)
     question = Question(plan="auto", num_ranks=8, batch=16, sequence=64, precision="float32", fixed=fixed)
     found = parse_request(shorthand(choose_plan(question, GRAPH, MIXED).plan))
     for name in fixed.names:

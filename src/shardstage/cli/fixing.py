@@ -3,26 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from shardstage.errors import PlanError
 from shardstage.graph.recompute import is_selective
 from shardstage.plan import Request, named_decisions, parse_request
-
-if TYPE_CHECKING:
-    from shardstage.cluster import Cluster
 
 __all__ = ["Fixed", "parse_fixed"]
 
 RUNNABLE: Final = "runnable"
 
 KEPT: Final = "dp, tp, pp, sp, zero, zr, mb, recompute, modules, cp, ep, etp, outer, schedule, v, dtype, grads, offload, compile"
-"""What a search keeps to (``planner.space``)."""
-
-KEPT_ON_MIXED: Final = (
-    "dp, tp, pp, sp, zero, zr, mb, recompute, modules, outer, schedule, v, dtype, grads, offload, compile"
-)
-"""What a search over several classes of devices keeps to (``planner.mixed``)."""
+"""What a search keeps to (``planner.space``, ``planner.mixed.space``)."""
 
 ONLY_PRICED: Final = "cp, ep, etp, zr, outer"
 """What this release does not run (``plan.check.require_runnable``)."""
@@ -44,11 +36,6 @@ class Fixed:
         """The fields of the request that are decided."""
         return named_decisions(self.decisions)
 
-    def require_kept_on(self, machine: Cluster) -> None:
-        """Raises ``PlanError`` for what the search over a mixed cluster does not keep to."""
-        if machine.is_mixed:
-            _require_kept(self.decisions, KEPT_ON_MIXED, "a search over several classes of devices")
-
 
 def parse_fixed(text: str, *, plan: str) -> Fixed:
     """What ``--fix`` says. ``PlanError`` for what no search keeps to, and where ``plan`` leaves nothing to search."""
@@ -61,7 +48,7 @@ def parse_fixed(text: str, *, plan: str) -> Fixed:
     decisions = ",".join(part for part in parts if part != RUNNABLE)
     fixed = Fixed(decisions=decisions, is_runnable=RUNNABLE in parts)
     _require_readable(fixed)
-    _require_kept(decisions, KEPT, "a search")
+    _require_kept(decisions)
     _require_selective(fixed)
     if fixed.is_runnable:
         _require_runnable(fixed)
@@ -81,11 +68,11 @@ def _require_readable(fixed: Fixed) -> None:
         raise PlanError(f"--fix {fixed.decisions}: {message}", hint=hint) from error
 
 
-def _require_kept(decisions: str, kept: str, who: str) -> None:
+def _require_kept(decisions: str) -> None:
     for part in _parts(decisions):
-        if not named_decisions(part) <= named_decisions(kept) or part == "schedule=optimal":
+        if not named_decisions(part) <= named_decisions(KEPT) or part == "schedule=optimal":
             raise PlanError(
-                f"--fix {part}: {who} does not choose that, and would not keep to it; it keeps to {kept}",
+                f"--fix {part}: a search does not choose that, and would not keep to it; it keeps to {KEPT}",
                 hint=f'--plan "{decisions}" is the whole plan, nothing is searched',
             )
 

@@ -122,7 +122,6 @@ def _require_answerable(question: Question, machine: Cluster) -> None:
     """Refuses what a search over several classes of devices would not heed."""
     if not (machine.is_mixed and question.is_open):
         return
-    question.fixed.require_kept_on(machine)
     if question.num_ranks != machine.num_devices:
         raise PlanError(
             f"--ranks {question.num_ranks}: a search over several classes of devices plans for all {machine.num_devices}",

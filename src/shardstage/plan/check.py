@@ -250,11 +250,6 @@ def _check_experts(plan: Plan, graph: ModelGraph, cluster: Cluster | None) -> No
             f"ep={plan.ep} does not divide the {holders} ranks (tp={mesh.tp} × {mesh.num_replicas} replicas) that hold whole experts",
             hint=f'--plan "...,ep={gcd(plan.ep, holders)},etp=1"',
         )
-    if cluster is not None and cluster.is_mixed:
-        raise PlanError(
-            "etp=1 is not priced on a cluster of several classes of devices",
-            hint="leave out etp=1, or --cluster with one of its classes",
-        )
 
 
 def _check_host(plan: Plan, graph: ModelGraph, cluster: Cluster | None) -> None:

@@ -7,7 +7,7 @@ from random import Random
 from typing import Any
 
 from tests.cost.machines import round_machine
-from tests.cost.toy import toy_graph
+from tests.cost.toy import Experts, toy_graph
 
 from shardstage.cluster import Cluster
 from shardstage.graph import ModelGraph
@@ -69,6 +69,43 @@ def random_searcher(random: Random) -> MixedSearcher:
         sequence=random.choice((16, 64)),
         is_runnable=random.random() < 0.3,
     )
+
+
+def random_sharing_searcher(random: Random) -> MixedSearcher:
+    """Of a model with layers of experts, whose ranks may share sequences, too; there is little else to choose. It has as many blocks as
+    there are devices, so that stages are cut between the blocks that ZeRO gathers."""
+    classes = [(random.choice((2, 2, 3, 4)), random.choice((0.5, 1.0, 2.3))) for _ in range(2)]
+    width = random.choice((64, 128))
+    graph = toy_graph(
+        num_layers=sum(number for number, _ in classes) - 2,
+        width=width,
+        hidden=width * random.choice((1, 4)),
+        vocab=random.choice((128, 1024)),
+        is_tied=random.random() < 0.3,
+        experts=Experts(
+            number=random.choice((2, 4, 6)),
+            hidden=width * random.choice((1, 4)),
+            chosen=random.choice((1, 2)),
+            has_shared=random.random() < 0.5,
+        ),
+    )
+    searcher = searcher_of(
+        machines(*classes, node=random.choice((2, 4)), latency_s=random.choice((0.0, 1e-6, 1e-3))),
+        graph=graph,
+        batch=random.randint(2, 6),
+        sequence=16,
+    )
+    declared = searcher.space.declared
+    searcher.space = replace(
+        searcher.space,
+        declared=replace(
+            declared,
+            cps=random.choice(((1,), (1, 2), (2,))),
+            zeros=random.choice(((0, 1), (2,), (3,))),
+            schedules=tuple(random.sample([s for s in declared.schedules if s.per_rank <= 2], 3)),
+        ),
+    )
+    return searcher
 
 
 def every_arrangement(searcher: MixedSearcher) -> list[Arrangement]:

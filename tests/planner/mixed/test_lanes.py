@@ -5,20 +5,23 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from tests.cost.toy import Experts, toy_graph
 from tests.planner.mixed.instances import GRAPH, machines
 
 from shardstage.cluster import Cluster
 from shardstage.errors import PlanError
+from shardstage.graph import ModelGraph
 from shardstage.plan import Plan, complete, parse_request
 from shardstage.planner import class_peaks, predict, predict_mixed
 from shardstage.planner.mixed.lanes import Lane, lanes_of
 
 CLUSTER = machines((2, 1.0), (2, 2.0))
+MOE = toy_graph(num_layers=4, width=64, hidden=128, vocab=128, experts=Experts(number=4, hidden=64))
 
 
-def plan_of(text: str, cluster: Cluster = CLUSTER, batch: int = 8) -> Plan:
+def plan_of(text: str, cluster: Cluster = CLUSTER, batch: int = 8, graph: ModelGraph = GRAPH) -> Plan:
     return complete(
-        parse_request(text), GRAPH, num_ranks=cluster.num_devices, global_batch=batch, sequence=64
+        parse_request(text), graph, num_ranks=cluster.num_devices, global_batch=batch, sequence=64
     )
 
 
@@ -68,3 +71,28 @@ def test_a_tensor_parallel_group_on_two_classes_is_refused() -> None:
     with pytest.raises(PlanError, match="lie on different devices") as caught:
         predict(GRAPH, plan_of("tp=4"), CLUSTER)
     assert caught.value.hint == '--plan "tp=2"'
+
+
+@pytest.mark.parametrize(
+    ("text", "what", "hint"),
+    [
+        ("cp=4", "context-parallel ranks .* lie on different devices", '--plan "cp=2"'),
+        ("dp=4,ep=4", "deal experts out among them and lie on different devices", '--plan "ep=2"'),
+    ],
+)
+def test_ranks_that_share_sequences_or_experts_on_two_classes_are_refused(
+    text: str, what: str, hint: str
+) -> None:
+    with pytest.raises(PlanError, match=what) as caught:
+        predict(MOE, plan_of(text, graph=MOE), CLUSTER)
+    assert caught.value.hint == hint
+
+
+@pytest.mark.parametrize(
+    "text", ["dp=4,ep=2", "dp=2,cp=2,ep=2", "dp=2,pp=2,ep=2,zero=2", "dp=2,tp=2,ep=2,etp=1,sp"]
+)
+def test_shared_sequences_and_experts_cost_on_alike_classes_what_they_do_on_one(text: str) -> None:
+    alike = machines((2, 1.0), (2, 1.0), latency_s=1e-5)
+    one = replace(alike.part(0), num_devices=4)
+    plan = plan_of(text, graph=MOE)
+    assert predict(MOE, plan, alike).step_time_s == pytest.approx(predict(MOE, plan, one).step_time_s)

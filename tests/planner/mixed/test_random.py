@@ -6,7 +6,7 @@ from random import Random
 
 import numpy as np
 import pytest
-from tests.planner.mixed.instances import CLOSE, PLENTY, all_priced, random_searcher
+from tests.planner.mixed.instances import CLOSE, PLENTY, all_priced, random_searcher, random_sharing_searcher
 
 from shardstage.errors import PlanError
 from shardstage.planner import predict
@@ -34,6 +34,18 @@ def test_the_best_of_a_random_space_is_found_within_any_memory(seed: int) -> Non
         )
         for each in ((PLENTY,) * num_classes, limits):
             assert_best(searcher, each)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_best_of_random_ways_to_share_sequences_and_experts_is_found(seed: int) -> None:
+    random = Random(500 + seed)
+    searcher = random_sharing_searcher(random)
+    most = max(
+        (max(price.peaks) for price in all_priced(searcher, (PLENTY, PLENTY)).values() if price is not None),
+        default=PLENTY,
+    )
+    for limits in ((PLENTY, PLENTY), tuple(int(random.uniform(0.1, 0.9) * most) for _ in range(2))):
+        assert_best(searcher, limits)
 
 
 def assert_best(searcher: MixedSearcher, limits: tuple[int, ...]) -> None:

@@ -14,7 +14,7 @@ step >= pipeline (its formula at τ and at Σ_u min_i c_ui) + transfers + optimi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any, Final, NamedTuple
@@ -30,88 +30,17 @@ from shardstage.cost.memory import MOMENTS
 from shardstage.cost.profile import RECOMPUTES, Recompute
 from shardstage.layout import Mesh
 from shardstage.planner.mixed.even import uneven_pipeline_s
+from shardstage.planner.mixed.figures import MixedFigures
 from shardstage.planner.mixed.pricing import MixedPricing
 from shardstage.planner.mixed.space import Arrangement, MixedChoice, MixedSpace, Sharding
 from shardstage.planner.space import Schedule, Zero
 
-__all__ = ["Bounds", "MixedFigures", "bounds_of"]
+__all__ = ["Bounds", "bounds_of"]
 
 Array = npt.NDArray[np.float64]
 
 INTEGER_STEPS: Final = 12
 """So often is the time of whole layers raised to the next at which a class takes one more."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class MixedFigures:
-    """What units cost under a sharding for each of some ``sizes`` of a microbatch: ``forward_s`` and ``backward_s`` [class, kind, size] with
-    all waiting, ``again_s`` [mode][class, kind, size], ``saved`` [mode][kind, size], ``own`` elements [kind], of them ``experts`` that not
-    all replicas hold, ``number`` [kind], ``received`` [size]. ``first`` is the kind of the first unit."""
-
-    sharding: Sharding
-    sizes: npt.NDArray[np.int64]
-    number: Array
-    forward_s: Array
-    backward_s: Array
-    again_s: Mapping[Recompute, Array]
-    saved: Mapping[Recompute, Array]
-    own: Array
-    experts: Array
-    first: int
-    received: Array
-
-    @property
-    def whole_s(self) -> Array:
-        """[class, size]: seconds of all units."""
-        found: Array = np.einsum("u,cus->cs", self.number, self.forward_s + self.backward_s)
-        return found
-
-    @property
-    def replicated(self) -> Array:
-        """[kind]: elements that all replicas hold."""
-        return self.own - self.experts
-
-    def least_s(self, num_devices: Sequence[int], batch: int) -> float:
-        """Seconds of a step at least, whatever the arrangement, its ZeRO and its schedule: all devices compute all the time, of each unit
-        so many samples as is best for all (weak duality, as above, of samples' units that are dealt out by fractions)."""
-        each = ((self.forward_s + self.backward_s) / self.sizes).min(axis=2)  # [class, kind], of a sample
-        speed = 1 / (each @ self.number)
-        groups = np.array(num_devices) // self.sharding.num_ranks
-        return float(batch * (self.number @ (speed[:, None] * each).min(axis=0)) / (groups @ speed))
-
-    @staticmethod
-    def of(pricing: MixedPricing, shardings: Sequence[Sharding], sizes: Sequence[int]) -> list[MixedFigures]:
-        """Of each of some shardings, which differ in cp and ep alone."""
-        costs = pricing.unit_costs(shardings, sizes)
-        shape = (len(shardings), len(sizes))
-
-        def table(figure: Any) -> Array:  # [sharding, class, kind, size]
-            values = [[figure(unit).reshape(shape) for unit in kinds] for kinds in costs]
-            return np.array(values, dtype=np.float64).transpose(2, 0, 1, 3)
-
-        forward_s, backward_s = table(lambda unit: unit.forward_s), table(lambda unit: unit.backward_s)
-        again_s = {mode: table(lambda unit, m=mode: unit.recompute_s[m]) for mode in RECOMPUTES}
-        saved = {mode: table(lambda unit, m=mode: unit.saved_bytes[m])[:, 0] for mode in RECOMPUTES}
-        own = table(lambda unit: unit.own_elements)[:, 0, :, 0]
-        experts = own - table(lambda unit: unit.replicated_elements)[:, 0, :, 0]
-        received, twins = table(lambda unit: unit.input_bytes)[:, 0], pricing.twins
-        later = sorted({*twins[1:]}) or [0]
-        return [
-            MixedFigures(
-                sharding=sharding,
-                sizes=np.array(sizes),
-                number=pricing.num_of_kinds,
-                forward_s=forward_s[place],
-                backward_s=backward_s[place],
-                again_s={mode: each[place] for mode, each in again_s.items()},
-                saved={mode: each[place] for mode, each in saved.items()},
-                own=own[place],
-                experts=experts[place],
-                first=twins[0],
-                received=received[place, later].min(axis=0) * (len(twins) > 1),
-            )
-            for place, sharding in enumerate(shardings)
-        ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +58,23 @@ class Bounds:
         """By its flat index."""
         row, column = divmod(index, len(self.columns))
         return MixedChoice(self.arrangements[row], *self.columns[column])
+
+    def of_free_cuts(self, number: int, below_s: float) -> Iterator[MixedChoice]:
+        """The first choices of so many meshes with one stage a rank, whose bounds know more of memory, that may fit and take less."""
+        is_free = np.array([schedule.per_rank == 1 for _, schedule in self.columns], dtype=bool)
+        if not is_free.any():
+            return
+        seconds = np.where(is_free & ~self.is_large, self.seconds, np.inf)
+        column = seconds.argmin(axis=1)
+        rows = seconds.min(axis=1)
+        known: set[tuple[str, int]] = set()
+        for row in np.argsort(rows, kind="stable"):
+            of = self.arrangements[row]
+            if rows[row] >= below_s or len(known) == number:
+                return
+            if (of.by, of.pp) not in known:
+                known.add((of.by, of.pp))
+                yield self.choice(int(row * len(self.columns) + column[row]))
 
 
 class _Lanes(NamedTuple):
@@ -183,7 +129,8 @@ def _offered(
             known[key] = [zero in zeros and schedule in schedules for zero, schedule in columns]
         rows.append(known[key])
     is_offered = np.array(rows, dtype=bool).reshape(len(arrangements), len(columns))
-    return is_offered, np.broadcast_to([s in dominated for _, s in columns], is_offered.shape)
+    is_dominated = np.array([schedule in dominated for _, schedule in columns], dtype=bool)
+    return is_offered, np.broadcast_to(is_dominated, is_offered.shape)
 
 
 class _Rows:
@@ -280,9 +227,7 @@ class _OfZero:
         setup, of = rows.setup, rows.figures.sharding
         self._shards = np.where(self._level > 0, zero.num_ranks or rows.replicas, 1.0)
         holders = np.where(self._level > 0, of.tp if of.has_whole_experts else 1, 1.0)
-        self._expert_shards = np.where(
-            self._level > 0, np.maximum(1.0, self._shards * holders // of.ep), 1.0
-        )
+        self._expert_shards = np.where(self._level > 0, np.maximum(1.0, self._shards * holders // of.ep), 1.0)
         self._gather = rows.talk.over_replicas("all_gather", zero.num_ranks)
         self._scatter = rows.talk.over_replicas("reduce_scatter", zero.num_ranks)
         self._lanes = [(own, on, lanes, self._costs(own, on, lanes)) for own, on, lanes in rows.lanes()]

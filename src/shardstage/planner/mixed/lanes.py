@@ -29,6 +29,7 @@ from shardstage.cost.readings import Readings
 from shardstage.errors import PlanError
 from shardstage.graph import ModelGraph
 from shardstage.layout import AXES, Mesh
+from shardstage.layout.mesh import Axis
 from shardstage.plan import Plan
 from shardstage.plan.order import setup_of
 from shardstage.plan.schedule import schedule_of
@@ -96,7 +97,8 @@ def _classes_of(plan: Plan, dp: int, cluster: Cluster) -> tuple[int, ...]:
         ranks = [mesh.rank(pp=pp, dp=dp, cp=cp, tp=tp) for cp in range(mesh.cp) for tp in range(mesh.tp)]
         numbers = {cluster.part_of(rank) for rank in ranks}
         if len(numbers) > 1:
-            what, axis = ("context", "cp") if mesh.cp > 1 else ("tensor", "tp")
+            axis: Axis = "cp" if mesh.cp > 1 else "tp"
+            what = {"cp": "context", "tp": "tensor"}[axis]
             raise PlanError(
                 f"{what}-parallel ranks {ranks} lie on different devices, and the slower ones would hold the others up at every layer",
                 hint=f'--plan "{axis}={math.gcd(mesh.size(axis), *(part.num_devices for part in cluster.parts))}"',

@@ -90,6 +90,7 @@ class MixedPricing:
         calibrations = (part.calibration for part in self.costs.classes)
         factors = [f for each in calibrations if each is not None for f in each.factors.values()]
         self.least_factor = min([1.0, *factors])
+        self.least_ratio = self.least_factor / max(part.device.alone_ratio for part in self.costs.classes)
         self._twins = [unit.twin for unit in self.folded.units]
         self._chains: dict[tuple[Sharding, int, int], Chain] = {}
         self._pipelines: dict[tuple[object, ...], float] = {}
@@ -105,7 +106,7 @@ class MixedPricing:
         return len(self.folded.units)
 
     def unit_costs(self, shardings: Sequence[Sharding], sizes: Sequence[int]) -> list[list[UnitCosts]]:
-        """[class][kind]: what units cost at each size in each of some shardings that differ in cp and ep alone, those of the first first."""
+        """[class][kind]: what units cost at each size in each of some shardings that differ in cp and ep alone, sharding by sharding."""
         found = []
         for number in range(len(self.costs.classes)):
             links = [self.costs.unit_links(of, number) for of in shardings for _ in sizes]

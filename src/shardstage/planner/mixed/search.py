@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
+from operator import itemgetter
 from typing import Final
 
 import numpy as np
@@ -26,7 +27,8 @@ from shardstage.graph import ModelGraph
 from shardstage.plan import Plan, Precision, Request, shorthand
 from shardstage.plan.modules import require_modules
 from shardstage.planner.certificate import Certificate, Counts, cluster_hash
-from shardstage.planner.mixed.bounds import Bounds, MixedFigures, bounds_of
+from shardstage.planner.mixed.bounds import Bounds, bounds_of
+from shardstage.planner.mixed.figures import MixedFigures
 from shardstage.planner.mixed.pricing import MixedPriced, MixedPricing, TooLong
 from shardstage.planner.mixed.space import Arrangement, MixedChoice, MixedSpace, Sharding
 from shardstage.planner.space import Savers, declared_space, ladder
@@ -40,8 +42,8 @@ TRIED_OF_MESH: Final = 2
 know more of memory."""
 
 
-SCOUTED_MESHES: Final = 24
-"""Of so many meshes the choice of the least bound is priced first."""
+SCOUTED_MESHES: Final = 4
+"""Of so many meshes of a sharding the choice of the least bound is priced first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,26 +179,53 @@ class MixedSearcher:
 
     def _search(self, limits: Sequence[int], found: _Found) -> None:
         """All choices best bound first; what is open when a bound reaches the best price is left out by it."""
-        tables = [*self.bounds(limits)]
-        found.counts.by_rule = sum(each.num_by_rule for each in tables)
-        found.counts.by_memory = sum(int(each.is_large.sum()) for each in tables)
+        tables = []
+        for least_s, sharding in self._by_bound():
+            table = self._table(sharding, limits, found, least_s)
+            if table is not None:
+                tables.append(table)
+                self._scout(table, found, limits)
+        found.counts.by_rule += sum(each.num_by_rule for each in tables)
+        found.counts.by_memory += sum(int(each.is_large.sum()) for each in tables)
         seconds = [np.where(each.is_large, np.inf, each.seconds).ravel() for each in tables]
         firsts = np.cumsum([0, *(len(each) for each in seconds)])
         flat = np.concatenate(seconds) if seconds else np.zeros(0)
         order = np.argsort(flat, kind="stable")[: int(np.isfinite(flat).sum())]
         found.order = _Order(tables, firsts, order)
-        self._scout(found, limits)
         for place, index in enumerate(order):
             if flat[index] >= found.best_s:
-                found.counts.by_bound = len(order) - place
-                found.least_pruned_s = float(flat[index])
+                found.prune(float(flat[index]), len(order) - place)
                 break
             self._price(found.order.choice(int(index)), limits, found)
 
-    def _scout(self, found: _Found, limits: Sequence[int]) -> None:
+    def _by_bound(self) -> list[tuple[float, Sharding]]:
+        """Shardings with the least seconds of a step, least first."""
+        factor, batch = self.pricing.least_ratio, self.pricing.global_batch
+        found = [
+            (factor * self.figures(each).least_s(self.space.num_devices, batch), each)
+            for each in self.space.shardings
+        ]
+        return sorted(found, key=itemgetter(0))
+
+    def _table(
+        self, sharding: Sharding, limits: Sequence[int], found: _Found, least_s: float
+    ) -> Bounds | None:
+        """Bounds of the arrangements of a sharding that may be better than the best so far; None where none may."""
+        arrangements, figures = self.arrangements(sharding), self.figures(sharding)
+        seconds = np.full(len(arrangements), least_s)
+        if least_s < found.best_s < math.inf:
+            seconds = np.maximum(least_s, self.pricing.least_ratio * figures.loosest_s(arrangements))
+        is_slow = seconds >= found.best_s
+        slow = [arrangements[row] for row in np.flatnonzero(is_slow)]
+        number, by_rule = self.space.num_choices(slow)
+        found.counts.by_rule += by_rule
+        found.prune(float(seconds[is_slow].min(initial=math.inf)), number - by_rule)
+        arrangements = [arrangements[row] for row in np.flatnonzero(~is_slow)]
+        return bounds_of(self.pricing, self.space, figures, arrangements, limits) if arrangements else None
+
+    def _scout(self, table: Bounds, found: _Found, limits: Sequence[int]) -> None:
         """Looks for a good plan in some meshes, before any choice is counted: the sooner one is known, the less is asked of the others."""
-        assert found.order is not None
-        for choice in found.order.of_free_cuts(SCOUTED_MESHES):
+        for choice in table.of_free_cuts(SCOUTED_MESHES, found.best_s):
             with suppress(TooLong):
                 found.scouted[choice] = self.pricing.price(choice, limits, found.best_s)
                 found.add_if(found.scouted[choice])
@@ -311,16 +340,6 @@ class _Order:
         per_rank = [np.tile(each, number) for number, each in lengths]
         return np.repeat(of_rows, np.concatenate(columns))[self._order], np.concatenate(per_rank)[self._order]
 
-    def of_free_cuts(self, number: int) -> Iterator[MixedChoice]:
-        """The first choices of so many meshes with one stage a rank, whose bounds know more of memory."""
-        if not len(self._order):
-            return
-        meshes, per_rank = self._columns
-        places = np.flatnonzero(per_rank == 1)
-        _, firsts = np.unique(meshes[places], return_index=True)
-        for place in places[np.sort(firsts)[:number]]:
-            yield self.choice(int(self._order[place]))
-
     def by_mesh(self, besides: MeshKey) -> Iterator[tuple[MeshKey, list[MixedChoice]]]:
         """The choices of least bounds of each mesh, the mesh of the least one first."""
         meshes, per_rank = self._columns
@@ -355,6 +374,12 @@ class _Found:
     def seconds_of(self, mesh: MeshKey) -> float:
         """The best price so far of a mesh."""
         return self.by_mesh[mesh].seconds if mesh in self.by_mesh else math.inf
+
+    def prune(self, least_s: float, number: int) -> None:
+        """Leaves out so many choices, of which none takes less."""
+        if number:
+            self.counts.by_bound += number
+            self.least_pruned_s = min(self.least_pruned_s, least_s)
 
     def add_if(self, priced: MixedPriced | None) -> None:
         """One that fits."""

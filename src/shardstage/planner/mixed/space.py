@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -188,6 +189,17 @@ class MixedSpace:
             for schedule in self.declared.schedules_of(arrangement.pp)
             if arrangement.pp * schedule.per_rank <= self.num_units
         )
+
+    def num_choices(self, arrangements: Sequence[Arrangement]) -> tuple[int, int]:
+        """How many choices have one of these arrangements, which are of one sharding, and how many of them another one equals."""
+        num_offered, by_rule, dominated = 0, 0, self.declared.dominated
+        alike = Counter((of.pp, of.dp) for of in arrangements)
+        one = {(of.pp, of.dp): of for of in arrangements}
+        for key, number in alike.items():
+            schedules, zeros = self.schedules_of(one[key]), self.zeros_of(one[key])
+            num_offered += number * len(zeros) * len(schedules)
+            by_rule += number * len(zeros) * sum(schedule in dominated for schedule in schedules)
+        return num_offered, by_rule
 
     def arrangements(self, sharding: Sharding, seconds: Array) -> Iterator[Arrangement]:
         """Of one sharding; ``seconds`` [class, size] are what all units take a class for a microbatch of each of ``sizes``."""
