@@ -58,6 +58,7 @@ REFUSED = [
     ("train --resume", "nothing says which", "--resume --out runs/today"),
     ("plan --model lama-tiny --cluster cpu:2", "model 'lama-tiny' is not known", "--model llama-tiny"),
     ("plan --cluster h1000:8", "h1000", "h100"),
+    ("plan --cluster cpu:2 --max-memory 0", "a rank that may hold nothing", "--max-memory 70GiB"),
     ("prove --inject-fault nonsense", "nonsense", ""),
 ]
 

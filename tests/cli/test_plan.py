@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +111,20 @@ def test_a_search_over_a_mixed_cluster_is_for_all_its_devices() -> None:
 def test_a_plan_for_other_ranks_is_refused() -> None:
     with pytest.raises(PlanError, match="needs 2 ranks, and there are 4"):
         said("--cluster", "cpu:4", "--plan", "dp=2")
+
+
+def test_images_are_planned_by_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A picture has no tokens: ``--seq None`` was the hint that its refusal gave."""
+    images = replace(GRAPH, sequence=None, is_sequence_scalable=False)
+    monkeypatch.setattr(verb, "known_model", lambda *_: KnownModel(graph=images))
+    assert "samples/s, MFU" in said("--cluster", "cpu:2")
+    priced = json.loads(ran("--cluster", "cpu:2", "--plan", "dp=2", "--json").stdout)
+    assert not re.search(r"^sequence = ", priced["plan_file"], re.MULTILINE)
+
+
+def test_experts_that_the_model_has_not_cannot_be_dealt_out() -> None:
+    with pytest.raises(PlanError, match="ep=8 deals experts out to ranks, and this model has no layer"):
+        said("--cluster", "h100:8", "--fix", "ep=8")
 
 
 def test_samples_longer_than_the_model_s_limit_are_refused() -> None:

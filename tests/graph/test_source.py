@@ -36,6 +36,9 @@ number = 3
 
 def nothing():
     return None
+
+def broken():
+    raise ValueError("no such size")
 """
 
 
@@ -71,6 +74,13 @@ def test_the_small_llama_is_worth_a_benchmark() -> None:
 )
 def test_a_class_of_transformers_implies_its_task(name: str, objective: str) -> None:
     assert load_model(name).task.objective == objective
+
+
+def test_a_t5_that_names_no_first_token_of_its_decoder_starts_with_padding(tmp_path: Path) -> None:
+    """transformers' own T5Config() has no ``decoder_start_token_id``: ``plan`` ended in an AttributeError."""
+    entries = {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"], "num_layers": 1}
+    (tmp_path / "config.json").write_text(json.dumps(entries), encoding="utf-8")
+    assert load_model(str(tmp_path)).task.objective == "seq2seq"
 
 
 def test_dropout_is_the_model_s_own() -> None:
@@ -141,6 +151,7 @@ def test_a_factory_in_a_package_is_found() -> None:
         ("nothing", "made a NoneType, which is no model"),
         ("number", "has no factory 'number'"),
         ("absent", "has no factory 'absent'"),
+        ("broken", r"broken raised ValueError: no such size\n  at .*\.py:\d+: raise ValueError"),
     ],
 )
 def test_a_factory_that_makes_no_model_is_refused(name: str, message: str, factories: Path) -> None:

@@ -143,6 +143,13 @@ def test_a_batch_too_small_for_the_pipeline_is_said() -> None:
     assert "2 microbatches keep 4 stages busy 40 % of the time: a larger batch" in notes("pp=4", batch=2)
 
 
+def test_a_plan_that_a_search_has_found_gets_no_advice_against_it() -> None:
+    """The best of all plans had one microbatch in two stages, and a note beside its proof told how to make more of them."""
+    plan = complete(parse_request("pp=4,mb=16"), GRAPH, num_ranks=4, global_batch=16, sequence=64)
+    assert check(plan, GRAPH) == ("1 microbatch keeps 4 stages busy 25 % of the time: mb=2 makes 8",)
+    assert check(plan, GRAPH, is_searched=True) == ()
+
+
 def test_tensor_parallelism_across_nodes_is_said() -> None:
     said = notes("tp=16", ranks=16, cluster="h100:16")
     assert "tp=16 talks over the network (8 devices share a node)" in said

@@ -9,8 +9,9 @@ from dataclasses import replace
 import pytest
 from tests.planner.brute import EVEN, MACHINE, SLOW_LINKS, UNEVEN, searcher_of
 
-from shardstage.plan import parse_request
+from shardstage.plan import named_decisions, parse_request
 from shardstage.planner import Searcher, SearchResult, alternatives, front, predict
+from shardstage.units import format_ratio
 
 PLENTY = 2**40
 GRAPHS = {"even": EVEN, "uneven": UNEVEN}
@@ -80,7 +81,44 @@ def test_what_is_as_fast_says_so() -> None:
     for alternative in alternatives(searcher, found):
         if alternative.reason == "as fast":
             assert alternative.prediction is not None
-            assert alternative.prediction.step_time_s <= found.prediction.step_time_s
+            ratio = alternative.prediction.step_time_s / found.prediction.step_time_s - 1
+            assert format_ratio(max(0.0, ratio)) == "0.0 %"
+
+
+def test_what_is_slower_as_it_recomputes_says_so() -> None:
+    """Where ZeRO 2 fits only if layers are recomputed, matrix products were said to do worse."""
+    searcher = searcher_of(ranks=8)
+    found = next(
+        each
+        for each in (tight(searcher, ratio) for ratio in (0.9, 0.8, 0.7, 0.6, 0.5))
+        if each.best.recompute == "none"
+    )
+    told = alternatives(searcher, found)
+    recomputing = [a for a in told if a.reason.endswith("slower: to fit, more is computed again")]
+    assert recomputing
+    assert not any("products" in a.reason for a in recomputing)
+
+
+def fixing(text: str) -> Searcher:
+    """Of dp inside the pipeline."""
+    names = frozenset({*named_decisions(text), "dp_outside"})
+    fix = parse_request(text)
+    return Searcher(EVEN, MACHINE, num_ranks=4, global_batch=16, sequence=64, fix=fix, fixed=names)
+
+
+def test_axes_are_told_with_the_best_of_what_they_open() -> None:
+    """pp 1 → 2 was priced under 1F1B alone, tp 1 → 2 without sequence parallelism: the fastest such plan is faster by far."""
+    searcher = fixing("mb=4,zero=1")
+    found = searcher.best(PLENTY)
+    assert (found.best.mesh.tp, found.best.mesh.pp) == (1, 1)
+    told = {a.change.split(",")[0]: a for a in alternatives(searcher, found)}
+    kinds = ("1f1b", "zb-h1", "zb-v", "dualpipe-v", "interleaved-1f1b,v=2")
+    opened = {"tp=2,cp=1,pp=1": [""], "pp=2,cp=1,tp=1": [f",schedule={kind}" for kind in kinds]}
+    for (axes, more), change in zip(opened.items(), ("tp 1 → 2", "pp 1 → 2"), strict=True):
+        alone = (fixing(f"mb=4,zero=1,dp=2,{axes}{each}").best(PLENTY).prediction for each in more)
+        prediction = told[change].prediction
+        assert prediction is not None
+        assert prediction.step_time_s == pytest.approx(min(each.step_time_s for each in alone), rel=1e-9)
 
 
 def test_what_does_not_fit_says_what_it_needs_and_what_there_is() -> None:

@@ -112,6 +112,10 @@ class Question:
     def is_file(self) -> bool:
         return self.plan.endswith(".toml")
 
+    def sequence_of(self, graph: ModelGraph) -> int | None:
+        """Tokens of a sample; None where samples are no text, an image's patches, say."""
+        return None if graph.sequence is None and not graph.is_sequence_scalable else self.sequence
+
     def limit_bytes(self, machine: Cluster) -> int:
         """What a rank may hold of a device."""
         from shardstage.planner import usable_bytes
@@ -155,7 +159,7 @@ def _search(question: Question, graph: ModelGraph, machine: Cluster, readings: R
         machine,
         num_ranks=question.num_ranks,
         global_batch=question.batch,
-        sequence=question.sequence,
+        sequence=question.sequence_of(graph),
         precision=question.precision,
         fix=question.fixed.request,
         fixed=question.fixed.names,
@@ -176,7 +180,7 @@ def _search_mixed(
         graph,
         machine,
         global_batch=question.batch,
-        sequence=question.sequence,
+        sequence=question.sequence_of(graph),
         precision=question.precision,
         fix=question.fixed.request,
         fixed=question.fixed.names,
@@ -204,7 +208,7 @@ def _given(question: Question, graph: ModelGraph, machine: Cluster) -> Chosen:
             graph,
             num_ranks=question.num_ranks,
             global_batch=question.batch,
-            sequence=question.sequence,
+            sequence=question.sequence_of(graph),
             precision=question.precision,
             cluster=machine,
         )

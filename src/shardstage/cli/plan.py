@@ -93,7 +93,7 @@ def plan(
     gc.set_threshold(COLLECTED_OBJECTS)
     require_endings(out or (), ENDINGS)
     fixed, aim = parse_fixed(fix, plan=plan), objective_named(objective)
-    memory_bytes = None if memory is None else parse_bytes(memory)
+    memory_bytes = None if memory is None else _some_bytes(memory)
     console = Console(highlight=False, emoji=False, stderr=as_json)  # the object stands alone
     machine = _machine(console, cluster, ranks)
     question = Question(
@@ -108,6 +108,15 @@ def plan(
     _require_answerable(question, machine)
     answer = _answer(console, model, machine, question, aim)
     answer.show(console, as_json=as_json, is_explained=show, out=out or ())
+
+
+def _some_bytes(memory: str) -> int:
+    num_bytes = parse_bytes(memory)
+    if not num_bytes:
+        raise PlanError(
+            f"--max-memory {memory}: a rank that may hold nothing runs nothing", hint="--max-memory 70GiB"
+        )
+    return num_bytes
 
 
 def _machine(console: Console, cluster: str, ranks: int | None) -> Cluster:
@@ -149,6 +158,7 @@ def _answer(
             num_ranks=chosen.plan.mesh.world_size,
             cluster=machine,
             max_sequence=known.max_sequence,
+            is_searched=question.is_open,
         )
     run_notes = _run_notes(chosen, question, machine)
     return _Answer(
@@ -245,12 +255,15 @@ def _chosen_rows(plan: Plan, prediction: Prediction) -> Iterator[tuple[str, str]
         prediction.step_time_high_s,
     )
     yield "plan", shorthand(plan)
+    several = "" if plan.num_microbatches == 1 else "es"
     yield (
         "batch",
-        f"{plan.global_batch} samples in {plan.num_microbatches} microbatches of {plan.microbatch} a data-parallel rank",
+        f"{plan.global_batch} samples in {plan.num_microbatches} microbatch{several} of {plan.microbatch} a data-parallel rank",
     )
     yield "step time", f"{format_s(expected)}   low {format_s(low)}, high {format_s(high)}"
-    yield "speed", f"{prediction.tokens_per_s:,.0f} tokens/s, MFU {format_ratio(prediction.mfu)}"
+    rate = f"{prediction.samples_per_s if plan.sequence is None else prediction.tokens_per_s:,.0f}"
+    per = "samples/s" if plan.sequence is None else "tokens/s"
+    yield "speed", f"{rate} {per}, MFU {format_ratio(prediction.mfu)}"
     waits = f"tp {format_s(prediction.exposed_tp_s)}, dp {format_s(prediction.exposed_dp_s)}, pp {format_s(prediction.exposed_pp_s)}"
     yield "waits", f"bubble {format_ratio(prediction.bubble_ratio)}, exposed communication: {waits}"
     fullest = max(range(plan.mesh.pp), key=prediction.rank_peak_bytes)

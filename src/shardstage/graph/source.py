@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import json
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from shardstage.errors import ConfigError
+from shardstage.errors import ConfigError, ShardstageError
 from shardstage.graph.skeleton import build_skeleton
 from shardstage.graph.tasks import Task, causal_task, image_task, masked_task, seq2seq_task
 
@@ -194,7 +196,7 @@ def _from_factory(spec: str, task: Task | None) -> ModelSource:
     if getattr(made, "__annotations__", {}).get("return") in (ModelSource, "ModelSource"):
         source: ModelSource = made()
         return source
-    skeleton = build_skeleton(made)
+    skeleton = _skeleton(spec, made)
     config = getattr(skeleton, "config", None)
     return ModelSource(
         name=spec,
@@ -204,6 +206,22 @@ def _from_factory(spec: str, task: Task | None) -> ModelSource:
         hf_config=config,
         max_sequence=_max_sequence(config),
     )
+
+
+def _skeleton(spec: str, made: Callable[[], nn.Module]) -> nn.Module:
+    """The factory's model; ``ConfigError`` with the factory's own line for whatever it raises."""
+    try:
+        return build_skeleton(made)
+    except ShardstageError:
+        raise
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        own = inspect.getsourcefile(made)
+        at = next((frame for frame in reversed(frames) if frame.filename == own), frames[-1])
+        raise ConfigError(
+            f"the factory {spec} raised {type(error).__name__}: {error}\n  at {at.filename}:{at.lineno}: {at.line}",
+            hint="a factory takes nothing and returns the model, as it would without shardstage",
+        ) from error
 
 
 def import_object(spec: str, *, what: str) -> Any:
@@ -252,8 +270,10 @@ def _task_of_class(model_class: str, config: Any) -> Task:
     if model_class.endswith("ForMaskedLM"):
         return masked_task(config.vocab_size)
     if model_class.endswith("ForConditionalGeneration") and getattr(config, "is_encoder_decoder", False):
-        start_id = config.decoder_start_token_id or 0
-        return seq2seq_task(config.vocab_size, start_id=start_id, pad_id=config.pad_token_id or 0)
+        start_id, pad_id = (
+            getattr(config, name, None) or 0 for name in ("decoder_start_token_id", "pad_token_id")
+        )  # T5's configuration has no first
+        return seq2seq_task(config.vocab_size, start_id=start_id, pad_id=pad_id)
     if model_class.endswith("ForImageClassification"):
         size = getattr(config, "image_size", _IMAGE_SIZE)
         return image_task(

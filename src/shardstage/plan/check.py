@@ -33,10 +33,12 @@ def check(
     num_ranks: int | None = None,
     cluster: Cluster | None = None,
     max_sequence: int | None = None,
+    is_searched: bool = False,
 ) -> tuple[str, ...]:
     """Raises ``PlanError`` if ``plan`` cannot run ``graph``; returns sentences about what is allowed but hardly meant.
 
-    ``max_sequence`` is the longest sample that the model was made for, ``num_ranks`` and ``cluster`` what there is to run on.
+    ``max_sequence`` is the longest sample that the model was made for, ``num_ranks`` and ``cluster`` what there is to run on. Of a plan
+    that ``is_searched`` nothing is said that advises what the search has found to be slower.
     """
     _check_model(plan, graph)
     _check_ranks(plan, num_ranks, cluster)
@@ -48,7 +50,8 @@ def check(
     _check_host(plan, graph, cluster)
     schedule_of(plan)
     _check_sequence(plan, graph, max_sequence)
-    return tuple(note for noted in _NOTES if (note := noted(plan, graph, cluster)))
+    noting = (noted for noted in _NOTES if not (is_searched and noted is _note_bubble))
+    return tuple(note for noted in noting if (note := noted(plan, graph, cluster)))
 
 
 def require_runnable(plan: Plan) -> None:
@@ -293,7 +296,8 @@ def _note_bubble(plan: Plan, _graph: ModelGraph, _cluster: Cluster | None) -> st
         if more > m
         else ": a larger batch gives more"
     )
-    return f"{m} microbatches keep {p} stages busy {100 * m / (m + p - 1):.0f} % of the time{advice}"
+    who = f"{m} microbatches keep" if m > 1 else "1 microbatch keeps"
+    return f"{who} {p} stages busy {100 * m / (m + p - 1):.0f} % of the time{advice}"
 
 
 def _note_recompute(plan: Plan, graph: ModelGraph, _cluster: Cluster | None) -> str:

@@ -266,6 +266,11 @@ def declared_space(
     def taken(name: str, offered: Iterable[Any]) -> tuple[Any, ...]:
         return (getattr(request, name),) if name in fixed else tuple(offered)
 
+    if "ep" in fixed and request.ep > 1 and not num_experts:
+        raise PlanError(
+            f"ep={request.ep} deals experts out to ranks, and this model has no layer of experts whose tokens can be dealt out",
+            hint=f"leave out ep={request.ep}",
+        )
     tps = taken("tp", _tps(num_ranks, node))
     whole_experts: tuple[bool, ...] = (False,)
     if may_have_whole_experts and not is_runnable:

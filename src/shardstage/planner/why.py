@@ -1,16 +1,17 @@
 """``alternatives``: what one other decision would cost, and why it was not taken; ``front``: what less memory costs.
 
 An alternative is the best plan with one decision changed and its stages cut anew: twice or half the tensor-parallel ranks, another ZeRO
-level, another schedule. Its reason names the cause that grew most, or the memory that it lacks.
+level, another schedule. Where the change asks for a decision that the best plan has no use for (sp without tp, a schedule without pp), the
+fastest one is taken and said. Its reason names the cause that grew most, or the memory that it lacks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
-from shardstage.cost import Prediction, rank_memory
+from shardstage.cost import Prediction, rank_memory, step_seconds
 from shardstage.cost.balance import balanced
 from shardstage.layout import AXES, Mesh
 from shardstage.plan import Plan, shorthand
@@ -29,6 +30,9 @@ CAUSES: Final = {
     "dp": "gradients and parameters are waited for",
     "pp": "a longer pipeline bubble",
 }
+
+SHOWN_RATIO: Final = 0.0005
+"""Less than this is 0.0 % as ``format_ratio`` writes it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,20 +55,19 @@ class Point:
 
 def alternatives(searcher: Searcher, found: SearchResult) -> tuple[Alternative, ...]:
     """Every single change of the best plan's decisions, cheapest first."""
-    best = found.priced
+    best, limit_bytes = found.priced, found.limit_bytes
     searcher.use(found.savers)
     told = []
-    for change, choice in _changed(searcher, best):
-        priced = searcher.pricing.price(choice, found.limit_bytes)
-        if priced is None:
-            reason = _excess(searcher, choice, found.limit_bytes)
+    for change, variants in _changed(searcher, best):
+        fitting = _priced(searcher, variants, limit_bytes)
+        if not fitting:
+            reason = _excess(searcher, variants, limit_bytes)
             told.append(Alternative(change=change, reason=reason, prediction=None))
-        else:
-            told.append(
-                Alternative(
-                    change=change, reason=_slower(searcher, best, priced), prediction=priced.prediction
-                )
-            )
+            continue
+        fastest = min(fitting, key=lambda each: each.seconds)
+        said = f"{change}{_also(best.choice, fastest.choice)}" if len(variants) > 1 else change
+        reason = _slower(searcher, best, fastest)
+        told.append(Alternative(change=said, reason=reason, prediction=fastest.prediction))
     return tuple(
         sorted(told, key=lambda a: (a.prediction is None, a.prediction.step_time_s if a.prediction else 0.0))
     )
@@ -74,10 +77,8 @@ def front(searcher: Searcher, found: SearchResult) -> tuple[Point, ...]:
     """What less memory costs: of all plans that the search and ``alternatives`` priced, those that nothing faster undercuts."""
     priced = [*found.front]
     searcher.use(found.savers)
-    for _, choice in _changed(searcher, found.priced):
-        other = searcher.pricing.price(choice, found.limit_bytes)
-        if other is not None:
-            priced.append(other)
+    for _, variants in _changed(searcher, found.priced):
+        priced += _priced(searcher, variants, found.limit_bytes)
     points = []
     for each in pareto(priced):
         plan = searcher.as_plan(each)
@@ -86,15 +87,54 @@ def front(searcher: Searcher, found: SearchResult) -> tuple[Point, ...]:
     return tuple(points)
 
 
-def _changed(searcher: Searcher, best: Priced) -> Iterator[tuple[str, Choice]]:
-    """The choice with one decision changed, as far as it exists for so many ranks."""
-    choice, space = best.choice, searcher.space
-    mesh, group = choice.mesh, choice.group
+def _priced(searcher: Searcher, variants: Sequence[Choice], limit_bytes: int) -> list[Priced]:
+    """Those that fit."""
+    priced = (searcher.pricing.price(choice, limit_bytes) for choice in variants)
+    return [each for each in priced if each is not None]
+
+
+def _also(before: Choice, after: Choice) -> str:
+    """What came with a change of axes, where the best plan could not decide it."""
+    also = ""
+    if before.group.tp == 1 and after.group.is_sequence_parallel:
+        also += ", sp"
+    if before.mesh.pp == 1 and after.schedule != before.schedule:
+        also += f", {_schedule_text(after.schedule)}"
+    return also
+
+
+def _changed(searcher: Searcher, best: Priced) -> Iterator[tuple[str, tuple[Choice, ...]]]:
+    """The choice with one decision changed, as far as it exists for so many ranks; axes with all that they open."""
+    choice = best.choice
     for name in ("tp", "pp", "cp"):
-        size = mesh.size(name)
+        size = choice.mesh.size(name)
         for other in (2 * size, size // 2):
             if other >= 1 and (changed := _with_axis(searcher, choice, name, other)) is not None:
-                yield f"{name} {size} → {other}", changed
+                yield f"{name} {size} → {other}", tuple(_opened(searcher, choice, changed))
+    for change, changed in _changed_alone(searcher, choice):
+        yield change, (changed,)
+
+
+def _opened(searcher: Searcher, before: Choice, changed: Choice) -> Iterator[Choice]:
+    """The first tensor-parallel ranks may share sequences or not, the first pipeline may have any schedule that none betters."""
+    space, group, mesh = searcher.space, changed.group, changed.mesh
+    groups, schedules = [group], [changed.schedule]
+    if before.mesh.tp == 1 < mesh.tp:
+        groups = [group._replace(is_sequence_parallel=is_sp) for is_sp in space.sequence_parallel]
+    if before.mesh.pp == 1 < mesh.pp:
+        kinds: dict[str, Schedule] = {}
+        for each in space.schedules_of(mesh.pp):
+            if each not in space.dominated and mesh.pp * each.per_rank <= searcher.num_units:
+                kinds.setdefault(each.name, each)
+        schedules = list(kinds.values()) or schedules
+    for group in groups:
+        for schedule in schedules:
+            yield replace(changed, group=group, schedule=schedule)
+
+
+def _changed_alone(searcher: Searcher, choice: Choice) -> Iterator[tuple[str, Choice]]:
+    """Everything but the sizes of axes."""
+    space, mesh, group = searcher.space, choice.mesh, choice.group
     for zero in space.zeros_of(mesh):
         if zero != choice.zero:
             yield f"zero {_zero_text(choice.zero)} → {_zero_text(zero)}", replace(choice, zero=zero)
@@ -172,8 +212,10 @@ def _schedules(searcher: Searcher, choice: Choice) -> Iterator[Schedule]:
 def _slower(searcher: Searcher, best: Priced, other: Priced) -> str:
     """By how much, and the cause that grew most."""
     ratio = other.seconds / best.seconds - 1
-    if ratio <= 0:
+    if ratio < SHOWN_RATIO:
         return "as fast"
+    if 2 * (_again_s(searcher, other) - _again_s(searcher, best)) > other.seconds - best.seconds:
+        return f"{format_ratio(ratio)} slower: to fit, more is computed again"
     grown = {
         cause: other.prediction.parts[cause] - best.prediction.parts[cause] for cause in best.prediction.parts
     }
@@ -186,16 +228,30 @@ def _slower(searcher: Searcher, best: Priced, other: Priced) -> str:
     return text
 
 
-def _excess(searcher: Searcher, choice: Choice, limit_bytes: int) -> str:
-    """The fullest rank where everything is recomputed."""
+def _again_s(searcher: Searcher, priced: Priced) -> float:
+    """Seconds of a step that recomputation takes."""
+    if priced.setup.recompute == "none" and not priced.setup.recompute_of_stages:
+        return 0.0
+    keeping = replace(priced.setup, recompute="none", recompute_of_stages=())
+    profile = searcher.pricing.chain(priced.choice.group).profile
+    return priced.seconds - step_seconds(profile, keeping, searcher.pricing.links(priced.choice))
+
+
+def _excess(searcher: Searcher, variants: Sequence[Choice], limit_bytes: int) -> str:
+    """What the smallest variant's fullest rank holds where everything is recomputed."""
+    peaks = min((_recomputing_peaks(searcher, choice) for choice in variants), key=max)
+    fullest = peaks.index(max(peaks))
+    where = f"pipeline rank {fullest} at " if len(peaks) > 1 else ""
+    return f"does not fit: {where}{format_bytes(peaks[fullest])} of {format_bytes(limit_bytes)}"
+
+
+def _recomputing_peaks(searcher: Searcher, choice: Choice) -> list[int]:
+    """Bytes of each pipeline rank where everything is recomputed."""
     profile = searcher.pricing.chain(choice.group).profile
     setup = replace(searcher.pricing.setup(choice), recompute=searcher.pricing.modes[-1])
     weights = [unit.forward_s + unit.backward_s for unit in profile.units]
     setup = replace(setup, starts=balanced(weights, setup.num_stages))
-    peaks = [rank_memory(profile, setup, rank).total_bytes for rank in range(setup.mesh.pp)]
-    fullest = peaks.index(max(peaks))
-    where = f"pipeline rank {fullest} at " if setup.mesh.pp > 1 else ""
-    return f"does not fit: {where}{format_bytes(peaks[fullest])} of {format_bytes(limit_bytes)}"
+    return [rank_memory(profile, setup, rank).total_bytes for rank in range(setup.mesh.pp)]
 
 
 def _zero_text(zero: Zero) -> str:
