@@ -1,8 +1,8 @@
 """``MixedSearcher``: the fastest plan of the declared space for a cluster of several device classes, with a certificate.
 
-Shardings are taken by a bound of their own, and of each the arrangements that may beat the best plan so far are bounded (``bounds``)
-and some of their choices priced (``pricing``). Then all that is open is priced best bound first until no bound beats the best price; where nothing
-fits, again with savers.
+Shardings are taken by a bound of their own. Of each the arrangements that may beat the best plan so far are bounded (``bounds``) and
+some of their choices priced (``pricing``). Then all that is open is priced best bound first until no bound beats the best price; where
+nothing fits, again with savers.
 """
 
 from __future__ import annotations
