@@ -5,21 +5,15 @@ from __future__ import annotations
 import inspect
 import os
 import sys
-from collections.abc import Sequence
-from typing import Annotated, Any
+from collections.abc import Iterable, Sequence
+from importlib import import_module
+from typing import Annotated, Any, Final
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
 from shardstage import __version__
-from shardstage.cli.calibrate import calibrate
-from shardstage.cli.plan import plan
-from shardstage.cli.probe import probe
-from shardstage.cli.prove import prove
-from shardstage.cli.rehearse import rehearse
-from shardstage.cli.report import report
-from shardstage.cli.train import train
 from shardstage.errors import ParityError, RankFailedError, ShardstageError
 
 __all__ = ["run"]
@@ -31,15 +25,8 @@ EXIT_INTERRUPTED = 130
 _USAGE_ERROR: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 """What a mistyped option raises: click's, or that of the copy of click which newer versions of typer bring."""
 
-app = typer.Typer(
-    name="shardstage",
-    help="Make one PyTorch model run as one program on many devices: plan it, run it, prove it.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+VERBS: Final = ("plan", "rehearse", "train", "prove", "probe", "calibrate", "report")
+"""In the order of the help; each is a function of its name in a file of its name."""
 
 
 def _flowing(text: str) -> str:
@@ -54,7 +41,6 @@ def _show_version(is_asked: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
 def _before_the_verb(
     version: Annotated[
         bool,
@@ -64,8 +50,21 @@ def _before_the_verb(
     """Options that stand before any verb."""
 
 
-for verb in (plan, rehearse, train, prove, probe, calibrate, report):
-    app.command(help=_flowing(verb.__doc__ or ""))(verb)
+def _app(verbs: Iterable[str]) -> typer.Typer:
+    app = typer.Typer(
+        name="shardstage",
+        help="Make one PyTorch model run as one program on many devices: plan it, run it, prove it.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode="rich",
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback()(_before_the_verb)
+    for name in verbs:
+        verb = getattr(import_module(f"shardstage.cli.{name}"), name)
+        app.command(help=_flowing(verb.__doc__ or ""))(verb)
+    return app
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
@@ -88,8 +87,9 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run_verb(arguments: Sequence[str] | None) -> int:
-    typed = None if arguments is None else list(arguments)
-    code = app(typed, prog_name="shardstage", standalone_mode=False)
+    typed = list(sys.argv[1:] if arguments is None else arguments)
+    verbs = VERBS if not typed or typed[0] not in VERBS else typed[:1]  # the others need not be loaded
+    code = _app(verbs)(typed, prog_name="shardstage", standalone_mode=False)
     return code if isinstance(code, int) else 0
 
 

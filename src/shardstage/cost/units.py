@@ -361,12 +361,11 @@ def _seconds(kernels: Sequence[Kernel], cases: Cases, device: DeviceClass) -> _S
     of_sizes = _sums_of(plain, kernels_s(plain, sizes.tolist(), device), device)
     found = [each[places] for each in of_sizes]
     if experts:
-        for ep in np.unique(cases.ep).tolist():
-            of_ep = cases.ep == ep
-            dealt = [_dealt_out(kernel, int(ep)) for kernel in experts]
-            more = _sums_of(dealt, kernels_s(dealt, cases.size[of_ep].tolist(), device), device)
-            for total, each in zip(found, more, strict=True):
-                total[of_ep] += each
+        eps, parts = np.unique(cases.ep, return_inverse=True)
+        dealt = [_dealt_out(kernel, int(ep)) for kernel in experts for ep in eps.tolist()]
+        table = kernels_s(dealt, sizes.tolist(), device).reshape(len(experts), -1)  # [kernel, ep and size]
+        of_parts = _sums_of(experts, table, device)
+        found = [a + b[parts * len(sizes) + places] for a, b in zip(found, of_parts, strict=True)]
     return _Seconds(*found)
 
 

@@ -180,5 +180,8 @@ def substitute(argument: Any, replace: Callable[[Ref], Any]) -> Any:
     if isinstance(argument, Ref):
         return replace(argument)
     if isinstance(argument, tuple | list):
-        return tuple(substitute(item, replace) for item in argument)
+        return tuple([substitute(item, replace) if isinstance(item, _NESTED) else item for item in argument])
     return argument
+
+
+_NESTED = (Ref, tuple, list)

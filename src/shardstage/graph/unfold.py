@@ -11,7 +11,7 @@ layers share, every parameter of its own. ``unfold`` proves this op by op and re
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -101,7 +101,7 @@ class _Unfolding:
         ops = list(graph.ops[: self._stop])
         tables = [self._names_in(periods) for periods in range(1, last + 1)]
         for periods, names in enumerate(tables, start=1):
-            ops.extend(self._copied(op, periods, names) for op in period)
+            ops.extend(self._copied(period, periods, names))
         ops.extend(self._shifted(op) for op in graph.ops[self._stop :])
         unfolded = replace(
             graph,
@@ -214,20 +214,22 @@ class _Unfolding:
     def _is_own(self, name: str) -> bool:
         return self._made_at.get(name, self._start) >= self._start
 
-    def _copied(self, op: Op, periods: int, names: Mapping[str, str]) -> Op:
-        """An op of the repeated period, that many periods further down."""
-        module = self._repeat.moved(op.module, periods)
-        name = self._renamed(op.name, periods)
-        return _rewritten(op, lambda read: names.get(read, read), name=name, module=module)
+    def _copied(self, period: Sequence[Op], periods: int, names: Mapping[str, str]) -> Iterator[Op]:
+        """The ops of the repeated period, that many periods further down."""
+        refs = {name: Ref(renamed) for name, renamed in names.items()}
+        modules = {module: self._repeat.moved(module, periods) for module in {op.module for op in period}}
+        for op in period:
+            name = self._renamed(op.name, periods)
+            yield _rewritten(op, names, refs, name=name, module=modules[op.module])
 
     def _shifted(self, op: Op) -> Op:
         """An op beyond the repeated period, as the whole model has it."""
         module = op.module
         if (self._repeat.member(module) or 0) >= self._repeat.first:
             module = self._repeat.moved(module, self._repeat.copies)
-        return _rewritten(
-            op, self._read_after, name=self._renamed(op.name, self._repeat.copies), module=module
-        )
+        names = {name: self._read_after(name) for name in (*op.inputs, *op.outputs, *op.saved) if name}
+        refs = {name: Ref(names[name]) for name in op.inputs}
+        return _rewritten(op, names, refs, name=self._renamed(op.name, self._repeat.copies), module=module)
 
     def _read_after(self, name: str) -> str:
         is_last = name in self._twins and self._made_at.get(name, -1) >= self._start
@@ -309,21 +311,23 @@ def _called(value: Value, name: str, alias_of: str) -> Value:
     )
 
 
-def _rewritten(op: Op, read: Callable[[str], str], *, name: str, module: str) -> Op:
+def _rewritten(op: Op, names: Mapping[str, str], refs: Mapping[str, Ref], *, name: str, module: str) -> Op:
+    """The op with other values; those that are not in ``names`` and ``refs`` stay."""
+
     def fix(ref: Ref) -> Ref:
-        return Ref(read(ref.name))
+        return refs.get(ref.name, ref)
 
     return Op(
         name=name,
         target=op.target,
         args=substitute(op.args, fix),
-        kwargs=substitute(op.kwargs, fix),
-        outputs=tuple(None if output is None else read(output) for output in op.outputs),
+        kwargs=substitute(op.kwargs, fix) if op.kwargs else (),
+        outputs=tuple([output and names.get(output, output) for output in op.outputs]),
         returns_sequence=op.returns_sequence,
         module=module,
         module_type=op.module_type,
         source=op.source,
-        saved=tuple(map(read, op.saved)),
+        saved=tuple([names.get(saved, saved) for saved in op.saved]),
     )
 
 

@@ -67,16 +67,16 @@ def bounded(
     pairs = lattice.pairs(groups)
     pair_s = _loosest_s(terms, pairs)
     is_early = pair_s >= below_s
-    rows = lattice.rows(pairs.at(~is_early))
+    rows = lattice.rows(pairs.at(np.flatnonzero(~is_early)))
     table = Table(terms, rows)
     is_large = (table.mean_bytes > settings.limit_bytes)[:, 0]
     mean_s, mean_bytes = table.mean_s[:, 0], table.mean_bytes[is_large]
     is_slow = ~is_large & (mean_s >= below_s)
     meshes = lattice.meshes
     num_schedules = meshes.has_schedule.sum(axis=1)[rows.mesh]
-    is_open = ~is_large & ~is_slow
-    rows = rows.at(is_open)
-    table = table.at(is_open).with_talk_of_experts()
+    still_open = np.flatnonzero(~is_large & ~is_slow)
+    rows = rows.at(still_open)
+    table = table.at(still_open).with_talk_of_experts()
     seconds, least_bytes = _of_schedules(lattice, rows, table, below_s, most_per_rank)
     return Bounds(
         lattice=lattice,
@@ -124,9 +124,9 @@ def _of_schedules(
         column, per_rank = places[number], numbers[number][:, None].astype(np.float64)
         loose_s = table.at(row, LOOSE).loose_s(name, per_rank)[:, 0]
         seconds[row, column], least_bytes[row, column] = loose_s, mean_bytes[row]
-        is_open = loose_s < below_s
-        if is_open.any():
-            row, column, per_rank = row[is_open], column[is_open], per_rank[is_open]
+        still_open = np.flatnonzero(loose_s < below_s)
+        if len(still_open):
+            row, column, per_rank = row[still_open], column[still_open], per_rank[still_open]
             found_s, found_bytes = table.at(row).of(name, per_rank)
             seconds[row, column], least_bytes[row, column] = found_s[:, 0], found_bytes[:, 0]
     return seconds, least_bytes

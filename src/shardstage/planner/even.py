@@ -17,7 +17,7 @@ import numpy.typing as npt
 from shardstage.cost import balanced
 from shardstage.schedule import SCHEDULES, stages_of_rank
 
-__all__ = ["COUNTED_LAYERS", "EvenCuts", "EvenRanks"]
+__all__ = ["COUNTED_LAYERS", "EvenCuts", "EvenRanks", "unlike_pairs"]
 
 Array = npt.NDArray[np.float64]
 
@@ -44,8 +44,8 @@ class EvenCuts:
 
     def ranks(self, schedule: str, num_ranks: Any, per_rank: Any) -> EvenRanks:
         """Of so many ranks and stages a rank under a schedule, [row] each."""
-        sizes, row = np.unique(np.stack([num_ranks, per_rank]).astype(np.int64), axis=1, return_inverse=True)
-        made = [self._made(schedule, p, v) for p, v in sizes.T.tolist()]
+        sizes, row = unlike_pairs(num_ranks, per_rank)
+        made = [self._made(schedule, p, v) for p, v in sizes]
         of_fullest = np.zeros((len(made), COUNTED_LAYERS + 2, max(len(each.stages) for each in made)))
         for number, ranks in enumerate(made):
             of_fullest[number, :, : len(ranks.stages)] = ranks.of_fullest
@@ -196,6 +196,14 @@ class EvenRanks:
     def _of_ways(self, counts: Array, of_kinds: Array) -> Array:
         found: Array = np.einsum("rwk,kr->rw", counts[self.row], of_kinds)
         return found
+
+
+def unlike_pairs(first: Any, second: Any) -> tuple[list[tuple[int, int]], Any]:
+    """The pairs that two arrays of whole numbers, none below 0, make, each once, and [row] which of them a row has."""
+    first, second = first.astype(np.int64), second.astype(np.int64)
+    base = int(second.max(initial=0)) + 1
+    keys, row = np.unique(first * base + second, return_inverse=True)
+    return [divmod(key, base) for key in keys.tolist()], row
 
 
 def _ways(found: Array) -> Array:

@@ -74,8 +74,8 @@ class Pairs(NamedTuple):
     group: Numbers
     mesh: Numbers
 
-    def at(self, mask: Any) -> Pairs:
-        return Pairs(*(each[mask] for each in self))
+    def at(self, numbers: Numbers) -> Pairs:
+        return Pairs(*(each[numbers] for each in self))
 
 
 class Rows(NamedTuple):
@@ -85,8 +85,8 @@ class Rows(NamedTuple):
     mesh: Numbers
     zero: Numbers
 
-    def at(self, mask: Any) -> Rows:
-        return Rows(*(each[mask] for each in self))
+    def at(self, numbers: Numbers) -> Rows:
+        return Rows(*(each[numbers] for each in self))
 
 
 class Lattice:

@@ -343,7 +343,8 @@ class Searcher:
         found.counts.by_memory += bounds.num_large + int(is_large.sum())
         found.least_bytes = min(found.least_bytes, bounds.least_large_bytes, num_bytes.min(initial=math.inf))
         found.prune(bounds.least_slow_s, bounds.num_slow)
-        found.prune(float(seconds[is_slow].min(initial=math.inf)), int(is_slow.sum()))
+        least_slow_s = float(seconds.min(initial=math.inf, where=is_slow))
+        found.prune(least_slow_s, int(is_slow.sum()))
         return Walk.of(bounds, limit_bytes, found.best_s)
 
     def _price(self, walk: Walk, limit_bytes: int, found: Found) -> None:

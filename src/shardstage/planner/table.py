@@ -25,7 +25,7 @@ from shardstage.cost.memory import MOMENTS
 from shardstage.cost.offload import offloaded_update_s
 from shardstage.cost.pipeline import SPLITTING, each_bubble_s
 from shardstage.cost.profile import Recompute
-from shardstage.planner.even import COUNTED_LAYERS
+from shardstage.planner.even import COUNTED_LAYERS, unlike_pairs
 from shardstage.planner.lattice import Rows
 from shardstage.planner.space import MAX_STAGES_PER_RANK
 from shardstage.planner.terms import Terms
@@ -84,12 +84,12 @@ class Table:
         self.state_bytes = self._state_bytes(elements / p, part)
 
     def at(self, rows: Any, names: Sequence[str] = ()) -> Table:
-        """Of some of the rows, by a mask or by their numbers; all figures, or only those of these names."""
+        """Of some of the rows, by their numbers, which is far quicker than by a mask; all figures, or only those of these names."""
         part = copy(self)
         for name in names or vars(self):
             values = getattr(self, name)
             if isinstance(values, np.ndarray):
-                setattr(part, name, values[rows])
+                setattr(part, name, values.take(rows, axis=0))
         return part
 
     def _of_meshes(self, values: Any) -> Any:
@@ -154,15 +154,14 @@ class Table:
         if not len(at):
             return self
         group = self.group[at, 0]
-        sizes = np.stack([self._expert_shards[at, 0], terms.expert_stride[group]]).astype(np.int64)
-        known, size = np.unique(sizes, axis=1, return_inverse=True)
+        known, size = unlike_pairs(self._expert_shards[at, 0], terms.expert_stride[group])
         gather_s, scatter_s = (
-            np.array([1 / terms.costs.cost(kind, *pair).bytes_per_s for pair in known.T.tolist()])[size]
+            np.array([1 / terms.costs.cost(kind, *pair).bytes_per_s for pair in known])[size]
             for kind in ("all_gather", "reduce_scatter")
         )
         experts = terms.experts[group] / self.p[at, 0]
         gathered = experts * settings.compute_bytes * gather_s
-        table = self.at(slice(None))
+        table = copy(self)
         table._gathered, table._scattered = self._gathered.copy(), self._scattered.copy()
         table._gathered[at, 0] += gathered
         table._scattered[at, 0] += experts * settings.gradient_bytes * scatter_s

@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Literal, NamedTuple, cast
 
 from shardstage.errors import ProgramError
 
@@ -16,8 +16,7 @@ ActionKind = Literal["F", "B", "I", "W"]
 _ACTION = re.compile(r"(?P<stage>\d+)(?P<kind>[FBIW])(?P<microbatch>\d+)")
 
 
-@dataclass(frozen=True, slots=True)
-class Action:
+class Action(NamedTuple):
     """One computation of one stage on one microbatch; as text ``{stage}{kind}{microbatch}``: ``1F0``.
 
     F is the forward, B the whole backward. Or the backward in two: I computes the gradient of the stage's input, which the stage
