@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 from tests.cluster.test_calibration import FOUND
@@ -113,21 +114,59 @@ def test_a_calibrated_pipeline_is_the_formula_s_where_its_bubble_has_the_factor_
     )
 
 
+OVERLAPPING = ("dp=4,mb=8", "dp=4,mb=2,zero=1", "dp=4,mb=2,zero=3,recompute=full")
+
+
+@pytest.mark.parametrize("text", OVERLAPPING)
+@pytest.mark.parametrize(
+    "factors", [{"dp": 3.0}, {"dp": 0.4}, {"memory": 1.6}, {"products": 1.8, "memory": 0.6, "dp": 1.7}]
+)
+def test_of_collectives_beside_compute_what_does_not_hide_is_weighed(
+    text: str, factors: dict[str, float]
+) -> None:
+    """The factors were fitted to that. Were collectives three times as long as a whole, far more than three times as much would show."""
+    plain, found = on(text, {}), on(text, factors)
+    parts = analytic(plain.plan, PLAIN)[0].parts
+    more_s = step_time(found.program, found.prices) - step_time(plain.program, plain.prices)
+    expected_s = sum((factor - 1) * parts[cause] for cause, factor in factors.items())
+    assert more_s == pytest.approx(expected_s, rel=0.05), parts
+
+
+@pytest.mark.parametrize("text", [*OVERLAPPING, "pp=2,dp=2,mb=2,zero=2", "dp=4,mb=2,zero=2"])
+def test_the_step_follows_the_factor_of_dp_in_a_straight_line(text: str) -> None:
+    """As far as one rank's step goes; with others' waiting between them it still grows with it."""
+    seconds = [
+        step_time(case.program, case.prices) for case in (on(text, {"dp": f}) for f in (0.5, 1.0, 3.0))
+    ]
+    less_s, more_s = seconds[1] - seconds[0], seconds[2] - seconds[1]
+    assert more_s == pytest.approx(4 * less_s, rel=1e-6) and less_s > 0
+
+
+def test_spans_of_weighed_collectives_end_with_the_step_s_own_and_keep_their_order() -> None:
+    found = on("dp=4,mb=8", {"dp": 3.0, "memory": 0.5})
+    timeline = simulate(found.program, found.prices)
+    spans = [span for span in timeline.spans_of(0) if span.stream == "dp"]
+    assert timeline.step_time_s == pytest.approx(step_time(found.program, found.prices))
+    assert all(a.end_s <= b.start_s for a, b in pairwise(spans)) and len(spans) > 1
+
+
 @pytest.mark.parametrize("axis", ["tp", "dp", "world", "tie0+3"])
 def test_a_collective_has_the_factor_of_its_axis(axis: str) -> None:
     call, group = Collective(axis, "all_reduce", "float32", 1000), (0, 1, 2, 3)
     own = "tp" if axis == "tp" else "dp"
     plain = planned("pp=4,mb=2", cluster=PLAIN).prices.collective(call, group)
     for cause in CAUSES:
-        factor = 2.0 if cause == own else 1.0
-        assert on("pp=4,mb=2", {cause: 2.0}).prices.collective(call, group) == plain.times(factor)
+        found = on("pp=4,mb=2", {cause: 2.0}).prices.collective(call, group)
+        assert found == plain._replace(factor=2.0 if cause == own else 1.0)
+        assert found.seconds == found.factor * plain.seconds and found.formula_s == plain.seconds
 
 
 def test_a_message_has_the_pipeline_s_factor_and_the_update_the_memory_s() -> None:
     plain = planned("pp=2,dp=2,mb=2,zero=1", cluster=PLAIN).prices
     for cause in CAUSES:
         prices = on("pp=2,dp=2,mb=2,zero=1", {cause: 2.0}).prices
-        assert prices.transfer(1000, 0, 2) == plain.transfer(1000, 0, 2).times(2.0 if cause == "pp" else 1.0)
+        factor, wire = 2.0 if cause == "pp" else 1.0, plain.transfer(1000, 0, 2)
+        assert prices.transfer(1000, 0, 2) == (factor * wire.latency_s, factor * wire.bytes_s, 1.0)
         update_s = (2.0 if cause == "memory" else 1.0) * plain.own_s(0, "STEP", None, 0)
         assert prices.own_s(0, "STEP", None, 0) == update_s > 0
 

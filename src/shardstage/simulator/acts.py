@@ -18,7 +18,7 @@ from shardstage.cost.links import exposed_s
 from shardstage.program import Collective, Instruction, Program
 from shardstage.simulator.lanes import Lane, Lanes
 from shardstage.simulator.periods import Cut
-from shardstage.simulator.prices import Prices
+from shardstage.simulator.prices import Prices, Wire
 from shardstage.timeline import Stream
 
 __all__ = ["ALONE", "COMPUTE", "RECEIVE", "REDUCE", "SEND", "TALK", "Act", "Pricer", "Reduction", "Talk"]
@@ -40,7 +40,10 @@ class Talk(NamedTuple):
 
 
 class Bucket(NamedTuple):
-    """One reduction that may begin under a backward: of instruction ``position``, when ``share`` of it is done."""
+    """One reduction that may begin under a backward: of instruction ``position``, when ``share`` of it is done.
+
+    ``seconds`` are at that backward's pace (``Prices.pace``), so that what hides is what hid before a calibration.
+    """
 
     position: int
     share: float
@@ -48,11 +51,15 @@ class Bucket(NamedTuple):
 
 
 class Reduction(NamedTuple):
-    """What REDUCE_GRAD waits for: buckets over dp, then what is partial over tp and ties."""
+    """What REDUCE_GRAD waits for: buckets over dp, then what is partial over tp and ties.
+
+    ``weight`` is what a calibration makes of the seconds that buckets take longer than the backward beside them.
+    """
 
     group: int
     buckets: tuple[Bucket, ...]
     after: tuple[Talk, ...]
+    weight: float
 
 
 Act = tuple[int, float, float, float, int, object]
@@ -135,11 +142,14 @@ class Pricer:
         seconds = self._prices.compute_s(lane.rank, stage, instruction.kind, lane.sizes[microbatch])
         calls = self._program.collectives(instruction)
         over_tp = [self._seconds(lane, call) for call in calls if call.axis != "dp"]
-        over_dp = [self._seconds(lane, call) for call in calls if call.axis == "dp"]
+        over_dp = [self._wire(lane, call) for call in calls if call.axis == "dp"]
         # What is gathered and reduced block by block runs beside the computation but for the first of it.
         waits_s = sum(over_tp)
         if over_dp:
-            waits_s += exposed_s(sum(over_dp), seconds, self._prices.overlap_slowdown, over_dp[0])
+            pace = self._pace(lane, instruction)
+            talks = [pace * wire.formula_s for wire in over_dp]
+            beside_s = exposed_s(sum(talks), seconds, self._prices.overlap_slowdown, talks[0])
+            waits_s += over_dp[0].factor / pace * beside_s
         group = self._widest_group(lane, {call.axis for call in calls})
         return (COMPUTE, seconds, waits_s, sum(over_tp), group, instruction)
 
@@ -179,12 +189,22 @@ class Pricer:
         return Talk(self._widest_group(lane, (call.axis,)), self._seconds(lane, call), stream)
 
     def _seconds(self, lane: Lane, call: Collective) -> float:
-        return self._prices.collective(call, self._lanes.group(lane, call.axis)).seconds
+        return self._wire(lane, call).seconds
+
+    def _wire(self, lane: Lane, call: Collective) -> Wire:
+        return self._prices.collective(call, self._lanes.group(lane, call.axis))
+
+    def _pace(self, lane: Lane, computation: Instruction) -> float:
+        stage, microbatch = computation.stage, computation.microbatch
+        assert stage is not None and microbatch is not None
+        return self._prices.pace(lane.rank, stage, computation.kind, lane.sizes[microbatch])
 
     def _reduction(self, lane: Lane, instruction: Instruction, row: Sequence[Instruction]) -> Reduction:
         calls = self._program.collectives(instruction)
         buckets = [call for call in calls if call.axis == "dp"]
         last = {i.stage: at for at, i in enumerate(row) if i.kind in ("B", "W")}
+        pace = self._pace(lane, row[max(last.values())]) if buckets and last else 1.0
+        weight = self._wire(lane, buckets[0]).factor / pace if buckets else 1.0
         found: list[Bucket] = []
         for stage, of_stage in groupby(buckets, key=lambda call: self._stage_of(lane, call)):
             calls_of_stage = list(of_stage)
@@ -193,9 +213,9 @@ class Pricer:
                 done += call.num_bytes
                 position = max(last.values(), default=0) if stage is None else last[stage]
                 share = 1.0 if stage is None else done / max(1, total)
-                found.append(Bucket(position, share, self._seconds(lane, call)))
+                found.append(Bucket(position, share, pace * self._wire(lane, call).formula_s))
         after = tuple(self._talk(lane, call) for call in calls if call.axis != "dp")
-        return Reduction(self._widest_group(lane, ("dp",)), tuple(found), after)
+        return Reduction(self._widest_group(lane, ("dp",)), tuple(found), after, weight)
 
     def _stage_of(self, lane: Lane, call: Collective) -> int | None:
         """The stage of the rank whose last backward fills a bucket, ``None`` where several do: it starts when all are done."""

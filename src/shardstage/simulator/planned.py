@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from shardstage.cluster import Cluster
+from shardstage.cluster import UNCALIBRATED, Cluster
 from shardstage.cost.compute import optimizer_s
 from shardstage.cost.links import overlap_slowdown
 from shardstage.cost.offload import offloaded_update_s
@@ -32,14 +32,16 @@ class PlannedPrices:
     Beside compute run collectives, which slow it down as the device's kernel model says, and messages: not at all on GPUs, where they take
     a channel or two, and wholly where cores do both.
 
-    Each duration is multiplied by the cluster's calibration of its cause, as the step formula's parts are. What hides and how long
-    ranks idle comes of these: the formula weighs what does not hide of collectives, and by ``pp`` the pipeline's bubble, too.
+    Each duration is multiplied by the cluster's calibration of its cause, as the step formula's parts are; of collectives beside compute
+    what does not hide, which is found before either is multiplied. How long ranks idle comes of these: the formula weighs the pipeline's
+    bubble by ``pp``. ``formula`` are the costs before the calibration.
     A host that launches slower than its GPU computes holds it up as in the formula (``launches``).
 
     A cluster of CPU ranks has its own device for each rank: cores that ranks share are known only to those who measure them.
     """
 
     costs: StageCosts
+    formula: StageCosts
     cluster: Cluster
     holdings: Holdings
     num_cores: int | None = None
@@ -59,17 +61,26 @@ class PlannedPrices:
         return overlap_slowdown(self.cluster.device)
 
     def compute_s(self, rank: int, stage: int, kind: InstructionKind, size: int) -> float:
-        cost = self.costs.cost(stage, tp=self.mesh.coordinate(rank, "tp"), size=size)
+        return self._compute_s(self.costs, rank, stage, kind, size)
+
+    def pace(self, rank: int, stage: int, kind: InstructionKind, size: int) -> float:
+        if self.formula is self.costs:
+            return 1.0
+        formula_s = self._compute_s(self.formula, rank, stage, kind, size)
+        return self.compute_s(rank, stage, kind, size) / formula_s if formula_s else 1.0
+
+    def _compute_s(self, costs: StageCosts, rank: int, stage: int, kind: InstructionKind, size: int) -> float:
+        cost = costs.cost(stage, tp=self.mesh.coordinate(rank, "tp"), size=size)
         return {"F": cost.forward_s, "B": cost.backward_s, "I": cost.input_s, "W": cost.weight_s}[kind]
 
     def collective(self, collective: Collective, group: Sequence[int]) -> Wire:
         cost = self.cluster.collective(collective.kind, group)
-        wire = Wire(cost.latency_s, collective.num_bytes / cost.bytes_per_s)
-        return wire.times(self.cluster.factors[cause_of_axis(collective.axis)])
+        factor = self.cluster.factors[cause_of_axis(collective.axis)]
+        return Wire(cost.latency_s, collective.num_bytes / cost.bytes_per_s, factor)
 
     def transfer(self, num_bytes: int, source: int, target: int) -> Wire:
-        cost = self.cluster.collective("p2p", (source, target))
-        return Wire(cost.latency_s, num_bytes / cost.bytes_per_s).times(self.cluster.factors["pp"])
+        cost, factor = self.cluster.collective("p2p", (source, target)), self.cluster.factors["pp"]
+        return Wire(factor * cost.latency_s, factor * (num_bytes / cost.bytes_per_s))
 
     def own_s(self, rank: int, kind: InstructionKind, stage: int | None, num_bytes: int) -> float:
         """STEP: the optimizer over what the rank owns."""
@@ -118,5 +129,8 @@ def planned_prices(
             f"the plan is for {plan.mesh.world_size} ranks, and cluster {cluster.name!r} has {cluster.num_devices} devices",
             hint=f"--cluster {cluster.name}:{plan.mesh.world_size}",
         )
-    costs = StageCosts(stages or StageGraphs(graph, plan), cluster)
-    return PlannedPrices(costs=costs, cluster=cluster, holdings=planned_holdings(costs))
+    stages = stages or StageGraphs(graph, plan)
+    costs = formula = StageCosts(stages, cluster)
+    if cluster.factors != UNCALIBRATED:
+        formula = StageCosts(stages, cluster, UNCALIBRATED)
+    return PlannedPrices(costs=costs, formula=formula, cluster=cluster, holdings=planned_holdings(costs))

@@ -13,17 +13,24 @@ __all__ = ["PriceTable", "Prices", "Wire"]
 
 
 class Wire(NamedTuple):
-    """What talking takes: ``latency_s`` until the first byte is there, ``bytes_s`` during which the link is taken."""
+    """What talking takes: ``latency_s`` until the first byte is there, ``bytes_s`` during which the link is taken.
+
+    ``factor`` is what a calibration multiplies waiting for it by: all of it where nothing runs beside it, else what does not hide.
+    """
 
     latency_s: float
     bytes_s: float
+    factor: float = 1.0
+
+    @property
+    def formula_s(self) -> float:
+        """Before the calibration."""
+        return self.latency_s + self.bytes_s
 
     @property
     def seconds(self) -> float:
-        return self.latency_s + self.bytes_s
-
-    def times(self, factor: float) -> Wire:
-        return Wire(factor * self.latency_s, factor * self.bytes_s)
+        """Waited for from its beginning."""
+        return self.factor * self.formula_s
 
 
 class Prices(Protocol):
@@ -56,12 +63,16 @@ class Prices(Protocol):
         """Seconds of F, B, I or W of ``stage`` on a microbatch of ``size`` samples, its collectives left out."""
         ...
 
+    def pace(self, rank: int, stage: int, kind: InstructionKind, size: int) -> float:
+        """``compute_s`` over what it was before a calibration: in a race with it, collectives are as many times as long."""
+        ...
+
     def collective(self, collective: Collective, group: Sequence[int]) -> Wire:
         """What one collective over the ranks of ``group`` takes from when the last of them is there."""
         ...
 
     def transfer(self, num_bytes: int, source: int, target: int) -> Wire:
-        """What one message takes on the link from one rank to another."""
+        """What one message takes on the link from one rank to another, its calibration included."""
         ...
 
     def own_s(self, rank: int, kind: InstructionKind, stage: int | None, num_bytes: int) -> float:
@@ -90,6 +101,9 @@ class PriceTable:
 
     def compute_s(self, rank: int, stage: int, kind: InstructionKind, size: int) -> float:
         return size * self.compute[stage, kind]
+
+    def pace(self, rank: int, stage: int, kind: InstructionKind, size: int) -> float:
+        return 1.0
 
     def collective(self, collective: Collective, group: Sequence[int]) -> Wire:
         return Wire(self.latency_s, collective.num_bytes / self.bytes_per_s)

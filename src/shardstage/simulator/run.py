@@ -212,7 +212,8 @@ class _Walk:
     ) -> Generator[_Wanted, float | None, float]:
         """Each bucket begins when all have filled it and the one before is done, and slows down the backward that it runs beside.
 
-        ``late_s`` is how much later than without buckets compute is; what ends before its bucket does is late in name only.
+        ``late_s`` is how much later than without buckets compute is; what ends before its bucket does is late in name only. What comes
+        after the compute is ``weighed`` by the calibration.
         """
         starts, ends = self.result.starts_s[number], self.result.ends_s[number]
         whole_s: tuple[float, ...] = tuple(
@@ -220,6 +221,11 @@ class _Walk:
         )
         if reduction.group != ALONE:
             whole_s = yield from self._meet(number, reduction.group, counts, whole_s)
+
+        def weighed(time_s: float) -> float:
+            late_s = time_s - clock
+            return clock + reduction.weight * late_s if reduction.weight != 1.0 and late_s > 0 else time_s
+
         done_s = late_s = 0.0
         for ready_s, bucket in zip(whole_s, reduction.buckets, strict=True):
             begins_s = max(ready_s + late_s, done_s)
@@ -227,8 +233,8 @@ class _Walk:
             if begins_s < clock + late_s:
                 late_s += self.overlap_slowdown * bucket.seconds
             if self.keep_talks and bucket.seconds:
-                self.result.talks[number].append((position, "dp", begins_s, done_s))
-        return max(clock + late_s, done_s)
+                self.result.talks[number].append((position, "dp", weighed(begins_s), weighed(done_s)))
+        return weighed(max(clock + late_s, done_s))
 
     def _meet(
         self, number: int, group: int, counts: dict[int, int], mine: tuple[float, ...]

@@ -8,7 +8,7 @@ Seconds are those of ``cost.compute`` op by op (of compiled blocks kernel by ker
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -61,13 +61,15 @@ class StageCost:
 
 
 class StageCosts:
-    """Costs of all stages of a plan on a cluster's device; what was computed once is kept."""
+    """Costs of all stages of a plan on a cluster's device, by its ``factors`` or others; what was computed once is kept."""
 
-    def __init__(self, stages: StageGraphs, cluster: Cluster) -> None:
+    def __init__(
+        self, stages: StageGraphs, cluster: Cluster, factors: Mapping[str, float] | None = None
+    ) -> None:
         self.stages = stages
         self._cluster = cluster
         self._device = cluster.device
-        self._factors = cluster.factors
+        self._factors = cluster.factors if factors is None else factors
         self._known: dict[tuple[int, int, int], StageCost] = {}
 
     @property

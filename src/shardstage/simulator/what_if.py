@@ -85,6 +85,9 @@ class ChangedPrices:
     def compute_s(self, rank: int, stage: int, kind: InstructionKind, size: int) -> float:
         return self._slowed(rank, self.prices.compute_s(rank, stage, kind, size))
 
+    def pace(self, rank: int, stage: int, kind: InstructionKind, size: int) -> float:
+        return self.prices.pace(rank, stage, kind, size)
+
     def collective(self, collective: Collective, group: Sequence[int]) -> Wire:
         return self._rewired(self.prices.collective(collective, group), group)
 
@@ -110,9 +113,9 @@ class ChangedPrices:
         if len(group) < 2 or (change.level and self.prices.level_of(group) != change.level):
             return wire
         if change.kind == "bandwidth":
-            return Wire(wire.latency_s, wire.bytes_s / change.value)
+            return wire._replace(bytes_s=wire.bytes_s / change.value)
         if change.kind == "latency":
-            return Wire(wire.latency_s * change.value, wire.bytes_s)
+            return wire._replace(latency_s=wire.latency_s * change.value)
         return wire
 
 
