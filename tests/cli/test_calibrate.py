@@ -10,6 +10,9 @@ from tests.training.run_folders import log_steps, run_folder
 
 from shardstage.cli.app import run
 from shardstage.cluster import load, save
+from shardstage.graph.fallback import capture_or_blocks
+from shardstage.planner import predict
+from shardstage.training.job import source_of
 from shardstage.training.recorded import observations_of, read_run
 
 
@@ -109,3 +112,24 @@ def test_runs_of_different_machines_are_refused(
     assert run(["calibrate", runs[0], str(other), "--cluster", str(cluster)]) == 2
     said = capsys.readouterr().err
     assert "Some CPU" in said and "Another CPU" in said and "once for the runs of each machine" in said
+
+
+def test_runs_over_several_classes_of_devices_are_read_back(runs: list[str], tmp_path: Path) -> None:
+    both, out = load("a100-40:1+h100:1"), tmp_path / "both.toml"
+    folders = [Path(shutil.copytree(run, tmp_path / Path(run).name)) for run in (runs[0], runs[2])]
+    for folder in folders:
+        (folder / "summary.json").write_text('{"device_kind": "cuda", "device": "Some GPU"}')
+    recorded = [read_run(folder) for folder in folders]
+    seen = observations_of(recorded, both)
+    for folder, each in zip(folders, seen, strict=True):
+        log_steps(folder, *[9.0, 8.0, *[1.4 * each.modelled_s] * 3])
+    asked = ["--cluster", "a100-40:1+h100:1", "--out", str(out)]
+    assert run(["calibrate", *map(str, folders), *asked]) == 0
+    found = load(out)
+    assert found.calibration is not None and found.is_mixed
+    for again, each in zip(observations_of(recorded, found), seen, strict=True):
+        assert again.parts == each.parts, "a second calibration starts from the formulas"
+    graph = capture_or_blocks(source_of(recorded[0].config), sequence=16, dtype="float32")
+    for each_run, each in zip(recorded, seen, strict=True):
+        predicted_s = predict(graph, each_run.plan, found).step_time_s
+        assert each.modelled_s * 1.1 < predicted_s < each.modelled_s * 1.45

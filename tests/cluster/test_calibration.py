@@ -85,3 +85,30 @@ def test_an_edited_table_is_refused_by_name() -> None:
     rows = "covariance = [[1.0, 0.0, 0.0, 0.0, 0.0, 0.0]]"
     with pytest.raises(ClusterError, match="covariance of a calibration has 6 rows, not 1"):
         Cluster.from_toml("\n".join(rows if "covariance" in line else line for line in text.splitlines()))
+
+
+def test_runs_on_all_parts_count_before_those_on_one() -> None:
+    own, joint = (replace(FOUND, factors=dict.fromkeys(CAUSES, factor)) for factor in (3.0, 2.0))
+    parts = (replace(round_machine(), calibration=own), round_machine())
+    both = Cluster.of_parts(parts, name="both", network=parts[0].levels[-1])
+    assert (both.calibration_of(0), both.calibration_of(1)) == (own, None)
+    found = replace(both, calibration=joint)
+    assert found.calibration_of(0) == found.calibration_of(1) == joint
+    assert found.factors == joint.factors and both.factors == own.factors
+    assert Cluster.from_toml(found.to_toml()) == found
+    assert found.with_parts([4, 2]).calibration_of(1) == joint
+
+
+def test_a_machine_whose_runs_nobody_looked_at_has_no_factor_left() -> None:
+    parts = (replace(round_machine(), calibration=FOUND), round_machine())
+    both = Cluster.of_parts(parts, name="both", network=parts[0].levels[-1], calibration=FOUND)
+    bare = Cluster.of_parts((parts[1], parts[1]), name="both", network=parts[0].levels[-1])
+    assert both.uncalibrated() == bare and parts[0].uncalibrated() == parts[1]
+
+
+def test_parts_of_two_kinds_have_no_calibration_in_common() -> None:
+    parts = (round_machine(), round_machine(kind="cpu"))
+    with pytest.raises(
+        ClusterError, match="devices of kind cpu and cuda, and a calibration from runs on cuda"
+    ):
+        Cluster.of_parts(parts, name="both", network=parts[0].levels[-1], calibration=FOUND)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tests.cost.calibrated_runs import TRUE, observed, parts, random_runs
 from tests.cost.machines import round_machine
 
-from shardstage.cluster import CAUSES, Calibration
+from shardstage.cluster import CAUSES, Calibration, Cluster
 from shardstage.cost.calibrate import Observation, calibrate, predicted_by_others
 from shardstage.errors import ClusterError
 
@@ -158,3 +158,11 @@ def test_a_run_on_another_kind_of_device_is_refused() -> None:
 def test_a_run_without_time_is_refused(seconds: dict[str, float], ratio: float) -> None:
     with pytest.raises(ClusterError, match="must be above zero"):
         fitted([observed(seconds, ratio)])
+
+
+def test_devices_of_two_kinds_are_refused_with_what_to_do_instead() -> None:
+    parts = (round_machine(), round_machine(kind="cpu"))
+    both = Cluster.of_parts(parts, name="both", network=parts[0].levels[-1])
+    with pytest.raises(ClusterError, match="one set of factors is no correction for both") as caught:
+        calibrate(random_runs(2), both, date="2026-01-01")
+    assert "--cluster round:8 --out first.toml" in str(caught.value.hint)

@@ -234,7 +234,7 @@ class _Findings:
     @property
     def _calibrated_s(self) -> tuple[float, float] | None:
         """Low and high of the simulated step, as far from it as the plan's are from its formula."""
-        if self.machine.part(0).calibration is None:
+        if self.machine.calibration_of(0) is None:
             return None
         formula = self.prediction
         ratio = self.found.timeline.step_time_s / formula.step_time_s

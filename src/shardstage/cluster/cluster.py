@@ -83,9 +83,10 @@ class Cluster:
             raise ClusterError(
                 f"cluster {self.name!r} has two {key[0]} curves of {key[1]} ranks", hint="remove one"
             )
-        if self.calibration is not None and self.calibration.device_kind != self.device.kind:
+        kinds = sorted({part.device.kind for part in self.parts})
+        if self.calibration is not None and kinds != [self.calibration.device_kind]:
             raise ClusterError(
-                f"cluster {self.name!r} has devices of kind {self.device.kind}, and a calibration from runs on "
+                f"cluster {self.name!r} has devices of kind {' and '.join(kinds)}, and a calibration from runs on "
                 f"{self.calibration.device_kind}",
                 hint="remove [calibration], or: shardstage calibrate RUN --cluster cluster.toml",
             )
@@ -157,8 +158,17 @@ class Cluster:
     @property
     def factors(self) -> Mapping[str, float]:
         """By cause (``CAUSES``), what seconds on ``device`` are multiplied by: 1 where there is no calibration."""
-        calibration = self.part(0).calibration
+        calibration = self.calibration_of(0)
         return UNCALIBRATED if calibration is None else calibration.factors
+
+    def calibration_of(self, part: int) -> Calibration | None:
+        """What corrects predictions on a part: runs on all parts together count before those on it alone."""
+        return self.calibration or self.part(part).calibration
+
+    def uncalibrated(self) -> Cluster:
+        """The same machine before anybody looked at its runs."""
+        joined = tuple(part.uncalibrated() for part in self.joined)
+        return replace(self, calibration=None, joined=joined)
 
     @property
     def price_per_hour(self) -> float | None:

@@ -120,6 +120,17 @@ def predicted_by_others(observations: Sequence[Observation], cluster: Cluster) -
 def _check(observations: Sequence[Observation], cluster: Cluster) -> None:
     if not observations:
         raise ClusterError("there is no run to calibrate from", hint="shardstage calibrate runs/*")
+    kinds = sorted({part.device.kind for part in cluster.parts})
+    if len(kinds) > 1:
+        raise ClusterError(
+            f"cluster {cluster.name!r} has devices of kind {' and '.join(kinds)}, and one set of factors is no correction for both",
+            hint="\n".join(
+                (
+                    f"shardstage calibrate RUN --cluster {cluster.parts[0].name}:{cluster.parts[0].num_devices} --out first.toml",
+                    f"shardstage plan --cluster first.toml+{cluster.parts[1].name}:{cluster.parts[1].num_devices}",
+                )
+            ),
+        )
     for seen in observations:
         if seen.device_kind != cluster.device.kind:
             raise ClusterError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -94,10 +94,9 @@ def _observation(run: RecordedRun, graph: ModelGraph, cluster: Cluster) -> Obser
             f"the model {run.config.model} has changed since the run in {run.folder}: its plan is of another graph",
             hint=f"leave out {run.folder}",
         )
-    bare = replace(cluster, calibration=None)
     return Observation(
         name=str(run.folder),
-        parts=predict(graph, run.plan, bare).parts,
+        parts=predict(graph, run.plan, cluster.uncalibrated()).parts,
         measured_s=run.step_time_s,
         device_kind=run.device_kind or cluster.device.kind,
     )

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from tests.cluster.test_calibration import FOUND
 from tests.cost.toy import Experts, toy_graph
-from tests.planner.mixed.instances import GRAPH, machines
+from tests.planner.mixed.instances import GRAPH, PLENTY, all_priced, machines, searcher_of
 
-from shardstage.cluster import Cluster
+from shardstage.cluster import CAUSES, Cluster
 from shardstage.errors import PlanError
 from shardstage.graph import ModelGraph
 from shardstage.plan import Plan, complete, parse_request
@@ -96,3 +97,31 @@ def test_shared_sequences_and_experts_cost_on_alike_classes_what_they_do_on_one(
     one = replace(alike.part(0), num_devices=4)
     plan = plan_of(text, graph=MOE)
     assert predict(MOE, plan, alike).step_time_s == pytest.approx(predict(MOE, plan, one).step_time_s)
+
+
+FACTORS = dict.fromkeys(CAUSES, 1.0) | {"products": 1.7, "memory": 1.2, "dp": 2.0, "pp": 0.8}
+
+
+def test_a_calibration_of_all_classes_weighs_the_slowest_pipeline_s_parts() -> None:
+    """It was fitted, written, and read by nobody: each class had its own, or none."""
+    found = replace(FOUND, factors=FACTORS)
+    calibrated = replace(CLUSTER, calibration=found)
+    for text in ("dp=4", "dp=2,pp=2", "tp=2,pp=2"):
+        plan = plan_of(text)
+        bare, corrected = predict(GRAPH, plan, CLUSTER), predict(GRAPH, plan, calibrated)
+        assert corrected.parts == bare.parts
+        assert corrected.step_time_s == pytest.approx(found.seconds(bare.parts)) != bare.step_time_s
+        low_s, _, high_s = found.range_s(bare.parts)
+        assert (corrected.step_time_low_s, corrected.step_time_high_s) == pytest.approx((low_s, high_s))
+
+
+@pytest.mark.parametrize("factor", [0.5, 2.0])
+def test_a_search_over_all_classes_goes_by_it(factor: float) -> None:
+    """Waiting for dp that takes half or twice as long: no choice is below the best one, which is priced by the factors."""
+    calibrated = replace(CLUSTER, calibration=replace(FOUND, factors=FACTORS | {"dp": factor}))
+    searcher = searcher_of(calibrated, batch=8)
+    found = searcher.best((PLENTY, PLENTY))
+    prices = [price.seconds for price in all_priced(searcher, (PLENTY, PLENTY)).values() if price is not None]
+    assert found.prediction.step_time_s == pytest.approx(min(prices))
+    assert predict(GRAPH, found.best, found.cluster).step_time_s == pytest.approx(min(prices))
+    assert found.cluster.calibration == calibrated.calibration

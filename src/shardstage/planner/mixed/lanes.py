@@ -142,8 +142,14 @@ class LaneCosts:
     ) -> None:
         self.folded = folded
         self.classes = tuple(
-            replace(part, levels=cluster.levels, collectives=(), num_devices=cluster.num_devices)
-            for part in map(cluster.part, range(len(cluster.parts)))
+            replace(
+                cluster.part(number),
+                levels=cluster.levels,
+                collectives=(),
+                num_devices=cluster.num_devices,
+                calibration=cluster.calibration_of(number),
+            )
+            for number in range(len(cluster.parts))
         )
         self.link_costs = LinkCosts(self.classes[0])
         self._shard: Callable[[int, bool], Profiler] = lambda tp, is_sp: Profiler(
