@@ -10,7 +10,6 @@ import pytest
 from tests.planner.mixed.instances import every_arrangement, machines, random_searcher, searcher_of
 
 from shardstage.layout import AXES
-from shardstage.planner.mixed.cuts import balanced_on
 from shardstage.planner.mixed.space import Arrangement, Sharding
 
 
@@ -46,29 +45,3 @@ def test_pipelines_on_one_class_each_lie_outside_and_pipelines_through_all_insid
     assert [lane.classes for lane in through.lanes] == [(0, 1, 1)]
     assert apart.mesh.order[0] == "dp" and apart.used == (6, 12)
     assert [(lane.classes, lane.size) for lane in apart.lanes] == [((0, 0, 0), 1), ((1, 1, 1), 2)]
-
-
-@pytest.mark.parametrize("seed", range(30))
-def test_a_balanced_cut_over_unlike_classes_is_as_good_as_any_where_units_are_short(seed: int) -> None:
-    random = Random(seed)
-    speeds = [random.choice((1.0, 1.3, 2.0)) for _ in range(random.randint(1, 4))]
-    units = [random.uniform(0.8, 1.2) for _ in range(random.randint(3, 4) * len(speeds))]
-    sums = [np.concatenate([[0.0], np.cumsum(units) / speed]).tolist() for speed in speeds]
-    starts = balanced_on(sums)
-    assert len(starts) == len(speeds) and list(starts) == sorted({*starts}) and starts[0] == 0
-    assert slowest(sums, starts) <= least_slowest(sums) * (1 + 1e-4)
-
-
-def slowest(sums: list[list[float]], starts: tuple[int, ...]) -> float:
-    stops = (*starts[1:], len(sums[0]) - 1)
-    return max(own[b] - own[a] for own, a, b in zip(sums, starts, stops, strict=True))
-
-
-def least_slowest(sums: list[list[float]], start: int = 0) -> float:
-    last = len(sums[0]) - 1
-    if len(sums) == 1:
-        return sums[0][last] - sums[0][start]
-    return min(
-        max(sums[0][stop] - sums[0][start], least_slowest(sums[1:], stop))
-        for stop in range(start + 1, last - len(sums) + 2)
-    )

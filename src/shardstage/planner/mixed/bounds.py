@@ -14,9 +14,11 @@ step >= pipeline (its formula at τ and at Σ_u min_i c_ui) + transfers + optimi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
+from types import MappingProxyType
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -38,6 +40,10 @@ from shardstage.planner.space import Schedule, Zero
 __all__ = ["Bounds", "bounds_of"]
 
 Array = npt.NDArray[np.float64]
+Mask = npt.NDArray[np.bool_]
+
+HELD_AS: Final = MappingProxyType({"zb-h1": "zb-h1", "zb-v": "v", "dualpipe-v": "v"})
+"""What a rank holds at least under a schedule: as under ZB-H1, in a V, or as under 1F1B, which none of the others holds less than."""
 
 INTEGER_STEPS: Final = 12
 """So often is the time of whole layers raised to the next at which a class takes one more."""
@@ -78,12 +84,25 @@ class Bounds:
 
 
 class _Lanes(NamedTuple):
-    """One lane of each row: ``k`` [class, row] ranks of a pipeline on each class, ``size`` [class, row] places of its sizes in the table,
-    ``held`` [class, row] microbatches that the last of these ranks holds under 1F1B."""
+    """One lane of each row: ``k`` [class, row] ranks of a pipeline on each class, ``size`` [class, row] places of its sizes in the table;
+    the places in the pipeline of the ``first`` and ``last`` of these ranks [class, row], and its microbatches."""
 
     k: Array
     size: npt.NDArray[np.int64]
-    held: Array
+    first: Array
+    last: Array
+    m: Array
+
+    def held(self, how: str) -> Array:
+        """[class, row]: microbatches that each of these ranks holds at least on each of its stages at a moment."""
+        p = self.k.sum(axis=0)
+        each: Array = {
+            "1f1b": p - self.last,
+            "zb-h1": np.broadcast_to(p, self.last.shape),
+            "v": self.first + 1,
+        }[how]
+        found: Array = np.minimum(self.m, each)
+        return found
 
 
 def bounds_of(
@@ -92,8 +111,9 @@ def bounds_of(
     figures: MixedFigures,
     arrangements: Sequence[Arrangement],
     limits: Sequence[int],
+    below_s: float = math.inf,
 ) -> Bounds:
-    """Of all choices with these arrangements, which are of one sharding."""
+    """Of all choices with these arrangements, which are of one sharding; close ones of those that may take less than ``below_s``."""
     rows = _Rows(pricing, figures, arrangements, limits)
     zeros = sorted({zero for of in arrangements for zero in space.zeros_of(of)}, key=str)
     columns = [(zero, schedule) for zero in zeros for schedule in space.declared.schedules]
@@ -105,7 +125,7 @@ def bounds_of(
         of_zero = rows.at(zero)
         for column, (its_zero, schedule) in enumerate(columns):
             if its_zero == zero and is_open[:, column].any():
-                seconds[:, column], is_large[:, column] = of_zero.of(schedule)
+                seconds[:, column], is_large[:, column] = of_zero.of(schedule, below_s)
     return Bounds(
         arrangements=arrangements,
         columns=columns,
@@ -171,16 +191,13 @@ class _Rows:
             size = np.array([[places[size] for size in of.sizes] for of in own]).T
             if by == "stages":
                 k = np.array([of.ways for of in own], dtype=np.float64).T
-                last = np.cumsum(k, axis=0)
-                held = np.minimum(self.m[rows], self.p[rows] - last + 1)
-                yield rows, tuple(range(num_classes)), _Lanes(k, size, held)
+                stop = np.cumsum(k, axis=0)
+                yield rows, tuple(range(num_classes)), _Lanes(k, size, stop - k, stop - 1, self.m[rows])
                 continue
+            k = self.p[rows][None]
             for number in range(num_classes):
-                yield (
-                    rows,
-                    (number,),
-                    _Lanes(self.p[rows][None], size[number : number + 1], np.ones((1, len(rows)))),
-                )
+                of = size[number : number + 1]
+                yield rows, (number,), _Lanes(k, of, np.zeros_like(k), k - 1, self.m[rows])
 
 
 class _Talk:
@@ -231,23 +248,40 @@ class _OfZero:
         self._gather = rows.talk.over_replicas("all_gather", zero.num_ranks)
         self._scatter = rows.talk.over_replicas("reduce_scatter", zero.num_ranks)
         self._lanes = [(own, on, lanes, self._costs(own, on, lanes)) for own, on, lanes in rows.lanes()]
-        self._slowest: dict[tuple[int, str], tuple[Array, Array]] = {}
+        self._known: dict[tuple[int, str], _Held] = {}
         self._state = _state_bytes(setup, self._level, self._shards)
         self._expert_state = _state_bytes(setup, self._level, self._expert_shards)
 
-    def of(self, schedule: Schedule) -> tuple[Array, npt.NDArray[np.bool_]]:
-        """[row]: least seconds, and whether a choice cannot fit."""
+    def of(self, schedule: Schedule, below_s: float) -> tuple[Array, Mask]:
+        """[row]: least seconds, and whether a choice cannot fit; what takes ``below_s`` whatever memory there is gets no closer bound."""
         seconds, is_large = np.zeros(len(self._rows.p)), np.zeros(len(self._rows.p), dtype=bool)
-        for place, (own, on, lanes, costs) in enumerate(self._lanes):
-            how = schedule.name if schedule.name in ("1f1b", "zb-h1") else ""
-            if (place, how) not in self._slowest:
-                self._slowest[place, how] = self._slowest_s(how, own, on, lanes, costs)
-            slowest, least_bytes = self._slowest[place, how]
-            found = self._of_lane(schedule, own, costs, slowest)
-            large = least_bytes > (lanes.k * self._rows.limits[list(on)][:, None]).sum(axis=0)
+        for place, (own, _, lanes, costs) in enumerate(self._lanes):
+            key = place, HELD_AS.get(schedule.name, "1f1b")
+            if key not in self._known:
+                plain = _plain_s(costs, self._rows.figures.number, lanes.k)
+                self._known[key] = _Held(
+                    plain, np.zeros(len(own), dtype=bool), np.zeros(len(own), dtype=bool)
+                )
+            held = self._known[key]
+            is_open = (self._of_lane(schedule, own, costs, held.slowest) < below_s) & ~held.is_known
+            if is_open.any():
+                self._add_held(*key, np.flatnonzero(is_open))
+            found = self._of_lane(schedule, own, costs, held.slowest)
             seconds[own] = np.maximum(seconds[own], found)
-            is_large[own] |= large
+            is_large[own] |= held.is_large
         return seconds, is_large
+
+    def _add_held(self, place: int, how: str, at: npt.NDArray[np.int64]) -> None:
+        """Finds out about some rows of a lane what memory asks of them."""
+        known, rows, f = self._known[place, how], self._rows, self._rows.figures
+        own, on, lanes, costs = self._lanes[place]
+        k, limits, of = lanes.k[:, at], rows.limits[list(on)], own[at]
+        state = self._state[of] * f.replicated[:, None] + self._expert_state[of] * f.experts[:, None]
+        held = lanes.held(how)[:, at]
+        found, least_bytes = _slowest_s(costs, at, f.number, k, held, state, limits)
+        known.slowest[at] = np.maximum(known.slowest[at], found)
+        known.is_large[at] = least_bytes > limits @ k
+        known.is_known[at] = True
 
     def _costs(self, own: Any, on: tuple[int, ...], lanes: _Lanes) -> _Costs:
         """Of each lane's units, [class, kind, row]."""
@@ -324,20 +358,6 @@ class _OfZero:
         found: Array = waits + update + np.where(level == 1, gather, 0.0) + exposed + talk.norm_s[own]
         return found
 
-    def _slowest_s(
-        self, how: str, own: Any, on: tuple[int, ...], lanes: _Lanes, costs: _Costs
-    ) -> tuple[Array, Array]:
-        """[row]: of the slowest rank, and bytes of a pipeline; ``how`` names a schedule that holds as 1F1B or ZB-H1 do, or is empty."""
-        rows = self._rows
-        held = np.ones_like(lanes.held)
-        if how:
-            held = (
-                lanes.held if how == "1f1b" else np.broadcast_to(np.minimum(rows.p, rows.m)[own], held.shape)
-            )
-        f = rows.figures
-        state = self._state[own] * f.replicated[:, None] + self._expert_state[own] * f.experts[:, None]
-        return _slowest_s(costs, rows.figures.number, lanes.k, held, state, rows.limits[list(on)])
-
     def _of_lane(self, schedule: Schedule, own: Any, costs: _Costs, slowest: Array) -> Array:
         """[row]: least seconds of a step."""
         rows = self._rows
@@ -345,6 +365,14 @@ class _OfZero:
         pipeline = _pipeline_s(schedule, slowest, *sums, rows.p[own], rows.m[own])
         found: Array = rows.pricing.least_factor * (pipeline / costs.ratio + costs.beside)
         return found
+
+
+class _Held(NamedTuple):
+    """Of a lane's rows: seconds of the slowest rank, and whether it cannot fit; with what memory asks for where that ``is_known``."""
+
+    slowest: Array
+    is_large: Mask
+    is_known: Mask
 
 
 class _Costs(NamedTuple):
@@ -368,22 +396,36 @@ def _sums(number: Array, each: Array) -> Array:
     return found
 
 
+def _speeds(number: Array, both: Array, k: Array) -> Array:
+    """y [class, row], of which all ranks of a pipeline add up to one."""
+    speed = 1 / np.einsum("u,cur->cr", number, both)
+    found: Array = speed / (k * speed).sum(axis=0)
+    return found
+
+
+def _plain_s(costs: _Costs, number: Array, k: Array) -> Array:
+    """[row]: what the slowest rank takes at least for one microbatch if memory were no matter."""
+    y = _speeds(number, costs.both, k)
+    found = _sums(number, (y[:, None] * costs.talk[None]).min(axis=0))
+    found = np.maximum(found, _sums(number, (y[:, None] * costs.both).min(axis=0)))
+    return np.maximum(found, _whole_layers_s(costs.both, number, k))
+
+
 def _slowest_s(
-    costs: _Costs, number: Array, k: Array, held: Array, state: Array, limits: Array
+    costs: _Costs, at: Any, number: Array, k: Array, held: Array, state: Array, limits: Array
 ) -> tuple[Array, Array]:
-    """[row]: what the slowest rank takes at least for one microbatch, and bytes of all ranks of a pipeline."""
-    speed = 1 / np.einsum("u,cur->cr", number, costs.both)
-    y = speed / (k * speed).sum(axis=0)
-    dealt = [y[:, None] * (costs.both + again) for again in costs.again]
-    kept = [held[:, None] * saved + state[None] for saved in costs.saved]
+    """[row]: what the slowest rank takes at least with what memory asks for, and bytes of all ranks of a pipeline; of the rows ``at``."""
+    both = costs.both[..., at]
+    y = _speeds(number, both, k)
+    dealt = [y[:, None] * (both + again[..., at]) for again in costs.again]
+    kept = [held[:, None] * saved[..., at] + state[None] for saved in costs.saved]
     room = k * limits[:, None]
-    found = np.einsum("u,ur->r", number, (y[:, None] * costs.talk[None]).min(axis=0))
+    found = np.zeros(k.shape[1])
     for worth in product(range(len(costs.again)), repeat=len(k)):
         price = np.stack([_price(number, dealt, kept, way, place) for place, way in enumerate(worth)])
         each = [t + price[:, None] * b for t, b in zip(dealt, kept, strict=True)]
         least = np.minimum.reduce([e.min(axis=0) for e in each])
         found = np.maximum(found, number @ least - (price * room).sum(axis=0))
-    found = np.maximum(found, _whole_layers_s(costs.both, number, k))
     least_bytes = number @ np.minimum.reduce([b.min(axis=0) for b in kept])
     return found, least_bytes
 

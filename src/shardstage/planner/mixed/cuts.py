@@ -5,11 +5,8 @@ A stage takes what it takes the slowest of the pipelines, and recomputes what fi
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import accumulate
-from typing import Final
 
 from shardstage.cost import Links, StepSetup
 from shardstage.cost.compute import moved_s
@@ -18,10 +15,7 @@ from shardstage.planner.chain import Chain, ChainCosts, ShardingWaits
 from shardstage.planner.mixed.space import Lane
 from shardstage.planner.stages import Fitted
 
-__all__ = ["LaneAsStages", "LanesAsStages", "balanced_on"]
-
-PRECISION: Final = 1e-5
-"""Relative precision of the seconds of a balanced cut's slowest stage."""
+__all__ = ["LaneAsStages", "LanesAsStages"]
 
 
 class LaneAsStages:
@@ -101,40 +95,3 @@ class LanesAsStages:
         if any(fitted is None for fitted in found):
             return None
         return Fitted(max(fitted.seconds for fitted in found if fitted), mode)
-
-
-def balanced_on(sums: Sequence[Sequence[float]]) -> tuple[int, ...]:
-    """First units of stages of nearly equal seconds; ``sums`` are for each stage the seconds of the units before each one on its class.
-
-    The slowest stage is as quick as can be, to ``PRECISION``, where no unit alone is slower on any class; under that cap each stage ends as
-    near as it may to where its share of the speed of all stages has it end.
-    """
-    num_units, last = len(sums[0]) - 1, len(sums) - 1
-    low, high = min(each[-1] for each in sums) / len(sums), max(each[-1] for each in sums)
-    while high - low > PRECISION * high:
-        middle = (low + high) / 2
-        low, high = (low, middle) if _reaches(sums, middle) else (middle, high)
-    ends = [num_units] * len(sums)  # no stage may end earlier than the following ones can make up for
-    for stage in range(last, 0, -1):
-        own, stop = sums[stage], ends[stage]
-        ends[stage - 1] = max(stage, min(stop - 1, bisect_left(own, own[stop] - high)))
-    speeds = [1 / each[-1] for each in sums]
-    shares = [*accumulate(speeds)]
-    starts = [0]
-    for stage in range(last):
-        own, start = sums[stage], starts[-1]
-        wanted = bisect_left(sums[0], sums[0][-1] * shares[stage] / shares[-1] * (1 - PRECISION))
-        most = max(bisect_right(own, own[start] + high) - 1, start + 1)
-        starts.append(min(max(wanted, ends[stage], start + 1), most, num_units - last + stage))
-    return tuple(starts)
-
-
-def _reaches(sums: Sequence[Sequence[float]], cap: float) -> bool:
-    """Whether stages that take as many units as the cap lets them take all."""
-    start, num_units = 0, len(sums[0]) - 1
-    for stage, own in enumerate(sums):
-        stop = bisect_right(own, own[start] + cap, start) - 1
-        if stop == start:
-            return False
-        start = min(stop, num_units - (len(sums) - stage - 1))
-    return start == num_units

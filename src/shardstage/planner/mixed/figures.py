@@ -96,7 +96,7 @@ class MixedFigures:
     @staticmethod
     def of(pricing: MixedPricing, shardings: Sequence[Sharding], sizes: Sequence[int]) -> list[MixedFigures]:
         """Of each of some shardings, which differ in cp and ep alone."""
-        costs = pricing.unit_costs(shardings, sizes)
+        costs = pricing.costs.unit_costs(shardings, sizes)
         shape = (len(shardings), len(sizes))
 
         def table(figure: Any) -> Array:  # [sharding, class, kind, size]

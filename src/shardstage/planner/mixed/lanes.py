@@ -26,6 +26,7 @@ from shardstage.cost import (
 from shardstage.cost.links import LinkCosts
 from shardstage.cost.memory import MemoryUse
 from shardstage.cost.readings import Readings
+from shardstage.cost.units import Cases, UnitCosts
 from shardstage.errors import PlanError
 from shardstage.graph import ModelGraph
 from shardstage.layout import AXES, Mesh
@@ -165,6 +166,7 @@ class LaneCosts:
         self._profilers: dict[tuple[int, bool, bool, int], Profiler] = {}
         self._profiles: dict[tuple[Sharding, int, int], Profile] = {}
         self._unit_links: dict[tuple[Sharding, int], Links] = {}
+        self._cases: dict[tuple[Sharding, int, int], tuple[list[UnitCosts], int]] = {}
 
     def profiler(self, of: Sharding, number: int) -> Profiler:
         """Of one class: the model is sharded once for all of them, and for any ranks that share sequences or experts."""
@@ -183,8 +185,25 @@ class LaneCosts:
         """The units on one class for a microbatch of so many samples."""
         key = (of, number, size)
         if key not in self._profiles:
-            self._profiles[key] = self.profiler(of, number).at(size, self.unit_links(of, number))
+            profiler = self.profiler(of, number)
+            self._profiles[key] = (
+                profiler.of(*self._cases[key], size)
+                if key in self._cases
+                else profiler.at(size, self.unit_links(of, number))
+            )
         return self._profiles[key]
+
+    def unit_costs(self, shardings: Sequence[Sharding], sizes: Sequence[int]) -> list[list[UnitCosts]]:
+        """[class][kind]: what units cost at each size in each of some shardings that differ in cp and ep alone, sharding by sharding."""
+        found = []
+        for number in range(len(self.classes)):
+            links = [self.unit_links(of, number) for of in shardings for _ in sizes]
+            cases = Cases.of([*sizes] * len(shardings), links)
+            costs = self.profiler(shardings[0], number).costs(cases)
+            keys = [(of, number, size) for of in shardings for size in sizes]
+            self._cases.update((key, (costs, case)) for case, key in enumerate(keys))
+            found.append(costs)
+        return found
 
     def unit_links(self, of: Sharding, number: int) -> Links:
         """Who shares sequences and experts, neighbours on one class, whatever else the mesh is."""

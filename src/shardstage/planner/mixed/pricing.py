@@ -17,14 +17,14 @@ from shardstage.cost.offload import has_host_room
 from shardstage.cost.pipeline import SPLITTING, StageTime, pipeline_s
 from shardstage.cost.readings import Readings
 from shardstage.cost.stages import least_update_s
-from shardstage.cost.units import Cases, UnitCosts
 from shardstage.graph import ModelGraph
 from shardstage.graph.recompute import StageRecompute
 from shardstage.plan import Plan, Precision
 from shardstage.plan.complete import ranges
 from shardstage.planner.alike import Alike
 from shardstage.planner.chain import Chain, state_bytes_of
-from shardstage.planner.mixed.cuts import LaneAsStages, LanesAsStages, balanced_on
+from shardstage.planner.mixed.balance import balanced_on
+from shardstage.planner.mixed.cuts import LaneAsStages, LanesAsStages
 from shardstage.planner.mixed.even import EvenCut, EvenLane, Sums
 from shardstage.planner.mixed.lanes import LaneCosts, classes_of_stages, combined
 from shardstage.planner.mixed.space import Lane, MixedChoice, Sharding
@@ -104,15 +104,6 @@ class MixedPricing:
     @property
     def num_units(self) -> int:
         return len(self.folded.units)
-
-    def unit_costs(self, shardings: Sequence[Sharding], sizes: Sequence[int]) -> list[list[UnitCosts]]:
-        """[class][kind]: what units cost at each size in each of some shardings that differ in cp and ep alone, sharding by sharding."""
-        found = []
-        for number in range(len(self.costs.classes)):
-            links = [self.costs.unit_links(of, number) for of in shardings for _ in sizes]
-            cases = Cases.of([*sizes] * len(shardings), links)
-            found.append(self.costs.profiler(shardings[0], number).costs(cases))
-        return found
 
     @property
     def num_of_kinds(self) -> npt.NDArray[np.float64]:
@@ -401,13 +392,17 @@ class MixedPricing:
         return Alike(profile, layers, setup, [limits[number] for number in lane.classes])
 
     def _balanced(self, choice: MixedChoice, setup: StepSetup) -> tuple[int, ...]:
-        """Stages of nearly equal seconds, each on its own class, of what the units take the first lane for about as many samples."""
-        of, lane = choice.arrangement, choice.arrangement.lanes[0]
-        places, size = tuple(classes_of_stages(lane, setup)), 1 << (lane.size.bit_length() - 1)
-        key = (of.sharding, size, places)
+        """Stages of ranks of nearly equal seconds, of what the units take the first lane's classes for about as many samples."""
+        of, lane, p = choice.arrangement, choice.arrangement.lanes[0], setup.mesh.pp
+        size = 1 << (lane.size.bit_length() - 1)
+        key = (of.sharding, size, lane.classes, setup.schedule in SPLITTING, setup.num_stages)
         if key not in self._starts:
-            sums = {number: self.chain(choice, number, size).both_s for number in {*places}}
-            self._starts[key] = balanced_on([sums[number] for number in places])
+            ranks = [0] * setup.num_stages
+            for rank in range(p):
+                for stage in setup.stages_of(rank):
+                    ranks[stage] = rank
+            sums = {number: self.chain(choice, number, size).both_s for number in {*lane.classes}}
+            self._starts[key] = balanced_on([sums[lane.classes[rank]] for rank in ranks], ranks)
         return self._starts[key]
 
     def _check_pipeline(self, choice: MixedChoice, lane: Lane, setup: StepSetup, below_s: float) -> None:

@@ -222,7 +222,9 @@ class MixedSearcher:
         found.counts.by_rule += by_rule
         found.prune(float(seconds[is_slow].min(initial=math.inf)), number - by_rule)
         arrangements = [arrangements[row] for row in np.flatnonzero(~is_slow)]
-        return bounds_of(self.pricing, self.space, figures, arrangements, limits) if arrangements else None
+        if not arrangements:
+            return None
+        return bounds_of(self.pricing, self.space, figures, arrangements, limits, found.best_s)
 
     def _scout(self, table: Bounds, found: _Found, limits: Sequence[int]) -> None:
         """Looks for a good plan in some meshes, before any choice is counted: the sooner one is known, the less is asked of the others."""
