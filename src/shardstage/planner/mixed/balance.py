@@ -6,7 +6,8 @@ within the part of the cap that is its stages' so far:
     Σ of the last k stages of a rank  <=  k / v × T
 
 so that what one stage cannot use the rank's next one does. Where all units but the first and the last are alike, every rank thus takes all
-that T lets it, and the least feasible T, by bisection, is that of the best cut; else boundaries are moved for as long as that helps.
+that T lets it, and the least feasible T, step by step from cut to cut, is that of the best one; else T is found by bisection, and then
+boundaries are moved for as long as that helps.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 
 __all__ = ["balanced_on"]
 
 PRECISION: Final = 1e-4
-"""Relative precision of the seconds of the slowest rank."""
+"""Relative precision of the cap, where units are unlike."""
 
 ALIKE: Final = 1e-6
 """Units whose seconds differ by less are alike."""
@@ -39,23 +40,34 @@ def balanced_on(sums: Sequence[Sequence[float]], ranks: Sequence[int]) -> tuple[
     classes = {id(own): own for own in sums}.values()
     unit_s = max(after - before for own in classes for before, after in pairwise(own))
     low = 1 / sum(1 / sums[ranks.index(rank)][-1] for rank in range(len(number)))
-    found, high = None, low
-    while found is None:
+    best, high = None, low
+    while best is None:
         high += unit_s
-        found = _within(sums, ranks, number, high)
-    while high - low > PRECISION * high:
-        middle = (low + high) / 2
+        best = _within(sums, ranks, number, high)
+    if _are_alike(sums[0]):
+        while (cut := _within(sums, ranks, number, best.slowest_s * (1 - 1e-8))) is not None:
+            best = cut
+        return best.starts
+    while best.slowest_s - low > PRECISION * low:
+        middle = (low + best.slowest_s) / 2
         cut = _within(sums, ranks, number, middle)
         if cut is None:
             low = middle
         else:
-            found, high = cut, middle
-    return found if _are_alike(sums[0]) else _moved(sums, ranks, found)
+            best = cut
+    return _moved(sums, ranks, best.starts)
+
+
+class _Cut(NamedTuple):
+    """First units of the stages, and the slowest rank's seconds."""
+
+    starts: tuple[int, ...]
+    slowest_s: float
 
 
 def _within(
     sums: Sequence[Sequence[float]], ranks: Sequence[int], number: Sequence[int], cap: float
-) -> tuple[int, ...] | None:
+) -> _Cut | None:
     """The cut that the caps lead to; None where a rank takes longer."""
     used, seen = [0.0] * len(number), [0] * len(number)
     stop, starts, first_rank = len(sums[0]) - 1, [0] * len(sums), ranks[0]
@@ -72,8 +84,8 @@ def _within(
         if used[rank] > cap * (1 + 1e-9):
             return None
         starts[stage] = stop = start
-    is_within = used[first_rank] + sums[0][stop] <= cap * (1 + 1e-9)
-    return tuple(starts) if is_within else None
+    used[first_rank] += sums[0][stop]
+    return _Cut(tuple(starts), max(used)) if used[first_rank] <= cap * (1 + 1e-9) else None
 
 
 def _are_alike(own: Sequence[float]) -> bool:

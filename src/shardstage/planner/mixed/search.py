@@ -43,6 +43,10 @@ TRIED_OF_MESH: Final = 2
 know more of memory."""
 
 
+SCOUTED_SHARDINGS: Final = 6
+SCOUTED_ARRANGEMENTS: Final = 128
+"""Of so many shardings so many arrangements are looked at before all others."""
+
 SCOUTED_MESHES: Final = 4
 """Of so many meshes of a sharding the choice of the least bound is priced first."""
 
@@ -180,8 +184,9 @@ class MixedSearcher:
 
     def _search(self, limits: Sequence[int], found: _Found) -> None:
         """All choices best bound first; what is open when a bound reaches the best price is left out by it."""
-        tables = []
-        for least_s, sharding in self._by_bound():
+        tables, shardings = [], self._by_bound()
+        self._scout_loosely(shardings, found, limits)
+        for least_s, sharding in shardings:
             table = self._table(sharding, limits, found, least_s)
             if table is not None:
                 tables.append(table)
@@ -226,9 +231,23 @@ class MixedSearcher:
             return None
         return bounds_of(self.pricing, self.space, figures, arrangements, limits, found.best_s)
 
+    def _scout_loosely(
+        self, shardings: Sequence[tuple[float, Sharding]], found: _Found, limits: Sequence[int]
+    ) -> None:
+        """Looks for a good plan among some arrangements of the first shardings, so that not all of theirs are bounded closely."""
+        for _, sharding in shardings[:SCOUTED_SHARDINGS]:
+            figures, arrangements = self.figures(sharding), self.arrangements(sharding)
+            order = np.argsort(figures.loosest_s(arrangements), kind="stable")[:SCOUTED_ARRANGEMENTS]
+            some = [arrangements[row] for row in order]
+            if some:
+                table = bounds_of(self.pricing, self.space, figures, some, limits, found.best_s)
+                self._scout(table, found, limits)
+
     def _scout(self, table: Bounds, found: _Found, limits: Sequence[int]) -> None:
         """Looks for a good plan in some meshes, before any choice is counted: the sooner one is known, the less is asked of the others."""
         for choice in table.of_free_cuts(SCOUTED_MESHES, found.best_s):
+            if choice in found.scouted:
+                continue
             with suppress(TooLong):
                 found.scouted[choice] = self.pricing.price(choice, limits, found.best_s)
                 found.add_if(found.scouted[choice])
