@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ from tests.runtime.engine_entries import (
     global_batch,
     run_cases,
 )
+from tests.runtime.recompute_cases import RECOMPUTING, recompute_cases
+from tests.runtime.storage_cases import assert_only_widths_differ, storage_cases
 
 from shardstage.graph import ModelGraph
 from shardstage.graph.capture import capture
@@ -68,6 +70,8 @@ FOUR_RANKS = {
     "mixtral-tiny": ("tp=2,pp=2,mb=2",),
 }
 
+STORED_ON_THREE = "dp=3,mb=1,zero=2"
+
 
 @cache
 def graph_of(model: str) -> ModelGraph:
@@ -86,44 +90,79 @@ def case_of(model: str, shorthand: str, num_ranks: int) -> Case:
     return Case(model, graph_of(model), plan)
 
 
-def results_of(cases: list[Case], num_ranks: int, folder: Path) -> list[dict[str, Any]]:
+def table_cases(table: Mapping[str, Sequence[str]], num_ranks: int) -> dict[str, Case]:
+    """By model and shorthand."""
+    return {
+        f"{model} {shorthand}": case_of(model, shorthand, num_ranks)
+        for model, shorthands in table.items()
+        for shorthand in shorthands
+    }
+
+
+def results_of(cases: Mapping[str, Case], num_ranks: int, folder: Path) -> dict[str, dict[str, Any]]:
+    """What the ranks found, by the cases' names. To start a rank takes more of a core than a case."""
     out = folder / "results.json"
-    launch(run_cases, (cases, str(out)), num_ranks=num_ranks, log_dir=folder, threads_per_rank=1)
+    launch(
+        run_cases, (list(cases.values()), str(out)), num_ranks=num_ranks, log_dir=folder, threads_per_rank=1
+    )
     found: list[dict[str, Any]] = json.loads(out.read_text())
-    return found
+    return dict(zip(cases, found, strict=True))
 
 
 @pytest.fixture(scope="module")
 def single(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """Each model on one rank."""
-    folder = tmp_path_factory.mktemp("single")
-    results = results_of([case_of(model, "mb=6", 1) for model in FOUR_RANKS], 1, folder)
-    return dict(zip(FOUR_RANKS, results, strict=True))
+    cases = {model: case_of(model, "mb=6", 1) for model in FOUR_RANKS}
+    return results_of(cases, 1, tmp_path_factory.mktemp("single"))
 
 
-def runs(
-    table: dict[str, tuple[str, ...]], num_ranks: int, folder: Path
-) -> Iterator[tuple[Case, str, dict[str, Any]]]:
-    named = [(model, shorthand) for model, shorthands in table.items() for shorthand in shorthands]
-    cases = [case_of(model, shorthand, num_ranks) for model, shorthand in named]
-    yield from zip(cases, (s for _, s in named), results_of(cases, num_ranks, folder), strict=True)
+@pytest.fixture(scope="module")
+def on_three_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """Everything that three ranks are asked for."""
+    folder = tmp_path_factory.mktemp("three")
+    cases = {
+        **table_cases(THREE_RANKS, 3),
+        **recompute_cases(folder),
+        **storage_cases(STORED_ON_THREE, 3),
+    }
+    return results_of(cases, 3, folder)
 
 
-@pytest.mark.parametrize(
-    ("table", "num_ranks"), [(THREE_RANKS, 3), (FOUR_RANKS, 4)], ids=["3 ranks", "4 ranks"]
-)
-def test_every_plan_trains_as_one_rank_does(
-    table: dict[str, tuple[str, ...]], num_ranks: int, single: dict[str, dict[str, Any]], tmp_path: Path
+def test_every_plan_of_three_ranks_trains_as_one_rank_does(
+    on_three_ranks: dict[str, dict[str, Any]], single: dict[str, dict[str, Any]]
 ) -> None:
-    for case, shorthand, found in runs(table, num_ranks, tmp_path):
-        expected = single[case.model]
-        assert found["targets"] == expected["targets"], (case.model, shorthand)
-        assert found["losses"] == pytest.approx(expected["losses"], rel=TOLERANCE), (case.model, shorthand)
-        assert found["norms"] == pytest.approx(expected["norms"], rel=TOLERANCE), (
-            case.model,
-            shorthand,
-        )
-        _holds_its_share_only(case, found["held"])
+    _train_as_one_rank_does(table_cases(THREE_RANKS, 3), on_three_ranks, single)
+
+
+def test_every_plan_of_four_ranks_trains_as_one_rank_does(
+    single: dict[str, dict[str, Any]], tmp_path: Path
+) -> None:
+    cases = table_cases(FOUR_RANKS, 4)
+    _train_as_one_rank_does(cases, results_of(cases, 4, tmp_path), single)
+
+
+def test_what_recomputes_changes_no_bit_of_a_run(on_three_ranks: dict[str, dict[str, Any]]) -> None:
+    """Seven layers with dropout: after two steps losses, norms and all weights are those without recomputation."""
+    for plain, others in RECOMPUTING.items():
+        for more in others:
+            assert on_three_ranks[f"{plain},{more}"] == on_three_ranks[plain], more
+
+
+def test_on_three_ranks_too_state_may_lie_anywhere_and_gradients_dtype_changes_only_roundings(
+    on_three_ranks: dict[str, dict[str, Any]],
+) -> None:
+    assert_only_widths_differ(STORED_ON_THREE, on_three_ranks)
+
+
+def _train_as_one_rank_does(
+    cases: Mapping[str, Case], found: Mapping[str, dict[str, Any]], single: Mapping[str, dict[str, Any]]
+) -> None:
+    for text, case in cases.items():
+        result, expected = found[text], single[case.model]
+        assert result["targets"] == expected["targets"], text
+        assert result["losses"] == pytest.approx(expected["losses"], rel=TOLERANCE), text
+        assert result["norms"] == pytest.approx(expected["norms"], rel=TOLERANCE), text
+        _holds_its_share_only(case, result["held"])
 
 
 def _holds_its_share_only(case: Case, held: list[int]) -> None:

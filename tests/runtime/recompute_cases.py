@@ -1,4 +1,4 @@
-"""What recomputes changes no bit: a part of a stage's layers, or named modules of them, in any stage, under any axis."""
+"""Plans that recompute beside the same plans without: a part of a stage's layers, or named modules of them, under any axis."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 from tests.runtime.engine_entries import GLOBAL_BATCH, SEQUENCE, Case
-from tests.runtime.test_engine import results_of
 
 from shardstage.graph.capture import capture
 from shardstage.graph.source import load_model
@@ -21,7 +20,7 @@ SEVEN_LAYERS = {
     "n_head": 5,
     "n_positions": 16,
 }
-PLANS = {
+RECOMPUTING = {
     "pp=3,mb=2,schedule=zb-h1": (
         "stages=full:1+selective/selective:2/full:1+selective:1",
         "stages=full:1+selective/selective:2/full:1+selective:1,modules=*.mlp/*.ln_2",
@@ -34,9 +33,9 @@ PLANS = {
 }
 
 
-def test_what_recomputes_changes_no_bit_of_a_run(tmp_path: Path) -> None:
-    """Seven layers with dropout on three ranks: after two steps losses, norms and all weights are those without recomputation."""
-    model = tmp_path / "config.json"
+def recompute_cases(folder: Path) -> dict[str, Case]:
+    """Each plan by its shorthand, for seven layers with dropout on three ranks; the model's configuration is written into the folder."""
+    model = folder / "config.json"
     model.write_text(json.dumps(SEVEN_LAYERS))
     graph = capture(load_model(str(model)), sequence=SEQUENCE, dtype="float32")
 
@@ -45,8 +44,5 @@ def test_what_recomputes_changes_no_bit_of_a_run(tmp_path: Path) -> None:
         check(plan, graph, num_ranks=3)
         return Case(str(model), graph, plan)
 
-    texts = [text for plain, others in PLANS.items() for text in (plain, *(f"{plain},{o}" for o in others))]
-    found = dict(zip(texts, results_of([case_of(text) for text in texts], 3, tmp_path), strict=True))
-    for plain, others in PLANS.items():
-        for recomputing in others:
-            assert found[f"{plain},{recomputing}"] == found[plain], recomputing
+    texts = [text for plain, more in RECOMPUTING.items() for text in (plain, *(f"{plain},{m}" for m in more))]
+    return {text: case_of(text) for text in texts}
