@@ -158,6 +158,15 @@ def test_higher_precision_holds_the_same_values(odd: nn.Module) -> None:
     assert torch.equal(by_name(whole)["by_rule.weight"], wide["by_rule.weight"])
 
 
+def test_without_buffers_no_model_is_built() -> None:
+    """Each stage of a rank built the whole model's skeleton once more, to find that it has no buffers."""
+
+    def never() -> torch.nn.Module:
+        raise AssertionError("built")
+
+    assert dict(initial_buffers(source_of(never), ())) == {}
+
+
 def test_buffers_are_whole_and_in_the_model_s_own_dtype() -> None:
     buffers = dict(initial_buffers(source_of(Odd), ["mask", "norm.running_var", "norm.num_batches_tracked"]))
     assert torch.equal(buffers["mask"], torch.tril(torch.ones(300, 300)))

@@ -247,7 +247,8 @@ def _load(
             source, wanted, tp_rank=groups.tp, seed=seed, dtype=dtype, folder=folder
         ):
             parameters.assign(by_fqn[fqn].name, local.to(device))
-        for stage in stages:
-            names = {fqn: name for name, fqn in stage.buffer_fqns.items()}
-            for fqn, tensor in initial_buffers(source, tuple(names)):
-                stage.set_buffer(names[fqn], tensor.to(device))
+        buffers = [(fqn, stage, name) for stage in stages for name, fqn in stage.buffer_fqns.items()]
+        for (_, stage, name), (_, tensor) in zip(
+            buffers, initial_buffers(source, [fqn for fqn, _, _ in buffers]), strict=True
+        ):
+            stage.set_buffer(name, tensor.to(device))

@@ -64,8 +64,11 @@ def initial_buffers(
 
     ``seed`` matters only to a model that draws its buffers at random. Raises ConfigError for a name that the model lacks.
     """
+    names = tuple(wanted)
+    if not names:  # most models have none, and to build one takes a second
+        return
     blueprint = _blueprint(source, seed)
-    for fqn in wanted:
+    for fqn in names:
         yield fqn, blueprint.value(fqn)
 
 
