@@ -122,6 +122,16 @@ def test_a_rehearsed_step_of_a_tiny_model_is_the_planned_one(
     assert float(simulated[1]) == pytest.approx(1e3 * planned["step_time_s"], rel=0.05)
 
 
+def test_ranks_on_several_classes_of_devices_have_their_own_speed_and_memory(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All were rehearsed on the first class."""
+    asked = ["--plan", "pp=4,mb=1", "--batch", "16", "--seq", "128", "--ranks", "none"]
+    assert rehearsed(config, "--cluster", "a100-40:2+h100:2", *asked) == 0
+    shown = capsys.readouterr().out
+    assert "of 36.8 GiB or 73.6 GiB" in shown and shown.count("fits") == 4
+
+
 def test_a_program_edited_to_deadlock_is_refused_with_the_grid_and_the_ranks(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -87,7 +87,7 @@ def test_what_this_release_does_not_run_is_not_simulated() -> None:
 
 
 def test_several_classes_of_devices_are_refused_before_anything_is_simulated() -> None:
-    with pytest.raises(PlanError, match="devices of one class") as refused:
+    with pytest.raises(PlanError, match="keeps no plans to be simulated") as refused:
         short_list(chosen(), GRAPH, load("a100-80:2+h100:2"), 2)
     assert refused.value.hint == "--objective time"
 

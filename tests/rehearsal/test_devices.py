@@ -54,7 +54,7 @@ def test_all_predict_the_bytes_that_are_added_up_by_hand(dtype: str, kind: str) 
     graph, plan, cluster = norm_graph(DTYPES[dtype]), plan_of("mb=64", dtype), round_machine(1, kind=kind)
     by_hand = kept_bytes(DTYPES[dtype], kind, num_rows=64 * SEQUENCE)
     assert predict(graph, plan, cluster).ranks[0].activations == by_hand
-    cost = planned_prices(graph, plan, cluster).costs.cost(0, tp=0, size=64)
+    cost = planned_prices(graph, plan, cluster).costs[0].cost(0, tp=0, size=64)
     assert cost.saved_bytes == by_hand
 
 
@@ -105,5 +105,5 @@ def test_a_norm_that_keeps_less_is_faster_on_a_gpu() -> None:
     """One kernel reads x once and writes its result, where the parts move float32 copies of both."""
     graph, plan = norm_graph("bfloat16"), plan_of("mb=64", "bf16")
     clusters = [round_machine(1, kind=kind) for kind in ("cpu", "cuda")]
-    cpu, gpu = (planned_prices(graph, plan, cluster).costs.cost(0, tp=0, size=64) for cluster in clusters)
+    cpu, gpu = (planned_prices(graph, plan, cluster).costs[0].cost(0, tp=0, size=64) for cluster in clusters)
     assert gpu.forward_s < cpu.forward_s and gpu.backward_s < cpu.backward_s

@@ -112,7 +112,7 @@ def test_what_the_engine_does_otherwise_is_said(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(MODULE, "verify", lambda _: None)
     found = tried_out(given)
     assert found.differences
-    text = rehearsal_text(found, mfu=0.1, limit_bytes=2**30)
+    text = rehearsal_text(found, mfu=0.1, limit_of=lambda _: 2**30)
     assert re.search(r"differs: rank \d+, .*the Program says .*, the engine did ", text)
     assert "as the program says" not in text
 
@@ -121,7 +121,7 @@ def test_the_text_fits_80_columns_and_names_what_is_held() -> None:
     given = rehearsed("llama", "dp=4,pp=3,mb=1", 12, 200)
     found = tried_out(given)
     for limit_bytes in (2**10, 2**40):
-        text = rehearsal_text(found, mfu=0.123, limit_bytes=limit_bytes)
+        text = rehearsal_text(found, mfu=0.123, limit_of=lambda _, limit=limit_bytes: limit)
         assert [line for line in text.splitlines() if len(line) > 80] == []
         assert f"rank {found.fullest.rank} holds most" in text
         assert ("too much" in text) == (limit_bytes == 2**10)

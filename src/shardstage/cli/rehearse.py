@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # what imports torch is imported when it is needed: help come
     from shardstage.cost import Prediction
     from shardstage.graph import ModelGraph
     from shardstage.program import Program
-    from shardstage.rehearsal import Rehearsal, Which
+    from shardstage.rehearsal import RankRehearsal, Rehearsal, Which
     from shardstage.report import About
     from shardstage.simulator import Change, PlannedPrices
 
@@ -242,14 +242,16 @@ class _Findings:
 
     def show(self, changes: list[Change], *, is_drawn: bool, out: list[Path]) -> int:
         """Prints and writes it; returns the exit code."""
-        from shardstage.planner import usable_bytes
         from shardstage.rehearsal.text import rehearsal_text
 
-        found, limit = self.found, usable_bytes(self.machine)
-        self._print(rehearsal_text(found, mfu=self._mfu, limit_bytes=limit, calibrated_s=self._calibrated_s))
-        is_fitting = found.fullest.peak_bytes <= limit
+        found = self.found
+        self._print(
+            rehearsal_text(found, mfu=self._mfu, limit_of=self._limit_of, calibrated_s=self._calibrated_s)
+        )
+        tightest = max(found.ranks, key=lambda rank: rank.peak_bytes - self._limit_of(rank))
+        is_fitting = tightest.peak_bytes <= self._limit_of(tightest)
         if not is_fitting:
-            self._print_misfit(limit)
+            self._print_misfit(tightest)
         for line in self._changed(changes):
             self._print(line)
         if is_drawn:
@@ -263,10 +265,20 @@ class _Findings:
     def _print(self, text: str) -> None:
         self.console.print(text, soft_wrap=True, markup=False)
 
-    def _print_misfit(self, limit: int) -> None:
+    def _part_of(self, rank: RankRehearsal) -> Cluster:
+        """The part of the machine with the smallest devices that such a rank runs on."""
+        numbers = {self.machine.part_of(alike) for alike in rank.alike} if self.machine.is_mixed else {0}
+        return min(map(self.machine.part, numbers), key=lambda part: part.device.memory_bytes)
+
+    def _limit_of(self, rank: RankRehearsal) -> int:
+        from shardstage.planner import usable_bytes
+
+        return usable_bytes(self._part_of(rank))
+
+    def _print_misfit(self, rank: RankRehearsal) -> None:
         from shardstage.planner import cheapest_fit
 
-        rank, device = self.found.fullest, self.machine.device
+        device, limit = self._part_of(rank).device, self._limit_of(rank)
         self.console.print(
             f"\n[bold red]does not fit[/]  rank {rank.rank}{_and_others(len(rank.alike))} would hold {format_bytes(rank.peak_bytes)} at "
             f"{rank.act}; of a {device.name}'s {format_bytes(device.memory_bytes)} a step can use {format_bytes(limit)}",

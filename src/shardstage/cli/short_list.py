@@ -53,11 +53,11 @@ def short_list(
 ) -> tuple[Simulated, ...]:
     """The chosen plan and those that come after it, ``number`` in all, each simulated.
 
-    Raises ``PlanError`` for a cluster of several classes, which the simulator does not know.
+    Raises ``PlanError`` for a cluster of several classes, whose search keeps no other plan than the best.
     """
     if machine.is_mixed:
         raise PlanError(
-            "--objective simulated: programs are simulated on devices of one class, and this cluster has several",
+            "--objective simulated: the search over several classes of devices keeps no plans to be simulated beside the best",
             hint="--objective time",
         )
     plans = list(_plans(chosen))[:number]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from shardstage.rehearsal.counts import Counts
 from shardstage.rehearsal.rehearsal import RankRehearsal, Rehearsal
@@ -19,14 +19,19 @@ MAX_KINDS = 16
 
 
 def rehearsal_text(
-    found: Rehearsal, *, mfu: float, limit_bytes: int, calibrated_s: tuple[float, float] | None = None
+    found: Rehearsal,
+    *,
+    mfu: float,
+    limit_of: Callable[[RankRehearsal], int],
+    calibrated_s: tuple[float, float] | None = None,
 ) -> str:
     """What was proved, the step, what was executed, each kind of rank, and what the fullest holds.
 
-    ``calibrated_s`` are low and high seconds of the step, where runs on the cluster tell.
+    ``limit_of`` are the bytes that each kind of rank may hold, ``calibrated_s`` low and high seconds of the step, where runs on the
+    cluster tell.
     """
     step = _step(found, mfu, calibrated_s)
-    lines = [counts_text(found.counts), step, *_dry_run(found), "", *_ranks(found, limit_bytes)]
+    lines = [counts_text(found.counts), step, *_dry_run(found), "", *_ranks(found, limit_of)]
     return "\n".join(lines)
 
 
@@ -102,15 +107,13 @@ def _dry_run(found: Rehearsal) -> Iterator[str]:
     yield _entry("dry run", lines)
 
 
-def _ranks(found: Rehearsal, limit_bytes: int) -> Iterator[str]:
-    yield f"{'rank':<8}{'alike':>7}  {'stages':<10}{'peak':>10}  {'at':<10}{'simulated':>10}   of {format_bytes(limit_bytes)}"
+def _ranks(found: Rehearsal, limit_of: Callable[[RankRehearsal], int]) -> Iterator[str]:
+    limits = " or ".join(format_bytes(limit) for limit in sorted({limit_of(rank) for rank in found.ranks}))
+    yield f"{'rank':<8}{'alike':>7}  {'stages':<10}{'peak':>10}  {'at':<10}{'simulated':>10}   of {limits}"
     shown = sorted(found.ranks, key=lambda rank: -rank.peak_bytes)[:MAX_KINDS]
     for rank in sorted(shown, key=lambda rank: rank.rank):
-        fits = (
-            "fits"
-            if rank.peak_bytes <= limit_bytes
-            else f"{format_bytes(rank.peak_bytes - limit_bytes)} too much"
-        )
+        over_bytes = rank.peak_bytes - limit_of(rank)
+        fits = "fits" if over_bytes <= 0 else f"{format_bytes(over_bytes)} too much"
         yield (
             f"{rank.rank:<8}{len(rank.alike):>7}  {_numbers(rank.stages):<10}{format_bytes(rank.peak_bytes):>10}  "
             f"{rank.act:<10}{format_bytes(rank.predicted_bytes):>10}   {fits}"

@@ -86,8 +86,11 @@ def tied_ranks(axis: str) -> tuple[int, ...]:
     return tuple(int(pp) for pp in axis.removeprefix("tie").split("+"))
 
 
-def lanes_of(program: Program, special_ranks: Sequence[int] = ()) -> Lanes:
-    """The lanes of a program, ``special_ranks`` in classes of their own. Linear in the coordinates that rows name, not in ranks."""
+def lanes_of(program: Program, special_ranks: Sequence[int] = (), devices: Sequence[range] = ()) -> Lanes:
+    """The lanes of a program, ``special_ranks`` in classes of their own, apart from those on other ``devices``: ranks of each class.
+
+    Linear in the coordinates that rows name, not in ranks, where all devices are alike.
+    """
     mesh = program.mesh
     keys_of_dp: list[list[object]] = [[sizes] for sizes in program.samples]
     keys_of_tp: list[list[object]] = [[] for _ in range(mesh.tp)]
@@ -99,6 +102,9 @@ def lanes_of(program: Program, special_ranks: Sequence[int] = ()) -> Lanes:
     for rank in special_ranks:
         keys_of_dp[mesh.coordinate(rank, "dp")].append(("special", rank))
         keys_of_tp[mesh.coordinate(rank, "tp")].append(("special", rank))
+    for number, ranks in enumerate(devices):
+        for rank in ranks[: max(0, mesh.world_size - ranks.start)]:
+            keys_of_dp[mesh.coordinate(rank, "dp")].append((number, mesh.coordinate(rank, "pp")))
     dp_classes, tp_classes = _classes(keys_of_dp), _classes(keys_of_tp)
     lanes: list[Lane] = []
     for pp in range(mesh.pp):

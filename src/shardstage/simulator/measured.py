@@ -47,6 +47,7 @@ class MeasuredPrices:
     num_cores: int | None = None
     slowdown: float = 1.0
     special_ranks: tuple[int, ...] = ()
+    classes: tuple[range, ...] = ()
 
     @property
     def overlap_slowdown(self) -> float:

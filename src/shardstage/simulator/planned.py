@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from shardstage.cluster import UNCALIBRATED, Cluster
+from shardstage.cluster import UNCALIBRATED, Cluster, DeviceClass
 from shardstage.cost.compute import optimizer_s
 from shardstage.cost.links import overlap_slowdown
 from shardstage.cost.offload import offloaded_update_s
@@ -34,23 +34,31 @@ class PlannedPrices:
 
     Each duration is multiplied by the cluster's calibration of its cause, as the step formula's parts are; of collectives beside compute
     what does not hide, which is found before either is multiplied. How long ranks idle comes of these: the formula weighs the pipeline's
-    bubble by ``pp``. ``formula`` are the costs before the calibration.
+    bubble by ``pp``. ``costs`` are those of each class of devices, ``formula`` the same before the calibration.
     A host that launches slower than its GPU computes holds it up as in the formula (``launches``).
 
     A cluster of CPU ranks has its own device for each rank: cores that ranks share are known only to those who measure them.
     """
 
-    costs: StageCosts
-    formula: StageCosts
+    costs: tuple[StageCosts, ...]
+    formula: tuple[StageCosts, ...]
     cluster: Cluster
     holdings: Holdings
     num_cores: int | None = None
     special_ranks: tuple[int, ...] = ()
-    _update_s: dict[int, float] = field(default_factory=dict, repr=False)
+    _update_s: dict[tuple[int, int], float] = field(default_factory=dict, repr=False)
+
+    @property
+    def plan(self) -> Plan:
+        return self.costs[0].plan
 
     @property
     def mesh(self) -> Mesh:
-        return self.costs.plan.mesh
+        return self.plan.mesh
+
+    @property
+    def classes(self) -> tuple[range, ...]:
+        return tuple(part.ranks for part in self.cluster.parts) if self.cluster.is_mixed else ()
 
     @property
     def slowdown(self) -> float:
@@ -58,19 +66,22 @@ class PlannedPrices:
 
     @property
     def overlap_slowdown(self) -> float:
-        return overlap_slowdown(self.cluster.device)
+        return max(overlap_slowdown(part.device) for part in self.cluster.parts)
 
     def compute_s(self, rank: int, stage: int, kind: InstructionKind, size: int) -> float:
         return self._compute_s(self.costs, rank, stage, kind, size)
 
     def pace(self, rank: int, stage: int, kind: InstructionKind, size: int) -> float:
-        if self.formula is self.costs:
+        if self.formula == self.costs:
             return 1.0
         formula_s = self._compute_s(self.formula, rank, stage, kind, size)
         return self.compute_s(rank, stage, kind, size) / formula_s if formula_s else 1.0
 
-    def _compute_s(self, costs: StageCosts, rank: int, stage: int, kind: InstructionKind, size: int) -> float:
-        cost = costs.cost(stage, tp=self.mesh.coordinate(rank, "tp"), size=size)
+    def _compute_s(
+        self, costs: Sequence[StageCosts], rank: int, stage: int, kind: InstructionKind, size: int
+    ) -> float:
+        of_class = costs[self.cluster.part_of(rank)]
+        cost = of_class.cost(stage, tp=self.mesh.coordinate(rank, "tp"), size=size)
         return {"F": cost.forward_s, "B": cost.backward_s, "I": cost.input_s, "W": cost.weight_s}[kind]
 
     def collective(self, collective: Collective, group: Sequence[int]) -> Wire:
@@ -86,14 +97,15 @@ class PlannedPrices:
         """STEP: the optimizer over what the rank owns."""
         if kind != "STEP":
             return 0.0
-        pp = self.mesh.coordinate(rank, "pp")
-        if pp not in self._update_s:
+        key = self.mesh.coordinate(rank, "pp"), self.cluster.part_of(rank)
+        if key not in self._update_s:
             owned = self.holdings.rank(rank).owned_elements
-            self._update_s[pp] = self.cluster.factors["memory"] * self._optimizer_s(owned)
-        return self._update_s[pp]
+            seconds = self._optimizer_s(owned, self.cluster.device_at(rank))
+            self._update_s[key] = self.cluster.factors["memory"] * seconds
+        return self._update_s[key]
 
-    def _optimizer_s(self, owned: int) -> float:
-        plan, device = self.costs.plan, self.cluster.device
+    def _optimizer_s(self, owned: int, device: DeviceClass) -> float:
+        plan = self.plan
         element_bytes = dtype_bytes(master_dtype(plan))
         if plan.offload != "optimizer":
             return optimizer_s(
@@ -130,7 +142,8 @@ def planned_prices(
             hint=f"--cluster {cluster.name}:{plan.mesh.world_size}",
         )
     stages = stages or StageGraphs(graph, plan)
-    costs = formula = StageCosts(stages, cluster)
+    machines = [cluster.part(number) for number in range(len(cluster.parts))]
+    costs = formula = tuple(StageCosts(stages, machine, cluster.factors) for machine in machines)
     if cluster.factors != UNCALIBRATED:
-        formula = StageCosts(stages, cluster, UNCALIBRATED)
-    return PlannedPrices(costs=costs, formula=formula, cluster=cluster, holdings=planned_holdings(costs))
+        formula = tuple(StageCosts(stages, machine, UNCALIBRATED) for machine in machines)
+    return PlannedPrices(costs=costs, formula=formula, cluster=cluster, holdings=planned_holdings(costs[0]))

@@ -39,7 +39,7 @@ class Prices(Protocol):
     ``slowdown``: a second in which compute and a message of a rank overlap does the work of 1 / slowdown seconds of each: 1 if they
     do not disturb each other, 2 if they take turns. ``overlap_slowdown``: seconds of compute that each second of a collective beside it
     adds (``cost.links``). ``num_cores``: the cores that all ranks share, ``None`` where each has its device.
-    ``special_ranks`` cost other than their like.
+    ``special_ranks`` cost other than their like; ``classes`` are the ranks of each class of devices, none where all are of one.
     """
 
     @property
@@ -50,6 +50,8 @@ class Prices(Protocol):
     def num_cores(self) -> int | None: ...
     @property
     def special_ranks(self) -> tuple[int, ...]: ...
+    @property
+    def classes(self) -> tuple[range, ...]: ...
     @property
     def levels(self) -> tuple[str, ...]:
         """Names of the link levels, innermost first; none where nothing is known of them."""
@@ -94,6 +96,7 @@ class PriceTable:
     slowdown: float = 1.0
     num_cores: int | None = None
     special_ranks: tuple[int, ...] = ()
+    classes: tuple[range, ...] = ()
 
     @property
     def overlap_slowdown(self) -> float:

@@ -31,7 +31,7 @@ def simulate(
     ``is_extrapolated``: of a steady state only as much is walked as shows that it is one. Raises ``ProgramError`` for a program that cannot
     end.
     """
-    lanes = lanes_of(program, prices.special_ranks)
+    lanes = lanes_of(program, prices.special_ranks, prices.classes)
     ran = _run(program, lanes, prices, keep_talks=True, is_extrapolated=is_extrapolated).whole()
     memory: list[MemorySample] = []
     if holdings is not None:
@@ -48,7 +48,7 @@ def simulate(
 
 def step_time(program: Program, prices: Prices, *, is_extrapolated: bool = True) -> float:
     """Seconds of one step: ``simulate(...).step_time_s`` without making spans."""
-    lanes = lanes_of(program, prices.special_ranks)
+    lanes = lanes_of(program, prices.special_ranks, prices.classes)
     ran, cuts, period_s = _run(program, lanes, prices, keep_talks=False, is_extrapolated=is_extrapolated)
     return ran.makespan_s + (cuts[0].num_periods * period_s if cuts else 0.0)
 

@@ -61,15 +61,13 @@ class StageCost:
 
 
 class StageCosts:
-    """Costs of all stages of a plan on a cluster's device, by its ``factors`` or others; what was computed once is kept."""
+    """Costs of all stages of a plan on a cluster's device, by a calibration's ``factors``; what was computed once is kept."""
 
-    def __init__(
-        self, stages: StageGraphs, cluster: Cluster, factors: Mapping[str, float] | None = None
-    ) -> None:
+    def __init__(self, stages: StageGraphs, cluster: Cluster, factors: Mapping[str, float]) -> None:
         self.stages = stages
         self._cluster = cluster
         self._device = cluster.device
-        self._factors = cluster.factors if factors is None else factors
+        self._factors = factors
         self._known: dict[tuple[int, int, int], StageCost] = {}
 
     @property

@@ -82,6 +82,10 @@ class ChangedPrices:
         own = (self.change.rank,) if self.change.kind == "slow" else ()
         return (*self.prices.special_ranks, *own)
 
+    @property
+    def classes(self) -> tuple[range, ...]:
+        return self.prices.classes
+
     def compute_s(self, rank: int, stage: int, kind: InstructionKind, size: int) -> float:
         return self._slowed(rank, self.prices.compute_s(rank, stage, kind, size))
 
