@@ -48,6 +48,7 @@ class NetworkPrices:
     slowdown: float
     num_cores: int | None = None
     special_ranks: tuple[int, ...] = ()
+    classes: tuple[range, ...] = ()
 
     @property
     def overlap_slowdown(self) -> float:
@@ -55,6 +56,9 @@ class NetworkPrices:
 
     def compute_s(self, rank: int, stage: int, kind: InstructionKind, size: int) -> float:
         return self.silent.compute_s(rank, stage, kind, size)
+
+    def pace(self, rank: int, stage: int, kind: InstructionKind, size: int) -> float:
+        return 1.0
 
     def collective(self, collective: Collective, group: Sequence[int]) -> Wire:
         return self._wire(collective.kind, collective.num_bytes)
