@@ -66,6 +66,9 @@ MAX_DIVES: Final = 8
 LIKELY_RATIO: Final = 0.75
 """A choice whose bound on memory is so much of the limit mostly fits."""
 
+FIRST_SHOWN: Final = 8
+"""So many groups are looked at first where all that is wanted is something to compare with."""
+
 FIRST_BLOCK: Final = 64
 LARGEST_BLOCK: Final = 256
 """Groups that are bounded together: some hundred thousand rows, so that arrays stay in the caches."""
@@ -319,10 +322,10 @@ class Searcher:
         share = np.array([g.tp * g.cp / g.microbatch for g in groups]) / self.space.num_ranks
         return self.global_batch * self._figures.units_s * share * self.pricing.least_factor
 
-    def _blocks(self) -> Iterator[tuple[float, Any]]:
+    def _blocks(self, number: int = FIRST_BLOCK) -> Iterator[tuple[float, Any]]:
         """Groups in the order of their bounds, each block with its first one's: few at first, as a good plan spares most of the others."""
         order: Any = np.argsort(self._least_s, kind="stable") if self.lattice.groups else []
-        start, number = 0, FIRST_BLOCK
+        start = 0
         while start < len(order):
             block = order[start : start + number]
             yield float(self._least_s[block[0]]), block
@@ -384,7 +387,7 @@ class Searcher:
     def _pruned_choices(self, found: Found, limit_bytes: int) -> Iterator[Choice]:
         """Of meshes that nothing was priced of, the choice of fewest stages a rank that has the least bound, nearly in their order."""
         tried = {*found.by_mesh, *found.slower}
-        for _, groups in self._blocks():
+        for _, groups in self._blocks(FIRST_SHOWN):
             walk = self._scouted(groups, limit_bytes, WORTH_SHOWING * found.best_s)
             while walk.num_left:
                 choice = walk.next()

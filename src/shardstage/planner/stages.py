@@ -129,11 +129,11 @@ def _least_cap(costs: StageCosts, num_stages: int, most_s: float) -> Cut | None:
 
 def _reach(costs: StageCosts, num_stages: int, cap: float) -> Cut | None:
     """Stages that take as many units as the cap and memory let them, leaving one for each stage after; None where that is not all."""
-    start, starts, recompute = 0, [], []
+    start, length, starts, recompute = 0, 1, [], []
     slowest = total = 0.0
     for stage in range(num_stages):
         last = costs.num_units - (num_stages - stage - 1)
-        stop = _farthest(costs, stage, start, last, cap)
+        stop = _farthest(costs, stage, start, last, cap, length)
         if stop == start and costs.has_unlike_stages:
             return _reach_around(costs, num_stages, cap)
         fitted = None if stop == start else costs.fitted(stage, start, stop)
@@ -142,7 +142,7 @@ def _reach(costs: StageCosts, num_stages: int, cap: float) -> Cut | None:
         slowest, total = max(slowest, fitted.seconds), total + fitted.seconds
         starts.append(start)
         recompute.append(fitted.recompute)
-        start = stop
+        start, length = stop, stop - start
     return Cut(tuple(starts), tuple(recompute), slowest, total) if start == costs.num_units else None
 
 
@@ -173,29 +173,37 @@ def _reach_around(costs: StageCosts, num_stages: int, cap: float) -> Cut | None:
     return Cut(starts, modes, max(seconds), sum(seconds))
 
 
-def _farthest(costs: StageCosts, stage: int, start: int, last: int, cap: float) -> int:
-    """The farthest end of a stage, by bisection over what is monotone: plain time first, which is cheaper to ask for than memory."""
+def _farthest(costs: StageCosts, stage: int, start: int, last: int, cap: float, length: int = 1) -> int:
+    """The farthest end of a stage, by bisection over what is monotone: plain time first, which is cheaper to ask for than memory.
 
-    def bisect(is_possible: Callable[[int], bool], most: int) -> int:
-        low, high = start, most + 1  # possible up to low
-        while high - low > 1:
-            middle = (low + high) // 2
-            if is_possible(middle):
-                low = middle
-            else:
-                high = middle
-        return low
+    ``length`` is a guess, such as the number of units of the stage before.
+    """
+
+    def is_quick(stop: int) -> bool:
+        return costs.plain_s(stage, start, stop) <= cap
 
     def is_possible(stop: int) -> bool:
         fitted = costs.fitted(stage, start, stop)
         return fitted is not None and fitted.seconds <= cap
 
-    in_time = last
-    if cap != math.inf:
-        in_time = bisect(lambda stop: costs.plain_s(stage, start, stop) <= cap, last)
+    in_time = last if cap == math.inf else _last(is_quick, start, last, start + length)
     if in_time == start or is_possible(in_time):
         return in_time
-    return bisect(is_possible, in_time - 1)
+    return _last(is_possible, start, in_time - 1, start + length)
+
+
+def _last(is_true: Callable[[int], bool], low: int, most: int, guess: int) -> int:
+    """The last number up to ``most`` to which it is true, ``low`` where it is nowhere: in growing steps from the guess, then by halves."""
+    high, step = most + 1, 1
+    while high - low > 1:
+        if not low < guess < high:
+            guess = (low + high) // 2
+        if is_true(guess):
+            low, guess = guess, guess + step
+        else:
+            high, guess = guess, guess - step
+        step *= 2
+    return low
 
 
 def _with_least_sum(

@@ -66,13 +66,19 @@ def held_by_stage(name: str, *, num_stages: int, num_ranks: int, num_microbatche
 def held_together(
     name: str, *, num_stages: int, num_ranks: int, num_microbatches: int, rank: int
 ) -> tuple[tuple[int, ...], ...]:
-    """Microbatches that a rank holds on each of its stages at once: each moment that no other one exceeds on all stages."""
+    """Microbatches that a rank holds on each of its stages at once: each moment that no other one exceeds on all stages.
+
+    Those of a V are known: it is full once a microbatch has gone down and up. Others are counted along the rank's row.
+    """
     p, m = num_ranks, num_microbatches
     if name == "looped-bfs":  # all forwards come first
         return ((m,) * (num_stages // p),)
-    if SCHEDULES[name].places == "v":  # full once a microbatch has gone down and up
-        m = min(m, 2 * p)
-    elif name != "gpipe":  # which holds all
+    if name == "dualpipe-v":
+        return ((min(m, 2 * p - rank), min(m, rank + 1)),)
+    if name == "zb-v":
+        before, after = (min(m, 2 * p - rank - 1), min(m, rank + 1)), (min(m, 2 * p - rank), min(m, rank))
+        return (before, after) if after[0] > before[0] else (before,)
+    if name != "gpipe":  # which holds all
         m = steady_microbatches(m, p)
     return _held_together(name, num_stages, p, m, rank)
 

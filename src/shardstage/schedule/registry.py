@@ -9,7 +9,7 @@ from typing import Final
 
 from shardstage.errors import ProgramError
 from shardstage.schedule.action import Action, Schedule
-from shardstage.schedule.dualpipe_v import dualpipe_v, dualpipe_v_row
+from shardstage.schedule.dualpipe_v import dualpipe_v
 from shardstage.schedule.forward_only import forward_only
 from shardstage.schedule.gpipe import gpipe
 from shardstage.schedule.interleaved_1f1b import interleaved_1f1b, interleaved_1f1b_row
@@ -17,7 +17,7 @@ from shardstage.schedule.looped_bfs import looped_bfs
 from shardstage.schedule.one_f_one_b import one_f_one_b
 from shardstage.schedule.places import Places
 from shardstage.schedule.zb_h1 import zb_h1
-from shardstage.schedule.zb_v import zb_v, zb_v_row
+from shardstage.schedule.zb_v import zb_v
 
 __all__ = ["SCHEDULES", "ScheduleKind", "make_schedule"]
 
@@ -54,14 +54,12 @@ _KINDS: Final = (
         build=lambda p, m, _: zb_v(p, m),
         places="v",
         splits_backward=True,
-        row=lambda rank, p, m, _: zb_v_row(rank, p, m),
     ),
     ScheduleKind(
         name="dualpipe-v",
         build=lambda p, m, _: dualpipe_v(p, m),
         places="v",
         splits_backward=True,
-        row=lambda rank, p, m, _: dualpipe_v_row(rank, p, m),
     ),
     ScheduleKind(name="forward-only", build=forward_only, places="loop"),
 )

@@ -8,7 +8,7 @@ from shardstage.schedule.action import Action, Schedule
 from shardstage.schedule.places import place_stages
 from shardstage.schedule.rows import Phase, number_row
 
-__all__ = ["zb_v", "zb_v_row"]
+__all__ = ["zb_v"]
 
 
 def zb_v(num_ranks: int, num_microbatches: int) -> Schedule:
@@ -27,11 +27,11 @@ def zb_v(num_ranks: int, num_microbatches: int) -> Schedule:
         name="zb-v",
         num_microbatches=m,
         stage_ranks=place_stages("v", p, 2),
-        actions=tuple(zb_v_row(rank, p, m) for rank in range(p)),
+        actions=tuple(_row(rank, p, m) for rank in range(p)),
     )
 
 
-def zb_v_row(rank: int, num_ranks: int, num_microbatches: int) -> tuple[Action, ...]:
+def _row(rank: int, num_ranks: int, num_microbatches: int) -> tuple[Action, ...]:
     """What one rank does."""
     stages = (rank, 2 * num_ranks - 1 - rank)
     return number_row(stages, num_microbatches, _phases(rank, num_ranks, num_microbatches))
