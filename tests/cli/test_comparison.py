@@ -166,6 +166,15 @@ def test_the_page_draws_each_rank_once_and_each_point_of_the_front() -> None:
     assert "node 0" in page and "node 1" in page and "more ranks" not in page
 
 
+def test_the_page_tells_context_parallel_ranks_apart() -> None:
+    """Two boxes of a mesh with cp=2 had one name."""
+    chosen, comparison = chosen_by("time", "dp=4,cp=2")
+    page = comparison_page("toy", MACHINE, chosen, comparison)
+    names = re.findall(r">(p\d+ d\d+ t\d+ c\d+)<", page)
+    assert len(names) == len(set(names)) == 8
+    assert "c: context-parallel rank." in page
+
+
 def test_of_many_ranks_the_page_draws_the_first_nodes_and_counts_the_rest() -> None:
     machine = round_machine(64, latency_s=1e-5)
     chosen, comparison = chosen_by("time", "dp=16,tp=4", machine=machine, ranks=64)

@@ -19,6 +19,7 @@ from shardstage.units import format_bytes, format_ratio, format_s
 if TYPE_CHECKING:
     from shardstage.cluster import Cluster
     from shardstage.cost import Prediction
+    from shardstage.layout.mesh import Axis
     from shardstage.planner import Alternative, Certificate, MixedResult, NamedModules, Point, SearchResult
 
 __all__ = [
@@ -367,16 +368,24 @@ MOST_NODES: Final = 8
 def _mesh_picture(machine: Cluster, chosen: Chosen) -> str:
     """The first nodes, a box for each rank: coloured by pipeline rank, named by its coordinates."""
     mesh = chosen.plan.mesh
+    axes: dict[Axis, str] = {
+        "pp": "pipeline rank (colour)",
+        "dp": "data-parallel rank",
+        "tp": "tensor-parallel rank",
+    }
+    if mesh.cp > 1:
+        axes["cp"] = "context-parallel rank"
     node = machine.devices_per(machine.levels[0])
     num_nodes = min(MOST_NODES, -(-mesh.world_size // node))
     cells = []
     for rank in range(min(mesh.world_size, num_nodes * node)):
         row, column = divmod(rank, node)
-        pp, dp, tp = (mesh.coordinate(rank, axis) for axis in ("pp", "dp", "tp"))
+        pp = mesh.coordinate(rank, "pp")
+        name = " ".join(f"{axis[0]}{mesh.coordinate(rank, axis)}" for axis in axes)
         x, y = 70 + column * (2 * CELL + 4), 20 + row * (CELL + 6)
         cells.append(
             f'<rect x="{x}" y="{y}" width="{2 * CELL}" height="{CELL}" rx="4" fill="{COLOURS[pp % len(COLOURS)]}"/>'
-            f'<text x="{x + CELL}" y="{y + 21}" font-size="10" text-anchor="middle">p{pp} d{dp} t{tp}</text>'
+            f'<text x="{x + CELL}" y="{y + 21}" font-size="10" text-anchor="middle">{name}</text>'
         )
     names = "".join(
         f'<text x="4" y="{41 + n * (CELL + 6)}" font-size="11">{escape(machine.levels[0].name)} {n}</text>'
@@ -387,5 +396,5 @@ def _mesh_picture(machine: Cluster, chosen: Chosen) -> str:
     width, height = 80 + node * (2 * CELL + 4), 30 + num_nodes * (CELL + 6)
     return (
         f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="ranks on nodes">{names}{"".join(cells)}</svg>'
-        f"<p>p: pipeline rank (colour), d: data-parallel rank, t: tensor-parallel rank.</p>{more}"
+        f"<p>{', '.join(f'{axis[0]}: {what}' for axis, what in axes.items())}.</p>{more}"
     )
