@@ -278,10 +278,26 @@ class _OfZero:
         k, limits, of = lanes.k[:, at], rows.limits[list(on)], own[at]
         state = self._state[of] * f.replicated[:, None] + self._expert_state[of] * f.experts[:, None]
         held = lanes.held(how)[:, at]
-        found, least_bytes = _slowest_s(costs, at, f.number, k, held, state, limits)
-        known.slowest[at] = np.maximum(known.slowest[at], found)
-        known.is_large[at] = least_bytes > limits @ k
-        known.is_known[at] = True
+        kept = [held[:, None] * saved[..., at] + state[None] for saved in costs.saved]
+        room = self._room(of, k, lanes.size[0, at], limits)
+        least_bytes = _sums(f.number, np.minimum.reduce([b.min(axis=0) for b in kept]))
+        is_large = least_bytes > (k * room.each).sum(axis=0) + room.more
+        known.is_large[at], known.is_known[at] = is_large, True
+        fits = np.flatnonzero(~is_large)
+        if len(fits):
+            left = _Room(room.each[:, fits], room.more[fits])
+            found = _slowest_s(costs, at[fits], f.number, k[:, fits], [b[..., fits] for b in kept], left)
+            known.slowest[at[fits]] = np.maximum(known.slowest[at[fits]], found)
+
+    def _room(self, of: Any, k: Array, size: Any, limits: Array) -> _Room:
+        """What is left for units to keep, beside the largest that passes and, under ZeRO-2/3, what is gathered of it."""
+        f, setup, level, p = self._rows.figures, self._rows.setup, self._level[of], k.sum(axis=0)
+        c, g, most = setup.compute_bytes, setup.gradient_bytes, int(f.number.argmax())
+        gathered = np.where(level >= 2, c + g, 0) + np.where(level >= 3, c, 0)
+        beside = f.passing[:, size] + f.own[:, None] * gathered  # [kind, row]
+        of_rank = np.where(p == 1, beside.max(axis=0), beside[most])
+        num_without = np.minimum(_sums(f.number, 1.0 * (beside < beside[most])), p - 1)
+        return _Room(limits[:, None] - of_rank, num_without * of_rank)
 
     def _costs(self, own: Any, on: tuple[int, ...], lanes: _Lanes) -> _Costs:
         """Of each lane's units, [class, kind, row]."""
@@ -367,6 +383,13 @@ class _OfZero:
         return found
 
 
+class _Room(NamedTuple):
+    """Bytes for what units keep: of a rank of each class [class, row], and how much more of all where some ranks have small units only."""
+
+    each: Array
+    more: Array
+
+
 class _Held(NamedTuple):
     """Of a lane's rows: seconds of the slowest rank, and whether it cannot fit; with what memory asks for where that ``is_known``."""
 
@@ -411,23 +434,19 @@ def _plain_s(costs: _Costs, number: Array, k: Array) -> Array:
     return np.maximum(found, _whole_layers_s(costs.both, number, k))
 
 
-def _slowest_s(
-    costs: _Costs, at: Any, number: Array, k: Array, held: Array, state: Array, limits: Array
-) -> tuple[Array, Array]:
-    """[row]: what the slowest rank takes at least with what memory asks for, and bytes of all ranks of a pipeline; of the rows ``at``."""
+def _slowest_s(costs: _Costs, at: Any, number: Array, k: Array, kept: Sequence[Array], room: _Room) -> Array:
+    """[row]: what the slowest rank takes at least with what memory asks for, of the rows ``at``; ``kept`` as by ``costs.again``."""
     both = costs.both[..., at]
     y = _speeds(number, both, k)
     dealt = [y[:, None] * (both + again[..., at]) for again in costs.again]
-    kept = [held[:, None] * saved[..., at] + state[None] for saved in costs.saved]
-    room = k * limits[:, None]
     found = np.zeros(k.shape[1])
     for worth in product(range(len(costs.again)), repeat=len(k)):
         price = np.stack([_price(number, dealt, kept, way, place) for place, way in enumerate(worth)])
         each = [t + price[:, None] * b for t, b in zip(dealt, kept, strict=True)]
         least = np.minimum.reduce([e.min(axis=0) for e in each])
-        found = np.maximum(found, number @ least - (price * room).sum(axis=0))
-    least_bytes = number @ np.minimum.reduce([b.min(axis=0) for b in kept])
-    return found, least_bytes
+        worth_of_room = (price * k * room.each).sum(axis=0) + price.max(axis=0) * room.more
+        found = np.maximum(found, number @ least - worth_of_room)
+    return found
 
 
 def _price(number: Array, dealt: Sequence[Array], kept: Sequence[Array], way: int, place: int) -> Array:

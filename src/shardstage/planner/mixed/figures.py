@@ -23,8 +23,9 @@ Numbers = npt.NDArray[np.int64]
 @dataclass(frozen=True, kw_only=True)
 class MixedFigures:
     """What units cost under a sharding for each of some ``sizes`` of a microbatch: ``forward_s`` and ``backward_s`` [class, kind, size]
-    with all waiting, ``again_s`` [mode][class, kind, size], ``saved`` [mode][kind, size], ``own`` elements [kind], of them ``experts`` that
-    not all replicas hold, ``number`` [kind], ``received`` [size]; ``first`` is the kind of the first unit."""
+    with all waiting, ``again_s`` [mode][class, kind, size], ``saved`` [mode][kind, size], bytes ``passing`` [kind, size] at least, ``own``
+    elements [kind], of them ``experts`` that not all replicas hold, ``number`` [kind], ``received`` [size]; ``first`` is the kind of the
+    first unit."""
 
     sharding: Sharding
     sizes: npt.NDArray[np.int64]
@@ -33,6 +34,7 @@ class MixedFigures:
     backward_s: Array
     again_s: Mapping[Recompute, Array]
     saved: Mapping[Recompute, Array]
+    passing: Array
     own: Array
     experts: Array
     first: int
@@ -107,6 +109,8 @@ class MixedFigures:
         modes: Sequence[Recompute] = RECOMPUTES
         again_s = {mode: table(lambda unit, m=mode: unit.recompute_s[m]) for mode in modes}
         saved = {mode: table(lambda unit, m=mode: unit.saved_bytes[m])[:, 0] for mode in modes}
+        extra = [table(lambda unit, m=mode: unit.extra_bytes[m])[:, 0] for mode in modes]
+        passing = np.minimum.reduce(extra) + table(lambda unit: unit.transient_bytes)[:, 0]
         own = table(lambda unit: unit.own_elements)[:, 0, :, 0]
         experts = own - table(lambda unit: unit.replicated_elements)[:, 0, :, 0]
         received, twins = table(lambda unit: unit.input_bytes)[:, 0], pricing.twins
@@ -120,6 +124,7 @@ class MixedFigures:
                 backward_s=backward_s[place],
                 again_s={mode: each[place] for mode, each in again_s.items()},
                 saved={mode: each[place] for mode, each in saved.items()},
+                passing=passing[place],
                 own=own[place],
                 experts=experts[place],
                 first=twins[0],
