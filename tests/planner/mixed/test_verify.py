@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from random import Random
 from typing import Any
 
 import pytest
-from tests.planner.mixed.instances import PLENTY, every_choice, machines, searcher_of
+from tests.planner.mixed.instances import (
+    PLENTY,
+    every_choice,
+    machines,
+    random_sharing_searcher,
+    searcher_of,
+)
 
 from shardstage.planner import MixedResult, verify_mixed
 from shardstage.planner.mixed.search import MixedSearcher
@@ -25,6 +32,14 @@ def test_an_honest_proof_holds_over_the_whole_space(searched: tuple[MixedSearche
     checked = verify_mixed(searcher, found, max_checked=10_000)
     assert checked.is_valid, checked.problems
     assert checked.num_checked == checked.num_choices == found.certificate.enumerated
+
+
+def test_a_proof_holds_where_sequences_and_experts_may_be_shared() -> None:
+    searcher = random_sharing_searcher(Random(500))
+    found = searcher.best((PLENTY, PLENTY))
+    checked = verify_mixed(searcher, found, max_checked=200)
+    assert checked.is_valid, checked.problems
+    assert {sharding.is_plain for sharding in searcher.space.shardings} == {False, True}
 
 
 @pytest.mark.parametrize(
