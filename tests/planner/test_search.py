@@ -20,7 +20,7 @@ from tests.planner.brute import (
     searcher_of,
 )
 
-from shardstage.cluster import Cluster
+from shardstage.cluster import Cluster, load
 from shardstage.cost import rank_memory
 from shardstage.errors import PlanError
 from shardstage.graph import ModelGraph
@@ -265,6 +265,29 @@ def test_a_batch_that_no_mesh_can_share_is_refused_with_one_that_can() -> None:
     with pytest.raises(PlanError, match="a batch of 2 samples cannot be shared by 4 ranks") as caught:
         found(fixed, batch=2)
     assert caught.value.hint is not None and "--batch" in caught.value.hint
+
+
+def test_where_nothing_fits_more_devices_of_a_preset_are_asked_for_by_its_name() -> None:
+    with pytest.raises(PlanError, match="no plan for 4 ranks fits into 1.00 KiB a rank") as caught:
+        found(cluster=load("h100:4"), memory_bytes=1024)
+    assert caught.value.hint is not None and caught.value.hint.startswith("--cluster h100:")
+
+
+@pytest.mark.parametrize(
+    ("fix", "hint"),
+    [
+        ("pp=64,zero=1", "leave pp out of --fix"),
+        ("dp=4,tp=4", "leave dp or tp out of --fix"),
+        ("dp=4,tp=4,pp=4", "leave more than one of dp, pp, tp out of --fix"),
+        ("mb=64", "leave mb out of --fix"),
+    ],
+)
+def test_decisions_that_leave_no_choice_are_named_with_which_to_leave_out(fix: str, hint: str) -> None:
+    with pytest.raises(
+        PlanError, match="no plan for a batch of 16 samples on 4 ranks keeps to all"
+    ) as caught:
+        found(fix=fix)
+    assert caught.value.hint == hint
 
 
 def test_a_graph_of_one_size_gets_microbatches_of_that_size() -> None:

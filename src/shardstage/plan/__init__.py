@@ -22,7 +22,14 @@ from shardstage.plan.plan import (
     ScheduleName,
     StageRange,
 )
-from shardstage.plan.shorthand import Request, format_request, named_decisions, parse_request, shorthand
+from shardstage.plan.shorthand import (
+    Request,
+    decision_named,
+    format_request,
+    named_decisions,
+    parse_request,
+    shorthand,
+)
 
 __all__ = [
     "GradientDtype",
@@ -34,6 +41,7 @@ __all__ = [
     "StageRange",
     "check",
     "complete",
+    "decision_named",
     "explain",
     "format_request",
     "load_plan",

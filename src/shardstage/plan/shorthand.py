@@ -13,7 +13,7 @@ from shardstage.errors import PlanError
 from shardstage.graph.recompute import PartialRecompute, Recompute, StageRecompute, parse_recompute
 from shardstage.plan.plan import GradientDtype, Offload, Plan, Precision, ScheduleName
 
-__all__ = ["Request", "format_request", "named_decisions", "parse_request", "shorthand"]
+__all__ = ["Request", "decision_named", "format_request", "named_decisions", "parse_request", "shorthand"]
 
 EXAMPLE: Final = '--plan "dp=2,tp=2"'
 
@@ -72,6 +72,11 @@ def named_decisions(text: str) -> frozenset[str]:
     """Which fields of a ``Request`` a shorthand names."""
     keys = (part.partition("=")[0].strip() for part in text.split(",") if part.strip())
     return frozenset(_KEYS[key][0] for key in keys if key in _KEYS)
+
+
+def decision_named(field: str) -> str:
+    """How a shorthand calls a field of a ``Request``: ``mb`` for ``microbatch``."""
+    return next(key for key, (name, _) in _KEYS.items() if name == field and key not in _ALIASES)
 
 
 def format_request(request: Request) -> str:

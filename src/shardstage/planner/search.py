@@ -15,21 +15,21 @@ import heapq
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 from types import MappingProxyType
 from typing import Any, Final
 
 import numpy as np
 
-from shardstage.cluster import Cluster
+from shardstage.cluster import Cluster, preset_names
 from shardstage.cost import Prediction
 from shardstage.cost.offload import host_of
 from shardstage.cost.readings import Readings
 from shardstage.errors import PlanError
 from shardstage.graph import ModelGraph
 from shardstage.layout import balanced_sizes
-from shardstage.plan import Plan, Precision, Request, shorthand
+from shardstage.plan import Plan, Precision, Request, decision_named, shorthand
 from shardstage.plan.complete import ranges
 from shardstage.plan.modules import require_modules
 from shardstage.planner.bounds import Bounds, bounded
@@ -175,7 +175,9 @@ class Searcher:
         )
         has_host = host_of(cluster.device) is not None
         self._ladder = ladder(precision, request, fixed, has_host=has_host)
-        self.space: Space = declared_space(
+        self._fixed = fixed
+        self._declared = partial(
+            declared_space,
             graph,
             cluster,
             num_ranks=num_ranks,
@@ -184,10 +186,10 @@ class Searcher:
             num_units=self.pricing.num_units,
             may_have_whole_experts=self.pricing.folded.can_have_whole_experts,
             fix=fix,
-            fixed=fixed,
             is_runnable=is_runnable,
             savers=self._ladder[0],
         )
+        self.space: Space = self._declared(fixed=fixed)
         self._settings = _bound_settings(self.pricing, precision, cluster)
         self.lattice = Lattice(self.space, self.pricing.costs, self.pricing.num_units)
         self.use(self._ladder[0])
@@ -407,17 +409,33 @@ class Searcher:
     def _nothing_fits(self, found: Found, limit_bytes: int) -> PlanError:
         num_ranks = self.space.num_ranks
         if found.least_bytes == math.inf:
-            return PlanError(
-                f"a batch of {self.global_batch} samples cannot be shared by {num_ranks} ranks in any way that is asked for",
-                hint=f"--batch {num_ranks}, or fewer --fix",
-            )
+            return self._nothing_declared()
         least = int(found.least_bytes)
         needed = max(least, limit_bytes + 1)
+        of_parts = "parameters, optimizer and one microbatch take at least " + format_bytes(least)
+        more = num_ranks * max(2, -(-needed // limit_bytes))
         return PlanError(
             f"no plan for {num_ranks} ranks fits into {format_bytes(limit_bytes)} a rank; "
-            f"parameters, optimizer and one microbatch take at least {format_bytes(least)}",
-            hint=f"--ranks {num_ranks * max(2, -(-needed // limit_bytes))}, "
-            f"or --max-memory {format_bytes(2 * needed).replace(' ', '')}",
+            + (of_parts if least > limit_bytes else "whatever the stages recompute, one of them takes more"),
+            hint=f"{_more_ranks(self.cluster, more)}, or --max-memory {format_bytes(2 * needed).replace(' ', '')}",
+        )
+
+    def _nothing_declared(self) -> PlanError:
+        """Names the decisions of which each, left out alone, leaves a choice."""
+        num_ranks, batch = self.space.num_ranks, self.global_batch
+        if not self._fixed:
+            return PlanError(
+                f"a batch of {batch} samples cannot be shared by {num_ranks} ranks in any way",
+                hint=f"--batch {num_ranks}",
+            )
+        spaces = {name: self._declared(fixed=self._fixed - {name}) for name in sorted(self._fixed)}
+        costs, num_units = self.pricing.costs, self.pricing.num_units
+        opening = [name for name, space in spaces.items() if Lattice(space, costs, num_units).groups]
+        asked = ", ".join(map(decision_named, spaces))
+        left_out = " or ".join(map(decision_named, opening)) if opening else f"more than one of {asked}"
+        return PlanError(
+            f"no plan for a batch of {batch} samples on {num_ranks} ranks keeps to all that is fixed: {asked}",
+            hint=f"leave {left_out} out of --fix",
         )
 
 
@@ -467,3 +485,9 @@ def _check_size(cluster: Cluster, num_ranks: int) -> None:
             f"{num_ranks} ranks need as many devices, and cluster {cluster.name!r} has {cluster.num_devices}",
             hint=f"--cluster {cluster.name}:{num_ranks}",
         )
+
+
+def _more_ranks(cluster: Cluster, num_ranks: int) -> str:
+    """The flag for more ranks than there are now: of devices that the cluster has, or, of a preset, of more of them."""
+    is_larger = num_ranks > cluster.num_devices and cluster.name in preset_names()
+    return f"--cluster {cluster.name}:{num_ranks}" if is_larger else f"--ranks {num_ranks}"
