@@ -93,8 +93,22 @@ def assert_best(searcher: Searcher, ratios: Sequence[float] = (0.55, 0.3)) -> No
         assert_bounds_are_below(searcher, priced)
 
 
+def assert_nothing_faster_is_left_out(searcher: Searcher, priced: dict[Choice, Priced | None]) -> None:
+    """Whatever is known to be the best so far: looser bounds than the last ones leave choices out, too."""
+    prices = [
+        price for price in priced.values() if price and price.choice.schedule not in searcher.space.dominated
+    ]
+    for below_s in sorted(price.seconds for price in prices)[:: max(1, len(prices) // 4)]:
+        bounds = searcher.bounds(np.arange(len(searcher.lattice.groups)), below_s)
+        is_open = np.flatnonzero(bounds.seconds.ravel() < below_s * CLOSE)
+        still_open = {bounds.choice(index) for index in is_open.tolist()}
+        left_out = [price.choice for price in prices if price.seconds * CLOSE < below_s]
+        assert still_open.issuperset(left_out), below_s
+
+
 def assert_bounds_are_below(searcher: Searcher, priced: dict[Choice, Priced | None]) -> None:
     """Under the limit that was searched last."""
+    assert_nothing_faster_is_left_out(searcher, priced)
     limit_bytes = searcher._settings.limit_bytes
     bounds = searcher.bounds(np.arange(len(searcher.lattice.groups)))
     num_bounded = bounds.num_large

@@ -1,7 +1,7 @@
 """``bounded``: admissible lower bounds of the step time and the memory of all choices of many groups at once.
 
 A group with a mesh is a pair, and with a ZeRO a row (``table``). Pairs and rows whose mean stages alone take too long or hold too much get
-no closer bound, nor do schedules whose bubble is too long then.
+no closer bound, nor do schedules whose bubble is too long then, and several stages a rank are cut only where any cut may be quick enough.
 """
 
 from __future__ import annotations
@@ -125,8 +125,13 @@ def _of_schedules(
         loose_s = table.at(row, LOOSE).loose_s(name, per_rank)[:, 0]
         seconds[row, column], least_bytes[row, column] = loose_s, mean_bytes[row]
         still_open = np.flatnonzero(loose_s < below_s)
-        if len(still_open):
+        row, column, per_rank = row[still_open], column[still_open], per_rank[still_open]
+        if numbers.max() > 1 and len(row):
+            uncut_s = table.at(row).uncut_s(name, per_rank)[:, 0]
+            seconds[row, column] = np.maximum(loose_s[still_open], uncut_s)
+            still_open = np.flatnonzero(uncut_s < below_s)
             row, column, per_rank = row[still_open], column[still_open], per_rank[still_open]
+        if len(row):
             found_s, found_bytes = table.at(row).of(name, per_rank)
             seconds[row, column], least_bytes[row, column] = found_s[:, 0], found_bytes[:, 0]
     return seconds, least_bytes

@@ -121,6 +121,26 @@ class Table:
         bubble = self._bubble_s(name, per_rank, self.forward / per_rank, self.backward / per_rank)
         return self._seconds(self.m * slowest + bubble, mean)
 
+    def uncut_s(self, name: str, per_rank: Array) -> Any:
+        """Seconds of a schedule with several stages a rank wherever they are cut.
+
+        Some rank has its even share, rounded up, of the units of the kinds that take longest in all, and each stage waits for the gather
+        of another first unit.
+        """
+        terms, num_stages = self.terms, self.p * per_rank
+        first_s = self.first_s(
+            terms.least_replicated.of(num_stages, self.group) / self.p,
+            terms.least_calls.of(num_stages, self.group) / self.p,
+        )
+        forward, backward = self.stage_s(0.0, first_s)
+        number = np.ceil(terms.most_number[self.group] / self.p)
+        fullest_s = number * terms.most_both[self.group] + self._summing_s(
+            number * terms.most_own[self.group]
+        )
+        slowest = np.maximum(forward + backward, np.maximum(fullest_s, self._slowest_unit_s))
+        bubble = self._bubble_s(name, per_rank, forward / per_rank, backward / per_rank)
+        return self._seconds(self.m * slowest + bubble, forward + backward)
+
     def of(self, name: str, per_rank: Array) -> tuple[Any, Any]:
         """Seconds and bytes of a schedule with so many stages a rank."""
         return self._of_free_cuts(name) if per_rank.max() == 1 else self._of_even_cuts(name, per_rank)
@@ -244,8 +264,7 @@ class Table:
         state = self.rank_state_bytes(own, experts, terms.most_own[group]) + terms.most_passing[group]
         of_unit = (self.settings.limit_bytes - state) / (held * number)
         again = terms.most_trade.again_s(of_unit, group)
-        summing_s = np.where(self.is_summed_whole, own * self.settings.summing_s, 0.0)
-        seconds = number * (terms.most_both[group] + again) + summing_s
+        seconds = number * (terms.most_both[group] + again) + self._summing_s(own)
         return seconds, state + held * number * terms.most_trade.least_saved[group]
 
     def _of_one_layer(self, held: Any) -> tuple[Any, Any]:
@@ -259,9 +278,12 @@ class Table:
             num_bytes = state + held * saved[group] + passing[group]
             seconds = np.where(num_bytes <= limit_bytes, np.minimum(seconds, again[group]), seconds)
             least_bytes = np.minimum(least_bytes, num_bytes)
-        summing_s = np.where(self.is_summed_whole, own * self.settings.summing_s, 0.0)
         again_s = np.where(np.isfinite(seconds), seconds, 0.0)
-        return terms.most_both[group] + again_s + summing_s, least_bytes
+        return terms.most_both[group] + again_s + self._summing_s(own), least_bytes
+
+    def _summing_s(self, own: Any) -> Any:
+        """Of a rank with so many elements, where their gradients are added up whole."""
+        return np.where(self.is_summed_whole, own * self.settings.summing_s, 0.0)
 
     def _of_even_cuts(self, name: str, v: Any) -> tuple[Any, Any]:
         """Several stages a rank, which recompute alike: all of the layers where one way is asked for, else as few as they need to."""

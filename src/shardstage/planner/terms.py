@@ -51,6 +51,24 @@ class BoundSettings:
         return self.least_factor * (pipeline_s + after_s)
 
 
+class _Least:
+    """What so many units of a group add up to at least, whichever they are; ``values`` [kind, group] are those of one unit."""
+
+    def __init__(self, values: Array, numbers: Array) -> None:
+        order = np.argsort(values, axis=0, kind="stable")
+        self._values = np.take_along_axis(values, order, axis=0)
+        self._numbers = numbers[order]
+
+    def of(self, number: Any, group: Any) -> Any:
+        """[row, 1], as are so many units and the group."""
+        found = np.zeros_like(number)
+        for values, numbers in zip(self._values, self._numbers, strict=True):
+            taken = np.minimum(number, numbers[group])
+            found += taken * values[group]
+            number = number - taken
+        return found
+
+
 class Terms:
     """Of some groups, [group] each: sums over all units, the heaviest unit, and what any unit has of the kind that takes longest in all, or
     of a kind that takes as long (``most``).
@@ -88,6 +106,8 @@ class Terms:
         self.slowest_unit = f.both_s.max(axis=0)
         self.slowest_summed_unit = (f.both_s + self.summing_s).max(axis=0)
         self.gathers = f.whole @ f.calls
+        self.least_replicated = _Least(f.replicated, f.whole)
+        self.least_calls = _Least(f.calls, f.whole)
         again, saved = (np.array([each[mode] for mode in settings.modes]) for each in (f.again_s, f.saved))
         self.trade = Trade(again, saved, whole)
         self.again_whole = {mode: f.whole @ f.again_s[mode] for mode in settings.modes}
