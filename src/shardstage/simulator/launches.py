@@ -11,7 +11,7 @@ host runs ahead, while kernels run and while ranks talk along tp.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 from shardstage.cluster import Cluster, CollectiveKind
 from shardstage.cost.collective import calls_of
@@ -35,31 +35,22 @@ class Launches(NamedTuple):
     weight_s: float = 0.0
     again_s: float = 0.0
 
-    def plus(self, other: Launches) -> Launches:
-        return Launches(*(mine + more for mine, more in zip(self, other, strict=True)))
-
-
-NONE: Final = Launches()
-
 
 def launches(segment: Segment, plan: Plan, cluster: Cluster, split: Collection[str]) -> Launches:
     """Of one microbatch of a stage; ``split`` names the ops whose weight's gradient W computes. None where the host keeps up."""
     if dispatch_s(cluster.device) == 0.0:
-        return NONE
+        return Launches()
     parts = recompute_parts(
         segment.graph, segment.blocks, plan.recompute_of(segment.index), plan.recompute_modules
     )
     runs = [(block.start, block.stop, own) for block, own in zip(segment.blocks, parts, strict=True)]
-    if (
-        segment.num_recomputed and len(runs) > 1
-    ):  # of earlier stages: launched on the way into this one's first block
+    # What is computed again of earlier stages is launched on the way into this one's first block.
+    if segment.num_recomputed and len(runs) > 1:
         (start, _, _), (_, stop, own), *others = runs
         runs = [(start, stop, own), *others]
     host = _Host(segment, plan, cluster, [(start, stop) for start, stop, _ in runs])
-    found = NONE
-    for number, (_, _, own) in enumerate(runs):
-        found = found.plus(host.run(number, own, split))
-    return found
+    each = [host.run(number, own, split) for number, (_, _, own) in enumerate(runs)]
+    return Launches(*map(sum, zip(*each, strict=True)))
 
 
 class _Host:

@@ -53,7 +53,7 @@ class MixedFigures:
 
     def least_s(self, num_devices: Sequence[int], batch: int) -> float:
         """Seconds of a step at least, whatever the arrangement, its ZeRO and its schedule: all devices compute all the time, of each unit
-        so many samples as is best for all (weak duality, as above, of samples' units that are dealt out by fractions)."""
+        so many samples as is best for all (weak duality, as in ``bounds``, of samples' units that are dealt out by fractions)."""
         each = ((self.forward_s + self.backward_s) / self.sizes).min(axis=2)  # [class, kind], of a sample
         speed = 1 / (each @ self.number)
         groups = np.array(num_devices) // self.sharding.num_ranks
