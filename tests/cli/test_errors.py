@@ -56,6 +56,8 @@ REFUSED = [
     ("train --out held --resume", "ended before its first checkpoint", "--out held-2"),
     ("train --out none --resume", "there is no run in none to resume", "leave out --resume"),
     ("train --resume", "nothing says which", "--resume --out runs/today"),
+    ("plan --model models.py --cluster cpu:2", "model 'models.py' is not known", "--model models.py:factory"),
+    ("plan --model :model --cluster cpu:2", "model ':model' is not known", "--model llama-tiny"),
     ("plan --model lama-tiny --cluster cpu:2", "model 'lama-tiny' is not known", "--model llama-tiny"),
     ("plan --cluster h1000:8", "h1000", "h100"),
     ("plan --cluster cpu:2 --max-memory 0", "a rank that may hold nothing", "--max-memory 70GiB"),
@@ -122,6 +124,18 @@ def test_exit_codes_tell_bad_input_from_a_failure(
     assert ended.value.code == code
     shown = capsys.readouterr().err
     assert ("stopped" if code == 130 else str(error).splitlines()[0]) in shown
+
+
+def test_an_interrupt_before_the_verbs_are_there_leaves_no_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("shardstage.cli.app.run", interrupt)
+    with pytest.raises(SystemExit) as ended:
+        main(["plan"])
+    assert (ended.value.code, capsys.readouterr().err) == (130, "stopped\n")
 
 
 def test_debugging_lets_the_traceback_through(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -165,6 +165,7 @@ def test_torchrun_starts_the_same_run_and_a_refusal_is_said_once(folder: Path) -
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("peak memory, rank 1") == 1
     assert "step 3/3" in done.stdout
+    assert done.stdout.count("plan   dp=1, tp=2, pp=1 on 2 ranks") == 1
     refused = subprocess.run([*command, "--plan", "tp=3", "--out", "other"], env=environment(), **options)
     assert refused.returncode == 1, "torchrun's own"
     assert refused.stderr.count("error: tp=3 × pp=1 needs a multiple of 3 ranks, and there are 2") == 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -103,6 +105,29 @@ def test_two_real_ranks_measure_this_machine(tmp_path: Path) -> None:
     assert cluster.device.source.endswith(", 2 ranks, gloo")
     save(cluster, tmp_path / "here.toml")
     assert load(tmp_path / "here.toml") == cluster
+
+
+def test_an_interrupt_while_ranks_start_is_the_caller_s_alone() -> None:
+    """Ctrl-C goes to all processes of a terminal: ranks in the midst of importing torch answered with a traceback each."""
+    script = (
+        "import os, signal, threading\n"
+        "import torch.multiprocessing as multiprocessing\n"
+        "from shardstage.cluster.probe import probe\n"
+        "if __name__ == '__main__':\n"
+        "    start = multiprocessing.start_processes\n"
+        "    def interrupted(*args, **options):\n"
+        "        started = start(*args, **options)\n"
+        "        threading.Timer(0.3, os.killpg, (0, signal.SIGINT)).start()\n"
+        "        return started\n"
+        "    multiprocessing.start_processes = interrupted\n"
+        "    try:\n"
+        "        probe(2, budget_s=1.0, device='cpu')\n"
+        "    except KeyboardInterrupt:\n"
+        "        print('interrupted')\n"
+    )
+    command = [sys.executable, "-c", script]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, start_new_session=True)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "interrupted\n", "")
 
 
 def test_a_rank_that_fails_is_named_with_its_reason() -> None:

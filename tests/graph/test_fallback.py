@@ -8,6 +8,7 @@ import pytest
 import torch
 from tests.graph.awkward import Plain, awkward
 from tests.graph.interpreter import run
+from torch import nn
 
 from shardstage.errors import CaptureError
 from shardstage.graph import ModelGraph
@@ -35,6 +36,16 @@ def test_the_line_that_prevents_capture_is_named() -> None:
 def test_a_failed_capture_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
     capture_or_blocks(awkward("tangle"))
     assert capfd.readouterr() == ("", "")
+
+
+def test_shapes_that_do_not_fit_are_said_by_the_error_alone(capfd: pytest.CaptureFixture[str]) -> None:
+    def factory() -> nn.Module:
+        return nn.Sequential(nn.Embedding(40, 8), nn.Linear(9, 40))
+
+    source = ModelSource(name="narrow", factory=factory, task=causal_task(40))
+    with pytest.raises(CaptureError, match="must have same reduction dim"):
+        capture(source)
+    assert capfd.readouterr() == ("", ""), "torch logs a traceback of its own"
 
 
 @pytest.mark.parametrize("name", NAMES)

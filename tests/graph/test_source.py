@@ -165,6 +165,23 @@ def test_a_factory_that_cannot_be_imported_is_refused(spec: str) -> None:
         load_model(spec)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("def make(:\n", r"is no Python: invalid syntax\n  at .*model\.py:1: def make\(:"),
+        (
+            "size = 3\nraise RuntimeError('no GPU')\n",
+            r"raised RuntimeError when it was imported: no GPU\n  at .*model\.py:2: raise",
+        ),
+    ],
+)
+def test_a_file_that_fails_names_its_line(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "model.py").write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_model(f"{tmp_path}/model.py:make")
+    assert caught.value.hint == f"python {tmp_path}/model.py"
+
+
 def test_an_unknown_model_is_refused_with_the_known_ones() -> None:
     with pytest.raises(ConfigError, match=r"model 'llama-huge' is not known.*llama-tiny.*vit-tiny") as caught:
         load_model("llama-huge")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-__all__ = ["TINY", "tiny"]
+__all__ = ["TINY", "awkward", "tiny"]
 
 TINY = f"{__file__}:tiny"
 
@@ -41,3 +41,15 @@ class TinyModel(nn.Module):
 
 def tiny() -> nn.Module:
     return TinyModel()
+
+
+class Undecided(TinyModel):
+    """Asks its activations what to do: no list of operators says that."""
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        logits = super().forward(input_ids)
+        return logits if logits.sum() > 0 else 2 * logits
+
+
+def awkward() -> nn.Module:
+    return Undecided()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from tests.training.models import TINY
 
 from shardstage.cluster import load
@@ -16,6 +17,7 @@ from shardstage.plan import load_plan, save_plan
 from shardstage.training import RunConfig, load_run_config
 from shardstage.training.job import TrainJob
 from shardstage.training.prepare import prepare, read_job
+from shardstage.training.table import print_plan
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +70,19 @@ def test_a_plan_comes_from_a_search_a_shorthand_or_a_file(config: RunConfig, tmp
     low = prepared(replace(config, plan="tp=2,dtype=bf16"), tmp_path / "low")
     assert (low.plan.precision, low.config.precision) == ("bfloat16", "bfloat16")
     assert {low.graph.values[p.name].dtype for p in low.graph.parameters} == {"bfloat16"}
+
+
+def test_a_model_of_whole_modules_is_not_searched_but_shared_by_data(
+    config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A search took its one op for nothing, and tensor parallelism for as good: both ranks computed everything."""
+    awkward = replace(config, model=TINY.replace(":tiny", ":awkward"), plan="auto")
+    job = prepare(awkward, num_ranks=2, cluster=load("cpu:2"), folder=tmp_path / "run")
+    assert job.graph.is_of_modules and not prepared(config, tmp_path / "other").graph.is_of_modules
+    assert (job.plan.mesh.dp, job.plan.mesh.tp) == (2, 1)
+    print_plan(Console(width=300), job)
+    said = capsys.readouterr().out
+    assert "data-dependent control flow" in said and "its ops are whole modules" in said
 
 
 def test_a_run_that_goes_on_keeps_its_plan(config: RunConfig, tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """The command line: one file a verb.
 
 Owns flags, help and tables. In goes what the user typed, out come an exit code and text: 0 done, 1 a proof that failed or a rank that died,
-2 bad input. It refuses to decide anything: every verb calls one public function of a package above.
+2 bad input, 130 Ctrl-C. It refuses to decide anything: every verb calls one public function of a package above.
 """
 
 from __future__ import annotations
@@ -24,8 +24,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs ``shardstage`` and exits."""
     os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)  # libgomp reads it once, when torch is loaded
     gc.disable()  # what is imported stays, and is not looked through for cycles, now or later
-    from shardstage.cli.app import run
+    try:
+        from shardstage.cli.app import run
 
-    gc.freeze()
-    gc.enable()
-    sys.exit(run(arguments))
+        gc.freeze()
+        gc.enable()
+        code = run(arguments)
+    except KeyboardInterrupt:  # before there is anything that could say so
+        print("stopped", file=sys.stderr)
+        code = 130
+    sys.exit(code)

@@ -29,7 +29,9 @@ from shardstage.cli.comparison import (
 from shardstage.cli.fixing import parse_fixed
 from shardstage.cli.outputs import require_endings, write_text
 from shardstage.cli.short_list import Simulated, fastest, print_short_list, short_list, short_list_table
+from shardstage.cli.waiting import capturing
 from shardstage.errors import PlanError
+from shardstage.graph.cache import is_cacheable
 from shardstage.plan import Plan, check, explain, save_plan, shorthand
 from shardstage.plan.check import require_runnable
 from shardstage.units import format_bytes, format_ratio, format_s, parse_bytes
@@ -142,7 +144,8 @@ def _answer(
     console: Console, model: str, machine: Cluster, question: Question, objective: Objective
 ) -> _Answer:
     """Captures the model, chooses a plan for it and says what is odd about that."""
-    with console.status(f"capturing {model}"):
+    is_kept = is_cacheable(model)
+    with capturing(console, model, sequence=question.sequence, is_kept=is_kept):
         known = known_model(model, question.sequence, question.precision)
     with console.status("pricing plans"):
         chosen, comparison = choose(question, known, machine, objective)

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from shardstage.cli import options
 from shardstage.cli.machine import cluster_named
+from shardstage.cli.waiting import capturing
 from shardstage.errors import ConfigError
 
 if TYPE_CHECKING:  # what imports torch is imported when it is needed: help comes at once
@@ -98,7 +99,7 @@ def _prove(config: RunConfig, fault: Fault | None, report: Path | None) -> int:
     if config.plan == "auto":
         with console.status("looking at this machine (about 15 s, once)"):
             cluster = cluster_named(config.cluster, ranks=config.ranks)
-    with console.status("capturing the model, choosing a plan"):
+    with capturing(console, config.model, sequence=config.data.sequence, then=", choosing a plan"):
         job = prepare(config, num_ranks=config.ranks, cluster=cluster, folder=Path(config.out))
     print_plan(console, job)
     with console.status("proving the plan on a single device"):

@@ -14,6 +14,7 @@ from rich.console import Console
 from shardstage.cli import options
 from shardstage.cli.choosing import Question, capture_model, choose_plan, headline, load_source, precision_of
 from shardstage.cli.outputs import require_endings, write_text
+from shardstage.cli.waiting import capturing
 from shardstage.errors import ConfigError
 from shardstage.plan import Plan, check, load_plan, parse_request, shorthand
 from shardstage.units import format_bytes, format_ratio, format_s
@@ -118,7 +119,7 @@ def _findings(
     with console.status(f"reading {model}"):
         source = load_source(model)
     sequence = seq or asked.sequence or min(source.max_sequence or DEFAULT_SEQUENCE, LONGEST_SEQUENCE)
-    with console.status(f"capturing {model}"):
+    with capturing(console, model, sequence=sequence):
         graph = capture_model(source, sequence, precision)
     with console.status("choosing a plan" if plan == "auto" else "completing the plan"):
         question = Question(

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from shardstage.cli import options
 from shardstage.cli.machine import cluster_named, known_cluster
+from shardstage.cli.waiting import capturing
 from shardstage.cluster import Cluster
 from shardstage.errors import ConfigError
 from shardstage.runtime.environment import RankEnvironment
@@ -118,7 +119,7 @@ def _launch(config: RunConfig, *, is_proved: bool) -> int:
         folder.check_free()  # a refusal should not have to wait for the measurement
         with console.status("looking at this machine (about 15 s, once)"):
             cluster = cluster_named(config.cluster, ranks=config.ranks)
-    with console.status("capturing the model, choosing a plan"):
+    with capturing(console, config.model, sequence=config.data.sequence, then=", choosing a plan"):
         job = prepare(config, num_ranks=config.ranks, cluster=cluster, folder=folder.path)
     print_plan(console, job)
     if folder.is_done(job.config.steps):
@@ -192,8 +193,9 @@ def _export(job: TrainJob) -> None:
 
 
 def _predicted(job: TrainJob, cluster: Cluster | None) -> Prediction | None:
-    """What the plan was expected to take, where the machine has been measured; its timeline goes into the run folder."""
-    if cluster is None or cluster.num_devices < job.plan.mesh.world_size:
+    """What the plan was expected to take, where the machine has been measured and the model's ops are known; its timeline goes into the
+    run folder."""
+    if cluster is None or job.graph.is_of_modules or cluster.num_devices < job.plan.mesh.world_size:
         return None
     from shardstage.planner import predict
     from shardstage.training.timelines import write_predicted_timeline

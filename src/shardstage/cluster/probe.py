@@ -11,11 +11,14 @@ on GPUs; every measurement starts on all ranks together and the median rank coun
 from __future__ import annotations
 
 import json
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
+from multiprocessing import resource_tracker
 from typing import Any, Final
 
 import torch
@@ -138,9 +141,10 @@ def _measure_on_all(spec: _RankSpec) -> list[Sample]:
     store = dist.TCPStore(
         "127.0.0.1", 0, None, True, timedelta(seconds=spec.timeout_s), wait_for_workers=False
     )
-    context = multiprocessing.start_processes(  # type: ignore[no-untyped-call]
-        _run_rank, (store.port, spec), spec.num_ranks, join=False, daemon=True, start_method="spawn"
-    )
+    with _holding_interrupts():
+        context = multiprocessing.start_processes(  # type: ignore[no-untyped-call]
+            _run_rank, (store.port, spec), spec.num_ranks, join=False, daemon=True, start_method="spawn"
+        )
     deadline = time.monotonic() + spec.timeout_s
     try:
         while not context.join(timeout=1.0):
@@ -157,11 +161,25 @@ def _measure_on_all(spec: _RankSpec) -> list[Sample]:
     return [Sample(*fields) for fields in json.loads(store.get("samples"))]
 
 
+@contextmanager
+def _holding_interrupts() -> Iterator[None]:
+    """Ctrl-C waits: processes started meanwhile would answer it with a traceback from the midst of their imports."""
+    resource_tracker.ensure_running()  # which lets interrupts through again where it is started later
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _last_line(error: Exception) -> str:
     return str(error).strip().splitlines()[-1]
 
 
 def _run_rank(rank: int, port: int, spec: _RankSpec) -> None:
+    signal.pthread_sigmask(
+        signal.SIG_UNBLOCK, {signal.SIGINT}
+    )  # torch's entry ends a rank silently from here on
     torch.set_num_threads(1)
     if spec.device == "cuda":
         torch.cuda.set_device(rank)

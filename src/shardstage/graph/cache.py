@@ -26,7 +26,16 @@ from shardstage.graph.file import graph_from_json, graph_to_json
 from shardstage.graph.model_graph import ModelGraph
 from shardstage.graph.unfold import Repeat, ShortGraph
 
-__all__ = ["Captured", "cache_folder", "cached", "capture_key", "code_digest", "readings_path", "write_whole"]
+__all__ = [
+    "Captured",
+    "cache_folder",
+    "cached",
+    "capture_key",
+    "code_digest",
+    "is_cacheable",
+    "readings_path",
+    "write_whole",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +90,11 @@ def cache_folder() -> Path | None:
         return Path(chosen).expanduser()
     shared = os.environ.get("XDG_CACHE_HOME", "")
     return (Path(shared) if shared else Path.home() / ".cache") / "shardstage"
+
+
+def is_cacheable(spec: str) -> bool:
+    """Whether a capture of the model of that name is kept."""
+    return cache_folder() is not None and capture_key(spec, sequence=1, dtype="") is not None
 
 
 def capture_key(spec: str, *, sequence: int, dtype: str) -> str | None:

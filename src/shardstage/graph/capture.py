@@ -36,6 +36,8 @@ _UNROLLED_SEQUENCE = 31
 # Sizes at which a graph must still fit together to be called scalable: coprime to each other and unlike any marker.
 _OTHER_MICROBATCH, _OTHER_SEQUENCE = 2, 48
 _PREFIX = "model"
+# Loggers of torch: the one names guards on data, the other has a traceback of torch's own for shapes that do not fit.
+_TALKATIVE = ("torch.fx.experimental.symbolic_shapes", "torch._subclasses.fake_tensor")
 
 
 def capture(
@@ -215,22 +217,24 @@ def _exported(module: nn.Module, batch: dict[str, Tensor]) -> torch.export.Expor
     except Exception as error:  # whatever the model's own code raises
         raise CaptureError(
             f"{_reason(error)}\n  at {_line_of(error)}",
-            hint="capture_or_blocks(source) falls back to whole modules",
+            hint="shardstage train falls back to whole modules (capture_or_blocks(source)), which nothing can price",
         ) from error
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the tracer's remarks: warnings, a log line, and on failure the whole graph on stderr. What matters is in its errors."""
-    logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
+    """Without the tracer's remarks: warnings, log lines, and on failure the whole graph on stderr. What matters is in its errors."""
+    loggers = [*map(logging.getLogger, _TALKATIVE)]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
     try:
         with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _reason(error: Exception) -> str:

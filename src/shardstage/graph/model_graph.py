@@ -157,6 +157,11 @@ class ModelGraph:
         return {p.name: p for p in (*self.parameters, *self.buffers)}
 
     @property
+    def is_of_modules(self) -> bool:
+        """Whether the ops are whole modules (``fallback``), of which nobody knows what they compute or keep."""
+        return any(op.target in ("shardstage.loss", "shardstage.after") for op in self.ops[-1:])
+
+    @property
     def parameter_bytes(self) -> int:
         """Bytes of all parameters, tied ones once, in the dtype of capture."""
         return sum(self.values[p.name].num_bytes for p in self.parameters)

@@ -113,12 +113,13 @@ def load_model(spec: str, *, task: Task | None = None, tokenizer_vocab: int | No
         path = path / "config.json"
     if path.suffix == ".json" and path.is_file():
         return _from_config_file(spec, path, task)
-    if ":" in spec and not path.exists():
+    place, _, name = spec.rpartition(":")
+    if place and name and not path.exists():
         return _from_factory(spec, task)
     raise ConfigError(
         f"model {spec!r} is not known: neither a built-in name ({', '.join(BUILT_IN)}), a folder with a config.json, "
         "such a file, nor module:factory",
-        hint="--model llama-tiny",
+        hint=f"--model {path}:factory" if path.suffix == ".py" else "--model llama-tiny",
     )
 
 
@@ -247,6 +248,17 @@ def _import(place: str, spec: str, what: str) -> ModuleType:
     except (ImportError, OSError) as error:
         raise ConfigError(
             f"the {what} {spec!r} cannot be imported: {error}", hint="path/to/file.py:name"
+        ) from error
+    except SyntaxError as error:
+        raise ConfigError(
+            f"the {what} {spec!r} is no Python: {error.msg}\n  at {error.filename}:{error.lineno}: {(error.text or '').strip()}",
+            hint=f"python {place}",
+        ) from error
+    except Exception as error:  # whatever the module's own lines raise
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        raise ConfigError(
+            f"the {what} {spec!r} raised {type(error).__name__} when it was imported: {error}\n  at {at.filename}:{at.lineno}: {at.line}",
+            hint=f"python -c 'import {place}'" if not place.endswith(".py") else f"python {place}",
         ) from error
 
 

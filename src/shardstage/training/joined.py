@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from rich.console import Console
+
 from shardstage.cluster import Cluster
 from shardstage.errors import ShardstageError
 from shardstage.runtime.environment import RankEnvironment, leave_world
@@ -15,6 +17,7 @@ from shardstage.training.job import TrainJob
 from shardstage.training.prepare import prepare
 from shardstage.training.rank import join_job, train_joined
 from shardstage.training.run_config import RunConfig
+from shardstage.training.table import print_plan
 
 __all__ = ["train_as_rank"]
 
@@ -45,5 +48,7 @@ def train_as_rank(
             raise job
         time.sleep(_LAST_WORDS_S)
         raise SystemExit(EXIT_REFUSED)
+    if environment.rank == 0:
+        print_plan(Console(highlight=False, emoji=False), job)
     train_joined(environment, job, device)
     leave_world()

@@ -14,7 +14,7 @@ from shardstage.errors import ConfigError, DataError
 from shardstage.graph import ModelGraph
 from shardstage.graph.fallback import capture_or_blocks
 from shardstage.graph.source import ModelSource
-from shardstage.plan import check, complete, load_plan, parse_request
+from shardstage.plan import Request, check, complete, load_plan, parse_request
 from shardstage.plan.plan import Plan, Precision
 from shardstage.planner import search
 from shardstage.program import lower, verify
@@ -69,7 +69,7 @@ def read_job(folder: Path) -> TrainJob:
 def choose_plan(config: RunConfig, graph: ModelGraph, *, num_ranks: int, cluster: Cluster | None) -> Plan:
     """The plan that the run names: searched, completed from a shorthand, or read from a file; always checked."""
     sequence = None if graph.sequence is None else config.data.sequence
-    if config.plan == "auto":
+    if config.plan == "auto" and not graph.is_of_modules:
         if cluster is None:
             raise ConfigError(
                 'plan = "auto" needs to know the machine', hint="shardstage probe --out cluster.toml"
@@ -86,7 +86,7 @@ def choose_plan(config: RunConfig, graph: ModelGraph, *, num_ranks: int, cluster
         plan = load_plan(config.plan)
     else:
         plan = complete(
-            parse_request(config.plan),
+            Request() if config.plan == "auto" else parse_request(config.plan),  # nothing could be compared
             graph,
             num_ranks=num_ranks,
             global_batch=config.global_batch,

@@ -21,14 +21,14 @@ __all__ = ["print_plan", "print_stopped", "print_summary"]
 
 
 def print_plan(console: Console, job: TrainJob) -> None:
-    """One line on the model and one on the plan, and what is odd about it."""
+    """One line on the model and one on the plan, and what is odd about them."""
     plan, config = job.plan, job.config
     console.print(
         f"[bold]model[/]  {config.model}: {format_count(job.graph.num_parameters)} parameters, {plan.precision}",
         soft_wrap=True,
     )
     console.print(f"[bold]plan[/]   {', '.join(_details(plan))}", soft_wrap=True)
-    for note in check(plan, job.graph):
+    for note in (*job.graph.notes, *check(plan, job.graph)):
         console.print(f"[yellow]note[/]   {note}", soft_wrap=True)
 
 

@@ -1,0 +1,49 @@
+"""``capturing``: while a model is captured, somebody who waits is told of what, and after a while why it takes so long."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Final
+
+from rich.console import Console
+
+__all__ = ["capturing"]
+
+PATIENCE_S: Final = 10.0
+"""Seconds without a word: most captures take less."""
+
+
+@contextmanager
+def capturing(
+    console: Console,
+    model: str,
+    *,
+    sequence: int,
+    is_kept: bool = False,
+    then: str = "",
+) -> Iterator[None]:
+    """Says so while entered: in a terminal by the status, elsewhere by one line on stderr once it takes longer than ``PATIENCE_S``.
+
+    ``is_kept`` says that the capture is cached, ``then`` what is done in the same go.
+    """
+    kept = ", cached afterwards" if is_kept else ""
+    why = f"a model that loops over its {sequence:,} tokens, op by op, takes minutes{kept}"
+    stderr = sys.stderr  # a capture puts another in its place
+    with console.status(f"capturing {model}{then}") as status:
+
+        def explain() -> None:
+            if console.is_terminal:
+                status.update(f"capturing {model}{then} ({why})")
+            else:
+                print(f"still capturing {model}{then}: {why}", file=stderr, flush=True)
+
+        timer = threading.Timer(PATIENCE_S, explain)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
