@@ -14,15 +14,14 @@ from hypothesis import strategies as st
 from shardstage.errors import ProgramError
 from shardstage.schedule import (
     SCHEDULES,
-    OptimalSchedule,
     StageBytes,
     StageTimes,
     check_schedule,
     make_schedule,
-    optimal,
     place_stages,
     run_schedule,
 )
+from shardstage.schedule.search import OptimalSchedule, optimal
 from shardstage.schedule.search.bound import least_makespan_s
 from shardstage.schedule.search.dispatch import Policy, dispatch
 from shardstage.schedule.search.exact import solve_exactly

@@ -11,7 +11,6 @@ from shardstage.cost.pipeline import halved
 from shardstage.graph import ModelGraph
 from shardstage.plan.plan import Plan
 from shardstage.schedule import Schedule, StageBytes
-from shardstage.schedule.search import optimal
 
 __all__ = ["any_cluster", "setup_of", "with_optimal_order"]
 
@@ -24,6 +23,8 @@ def with_optimal_order(plan: Plan, graph: ModelGraph, cluster: Cluster | None = 
     """
     if plan.mesh.pp == 1:
         return replace(plan, schedule="1f1b")
+    from shardstage.schedule.search import optimal  # seldom asked for, and long to load
+
     named = replace(plan, schedule="gpipe" if plan.stages_per_rank == 1 else "looped-bfs")
     machine = cluster or any_cluster(plan.mesh.world_size)
     boundaries = _boundaries(plan, graph)

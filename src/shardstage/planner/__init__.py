@@ -9,23 +9,27 @@ imports no torch.
     predict(graph, plan, cluster)               the price of any plan
     MixedSearcher(graph, cluster, …).best(…)    the best plan for several classes of devices (``planner.mixed``)
     cheapest_fit(graph, cluster, plan, limit_bytes=…)    what to change about one that needs too much memory
+
+What plans for several classes of devices loads on first use: a search over one class need not wait for it.
 """
+
+from __future__ import annotations
+
+from importlib import import_module
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Final
 
 from shardstage.planner.certificate import Certificate
 from shardstage.planner.fit import Fit, cheapest_fit
-from shardstage.planner.mixed import (
-    ClassShare,
-    MixedResult,
-    MixedSearcher,
-    class_peaks,
-    predict_mixed,
-)
-from shardstage.planner.mixed.verify import verify_mixed
 from shardstage.planner.modules import NamedModules, named_modules
 from shardstage.planner.predict import predict
 from shardstage.planner.search import Candidate, Searcher, SearchResult, search, usable_bytes
 from shardstage.planner.verify import Verification, verify_certificate
 from shardstage.planner.why import Alternative, Point, alternatives, front
+
+if TYPE_CHECKING:
+    from shardstage.planner.mixed import ClassShare, MixedResult, MixedSearcher, class_peaks, predict_mixed
+    from shardstage.planner.mixed.verify import verify_mixed
 
 __all__ = [
     "Alternative",
@@ -52,3 +56,20 @@ __all__ = [
     "verify_certificate",
     "verify_mixed",
 ]
+
+_MIXED: Final = MappingProxyType(
+    {
+        "ClassShare": "shardstage.planner.mixed",
+        "MixedResult": "shardstage.planner.mixed",
+        "MixedSearcher": "shardstage.planner.mixed",
+        "class_peaks": "shardstage.planner.mixed",
+        "predict_mixed": "shardstage.planner.mixed",
+        "verify_mixed": "shardstage.planner.mixed.verify",
+    }
+)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MIXED:
+        raise AttributeError(f"module 'shardstage.planner' has no attribute {name!r}")
+    return getattr(import_module(_MIXED[name]), name)

@@ -64,12 +64,44 @@ class Chain:
         self.both_s = [f + b for f, b in zip(self.forward_s, self.backward_s, strict=True)]
         self._shared = [(i, name) for i, unit in enumerate(units) for name in unit.shared]
         self._sharing = [i for i, _ in self._shared]
-        self._passing_of: dict[Recompute, list[int]] = {}
-        self._most: dict[tuple[Recompute, int], list[int]] = {}
+        self._passing_of: dict[Recompute, list[tuple[int, list[int]]]] = {}
         self._largest: dict[tuple[int, int], list[int]] = {}
-        self.layers = Layers(
-            range(len(units)) if layers is None else layers, self.saved, self.recompute_s, self.most_passing
-        )
+        self._layers_of_units = range(len(units)) if layers is None else layers
+        self.layers = Layers(self._layers_of_units, self.saved, self.recompute_s, self.most_passing)
+
+    @cached_property
+    def _following(self) -> list[list[int]]:
+        """[kind, unit]: the first unit of a kind from a unit on, or one beyond all."""
+        found = []
+        for kind in range(len(self.kinds)):
+            places = np.where(self._twins == kind, np.arange(self.num_units), self.num_units)
+            found.append(np.minimum.accumulate(places[::-1])[::-1].tolist())
+        return found
+
+    @cached_property
+    def _repeats(self) -> tuple[list[int], list[int]]:
+        """[unit]: where a run of equal units begins, each a layer by itself, and where it ends; any other unit is alone."""
+        layers, twins = self._layers_of_units, self._twins
+        around = zip((-1, *layers[:-1]), layers, (*layers[1:], -1), strict=True)
+        is_layer = [before != layer != after for before, layer, after in around]
+        begins, ends = [*range(self.num_units)], [*range(1, self.num_units + 1)]
+        repeats = [
+            unit
+            for unit in range(1, self.num_units)
+            if twins[unit] == twins[unit - 1] and is_layer[unit - 1] and is_layer[unit]
+        ]
+        for unit in repeats:
+            begins[unit] = begins[unit - 1]
+        for unit in reversed(repeats):
+            ends[unit - 1] = ends[unit]
+        return begins, ends
+
+    def first_alike(self, start: int, stop: int) -> tuple[int, int]:
+        """The first run of units that equals this one, and is followed by an equal unit."""
+        begins, ends = self._repeats
+        if stop >= ends[start]:
+            return start, stop
+        return begins[start], begins[start] + stop - start
 
     def _sums(self, of_kinds: Iterable[float]) -> list[float]:
         """What the units before each one add up to, and all."""
@@ -77,17 +109,13 @@ class Chain:
         sums: list[float] = [0.0, *each[self._twins].cumsum().tolist()]
         return sums
 
-    def _passing(self, mode: Recompute) -> list[int]:
-        if mode not in self._passing_of:
-            each = np.array([unit.kept[mode].extra_bytes + unit.transient_bytes for unit in self.kinds])
-            self._passing_of[mode] = each[self._twins].tolist()
-        return self._passing_of[mode]
-
     def most_passing(self, mode: Recompute, start: int, stop: int) -> int:
         """The most that a unit of a run brings back and works with."""
-        if (mode, start) not in self._most:
-            self._most[mode, start] = list(accumulate(self._passing(mode)[start:], max))
-        return self._most[mode, start][stop - start - 1]
+        if mode not in self._passing_of:
+            each = [unit.kept[mode].extra_bytes + unit.transient_bytes for unit in self.kinds]
+            largest = sorted(range(len(each)), key=each.__getitem__, reverse=True)
+            self._passing_of[mode] = [(each[kind], self._following[kind]) for kind in largest]
+        return next(most for most, following in self._passing_of[mode] if following[start] < stop)
 
     def largest_units(self, start: int, stop: int) -> list[int]:
         """Elements of the largest units of a run, as many as ZeRO-3 has gathered at once."""
@@ -163,7 +191,7 @@ class ChainCosts:
         self._in_flight = [setup.in_flight(stage) for stage in range(setup.mesh.pp)]
         self._state_bytes = state_bytes_of(chain, setup)
         self._asked = asked
-        self._known: dict[tuple[int, int, int], Fitted | None] = {}
+        self._known: dict[tuple[int, bool, int, int], Fitted | None] = {}
 
     @property
     def has_unlike_stages(self) -> bool:
@@ -202,7 +230,8 @@ class ChainCosts:
         return self._seconds(start, stop, again_s)
 
     def fitted(self, stage: int, start: int, stop: int) -> Fitted | None:
-        key = (stage, start, stop)
+        start, stop = self.chain.first_alike(start, stop)
+        key = (self._in_flight[stage], stage > 0, start, stop)
         if key not in self._known:
             least = self._least(stage, start, stop)
             self._known[key] = least and Fitted(self._seconds(start, stop, least.again_s), least.recompute)

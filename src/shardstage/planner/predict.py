@@ -9,7 +9,6 @@ from shardstage.graph import ModelGraph
 from shardstage.plan import Plan
 from shardstage.plan.order import setup_of
 from shardstage.plan.schedule import schedule_of
-from shardstage.planner.mixed import predict_mixed
 
 __all__ = ["predict"]
 
@@ -26,6 +25,8 @@ def predict(graph: ModelGraph, plan: Plan, cluster: Cluster) -> Prediction:
             hint=f"--cluster {cluster.name}:{plan.mesh.world_size}",
         )
     if cluster.is_mixed:
+        from shardstage.planner.mixed import predict_mixed  # seldom asked for, and long to load
+
         return predict_mixed(graph, plan, cluster)
     positions = {op.name: index for index, op in enumerate(graph.ops)}
     boundaries = tuple(positions[stage.first] for stage in plan.stages)

@@ -35,7 +35,7 @@ from shardstage.cost.units import Cases, UnitCosts
 from shardstage.graph import ModelGraph
 from shardstage.graph.cuts import good_positions
 from shardstage.graph.recompute import StageRecompute
-from shardstage.layout import Mesh
+from shardstage.layout import AXES, Mesh
 from shardstage.plan import Precision
 from shardstage.plan.plan import Plan
 from shardstage.planner.alike import Alike
@@ -101,6 +101,7 @@ class Pricing:
         self._cases: dict[Group, tuple[list[UnitCosts], int]] = {}
         self._links_of_units: dict[tuple[int, int, int, bool], Links] = {}
         self._known: dict[tuple[Choice, int, Savers], Priced | None] = {}
+        self._costs_of_stages: dict[tuple[Choice, int, Savers], ChainCosts] = {}
         self._reference = 1 if graph.is_scalable else graph.microbatch
         self.least_factor = (
             1.0 if cluster.calibration is None else min(cluster.calibration.factors.values(), default=1.0)
@@ -133,7 +134,7 @@ class Pricing:
         named = copy(self)
         key = _sharding_of(group)
         named._profilers = {**self._profilers, key: self.profiler(*key).naming(modules)}
-        named._chains, named._cases, named._known = {}, {}, {}
+        named._chains, named._cases, named._known, named._costs_of_stages = {}, {}, {}, {}
         return named
 
     def chain(self, group: Group) -> Chain:
@@ -252,17 +253,8 @@ class Pricing:
 
     def _cut(self, uncut: _Uncut, limit_bytes: int, below_s: float) -> StepSetup | None:
         """Stages and what they recompute, solved exactly."""
-        choice, chain, setup, links = uncut
-        is_summed = setup.num_microbatches > 1
-        element_s = moved_s(setup.accumulation_bytes, self.cluster.device) if is_summed else 0.0
-        costs = ChainCosts(
-            chain,
-            setup,
-            limit_bytes,
-            element_s / (setup.num_shards if setup.sharding_level >= 2 else 1),
-            None if setup.sharding_level < 2 else ShardingWaits(chain, setup, links),
-            self._asked,
-        )
+        choice, chain, setup, _ = uncut
+        costs = self._stage_costs(uncut, limit_bytes)
         counts_sum = setup.schedule in ("1f1b", "gpipe")
         room_s = self._room_s(uncut, below_s)
         if not _may_come_below(room_s, costs, setup, counts_sum=counts_sum):
@@ -274,6 +266,19 @@ class Pricing:
         if self._least_s(setup, times) >= below_s:
             raise TooSlow(choice)
         return _with_stages(setup, cut.starts, cut.recompute)
+
+    def _stage_costs(self, uncut: _Uncut, limit_bytes: int) -> ChainCosts:
+        """Of the choice's stages; kept where no link has a say in it, as the same mesh in another order asks for the same."""
+        choice, chain, setup, links = uncut
+        is_summed = setup.num_microbatches > 1
+        element_s = moved_s(setup.accumulation_bytes, self.cluster.device) if is_summed else 0.0
+        if setup.sharding_level >= 2:
+            waits = ShardingWaits(chain, setup, links)
+            return ChainCosts(chain, setup, limit_bytes, element_s / setup.num_shards, waits, self._asked)
+        key = (replace(choice, mesh=replace(choice.mesh, order=AXES)), limit_bytes, self.savers)
+        if key not in self._costs_of_stages:
+            self._costs_of_stages[key] = ChainCosts(chain, setup, limit_bytes, element_s, asked=self._asked)
+        return self._costs_of_stages[key]
 
     def _room_s(self, uncut: _Uncut, below_s: float) -> float:
         """Seconds that the pipeline may take, as ranks that share cores compute, where a step is to take less than ``below_s``."""

@@ -1,8 +1,8 @@
 """In which order a pipeline's ranks act on stages and microbatches.
 
 Owns the schedules as pure functions of sizes, the field's text notation of actions, what a schedule must hold, when its actions run on
-stages of given times, and the search for the best one. In go numbers and text, out come a row of actions per rank and seconds. It refuses
-to know what a stage computes, and where its seconds and bytes come from.
+stages of given times, and the search for the best one (``schedule.search``, which is loaded where it is asked for). In go numbers and text,
+out come a row of actions per rank and seconds. It refuses to know what a stage computes, and where its seconds and bytes come from.
 """
 
 from shardstage.schedule.action import Action, ActionKind, Schedule
@@ -23,7 +23,6 @@ from shardstage.schedule.looped_bfs import looped_bfs
 from shardstage.schedule.one_f_one_b import one_f_one_b
 from shardstage.schedule.places import Places, place_stages
 from shardstage.schedule.registry import SCHEDULES, ScheduleKind, make_schedule
-from shardstage.schedule.search import OptimalSchedule, optimal
 from shardstage.schedule.text import parse_schedule
 from shardstage.schedule.timing import ScheduleRun, StageBytes, StageTimes, run_schedule
 from shardstage.schedule.zb_h1 import zb_h1
@@ -33,7 +32,6 @@ __all__ = [
     "SCHEDULES",
     "Action",
     "ActionKind",
-    "OptimalSchedule",
     "Places",
     "Schedule",
     "ScheduleKind",
@@ -52,7 +50,6 @@ __all__ = [
     "looped_bfs",
     "make_schedule",
     "one_f_one_b",
-    "optimal",
     "parse_schedule",
     "place_stages",
     "run_schedule",
