@@ -94,6 +94,20 @@ def test_a_folder_that_is_no_run_is_refused(
     assert "is not the folder of a training run" in capsys.readouterr().err
 
 
+def test_proofs_and_short_runs_are_left_out(
+    runs: list[str], cluster: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """``runs/*`` names the folders of proofs, too: with one of them nothing was calibrated."""
+    proof = run_folder(tmp_path / "today-prove", plan="dp=2")
+    log_steps(proof)
+    assert run(["calibrate", str(proof), *runs, "--cluster", str(cluster)]) == 0
+    assert f"left out   the run in {proof} logged 0 steps" in capsys.readouterr().out
+    found = load(cluster).calibration
+    assert found is not None and found.num_runs == 3
+    assert run(["calibrate", str(proof), "--cluster", str(cluster)]) == 2
+    assert "error: the run in" in capsys.readouterr().err
+
+
 def test_runs_of_another_kind_of_device_are_refused(
     runs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -56,6 +56,8 @@ REFUSED = [
     ("train --out held --resume", "ended before its first checkpoint", "--out held-2"),
     ("train --out none --resume", "there is no run in none to resume", "leave out --resume"),
     ("train --resume", "nothing says which", "--resume --out runs/today"),
+    ("plan --cluster h100:0", "cluster 'h100' has no devices", "h100:8"),
+    ("plan --cluster h100:8 --plan dp=2,tp=2,pp=2,cp=2", "needs 16 ranks", '"dp=1,tp=2,pp=2,cp=2"'),
     ("plan --model models.py --cluster cpu:2", "model 'models.py' is not known", "--model models.py:factory"),
     ("plan --model :model --cluster cpu:2", "model ':model' is not known", "--model llama-tiny"),
     ("plan --model lama-tiny --cluster cpu:2", "model 'lama-tiny' is not known", "--model llama-tiny"),

@@ -85,7 +85,14 @@ def test_the_memory_that_a_rank_may_hold_is_that_of_its_device_at_most() -> None
     assert less.prediction.peak_bytes < peak
 
 
-@pytest.mark.parametrize("fix", ["tp=4", "pp=5,dp=2"])
-def test_what_cannot_be_is_said(fix: str) -> None:
-    with pytest.raises(PlanError, match="has what was fixed"):
+@pytest.mark.parametrize(
+    ("fix", "why"),
+    [
+        ("tp=7", "keeps to all that is fixed: tp; tp=7 needs 7 ranks, and there are 5"),
+        ("pp=5,dp=2", "dp=2 × pp=5 needs 10 ranks"),
+    ],
+)
+def test_what_cannot_be_is_said(fix: str, why: str) -> None:
+    with pytest.raises(PlanError, match=why) as caught:
         chosen_by(fix=fix)
+    assert "out of --fix" in str(caught.value.hint)

@@ -126,7 +126,7 @@ def test_numbers_are_written_as_people_write_them() -> None:
     ("old", "new", "message"),
     [
         ("num_devices = 16", "num_devices = 17", "cluster 'toy' joins at most 16 devices, not 17"),
-        ("num_devices = 16", "num_devices = 0", "joins at most 16 devices, not 0"),
+        ("num_devices = 16", "num_devices = 0", "cluster 'toy' has no devices"),
         ("num_devices = 16", "num_devices = 1.5", "cluster: num_devices must be a whole number, not 1.5"),
         ("version = 1", "version = 2", "cluster: version 2 of the format is unknown"),
         ('name = "toy"', "", "cluster: name is missing"),

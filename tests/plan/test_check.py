@@ -108,12 +108,23 @@ def notes(text: str, *, ranks: int = 4, batch: int = 16, cluster: str = "") -> s
     [
         ("pp=4,mb=8", "2 microbatches keep 4 stages busy 40 % of the time: mb=2 makes 8"),
         ("tp=4,zero=1", "zero=1 changes nothing with dp=1"),
+        ("dp=4,mb=64", "mb=64 is more than the 4 samples of a data-parallel rank"),
+        ("dp=4,schedule=zb-h1", "schedule=zb-h1 changes nothing with pp=1"),
         ("dp=4,sp", "sp changes nothing with tp=1"),
         ("dp=4,zero=3,mb=2", "zero=3 gathers parameters and reduces gradients 2 times a step"),
     ],
 )
 def test_what_is_allowed_but_hardly_meant_is_said(text: str, said: str) -> None:
     assert said in notes(text)
+
+
+def test_zero_over_ranks_that_share_sequences_is_no_mistake() -> None:
+    assert "zero" not in notes("cp=4,zero=1")
+
+
+def test_experts_are_dealt_out_where_there_are_some() -> None:
+    with pytest.raises(PlanError, match="ep=2 deals experts out to ranks, and this model has no layer"):
+        notes("dp=4,ep=2")
 
 
 def test_modules_of_any_stage_may_be_named() -> None:

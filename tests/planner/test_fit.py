@@ -61,6 +61,14 @@ def test_the_mesh_stays_where_it_can() -> None:
     assert not any("→" in change and change.split()[0] in ("dp", "tp", "pp") for change in fit.changes)
 
 
+def test_what_was_zero_is_said_so() -> None:
+    """It was "zero default → 1"."""
+    graph, plan = plan_of("dp=4,mb=4")
+    fit = cheapest_fit(graph, CLUSTER, plan, limit_bytes=int(0.8 * peak_of(graph, plan)))
+    assert fit is not None and fit.plan.zero
+    assert f"zero 0 → {fit.plan.zero}" in fit.changes
+
+
 def test_offloading_is_the_last_thing_to_be_proposed() -> None:
     _, plan = plan_of("dp=4,mb=4")
     tried = [(request.offload, "tp" in fixed) for request, fixed in attempts(plan)]

@@ -20,6 +20,7 @@ from shardstage.units import format_s
 
 if TYPE_CHECKING:  # what imports torch is imported when it is needed: help comes at once
     from shardstage.cost.calibrate import Observation
+    from shardstage.training.recorded import RecordedRun
 
 __all__ = ["calibrate"]
 
@@ -72,10 +73,10 @@ def calibrate(
     from shardstage.cli.machine import cluster_named
     from shardstage.cost.calibrate import calibrate as fit
     from shardstage.cost.calibrate import predicted_by_others
-    from shardstage.training.recorded import check_same_machine, observations_of, read_run
+    from shardstage.training.recorded import check_same_machine, observations_of
 
     console = Console(highlight=False, emoji=False)
-    recorded = [read_run(run) for run in runs]
+    recorded = [*_recorded(console, runs)]
     check_same_machine(recorded)
     with console.status("looking at the cluster"):
         machine = cluster_named(cluster, ranks=max(run.plan.mesh.world_size for run in recorded))
@@ -91,6 +92,22 @@ def calibrate(
     for note in _notes(found, seen):
         console.print(note, soft_wrap=True, markup=False)
     console.print(f"written to {path}: shardstage plan --cluster {path}", soft_wrap=True, markup=False)
+
+
+def _recorded(console: Console, runs: Sequence[Path]) -> Iterator[RecordedRun]:
+    """What can be read; short runs and proofs, which ``runs/*`` names too, are left out as long as there are others."""
+    from shardstage.training.recorded import TooShortError, read_run
+
+    num_read, refusal = 0, None
+    for run in runs:
+        try:
+            yield read_run(run)
+            num_read += 1
+        except TooShortError as error:
+            refusal = error
+            console.print(f"left out   {error.message}", soft_wrap=True, markup=False)
+    if refusal is not None and not num_read:
+        raise refusal
 
 
 def _factors(found: Calibration, seen: Sequence[Observation]) -> Table:

@@ -258,10 +258,14 @@ def _chosen_rows(plan: Plan, prediction: Prediction) -> Iterator[tuple[str, str]
         prediction.step_time_high_s,
     )
     yield "plan", shorthand(plan)
-    several = "" if plan.num_microbatches == 1 else "es"
+    several, samples = (
+        "" if plan.num_microbatches == 1 else "es",
+        "sample" if plan.global_batch == 1 else "samples",
+    )
+    each = min(plan.microbatch, max(plan.shares))
     yield (
         "batch",
-        f"{plan.global_batch} samples in {plan.num_microbatches} microbatch{several} of {plan.microbatch} a data-parallel rank",
+        f"{plan.global_batch} {samples} in {plan.num_microbatches} microbatch{several} of {each} a data-parallel rank",
     )
     yield "step time", f"{format_s(expected)}   low {format_s(low)}, high {format_s(high)}"
     rate = f"{prediction.samples_per_s if plan.sequence is None else prediction.tokens_per_s:,.0f}"

@@ -84,7 +84,8 @@ def _timelines(folder: RunFolder) -> Iterator[Timeline]:
         )
     if folder.predicted_timeline not in found:
         typer.echo(
-            "nothing to compare with: the machine was not known when the run ended (shardstage probe measures it)",
+            "nothing to compare with: the machine was not known when the run ended (--plan auto has a look at it, or name one in the "
+            'run file: cluster = "machine.toml", which shardstage probe writes)',
             err=True,
         )
     yield from map(load_timeline, found)
@@ -99,7 +100,7 @@ def _about(folder: RunFolder) -> About:
     facts = [
         ("model", config.model),
         ("plan", shorthand(plan, default_precision="float32")),
-        ("batch", f"{plan.global_batch} samples, {plan.num_microbatches} microbatches a data-parallel rank"),
+        ("batch", f"{plan.global_batch} samples, {_microbatches(plan)} a data-parallel rank"),
         ("precision", plan.precision),
         *_losses(folder),
         ("run", str(folder.path)),
@@ -111,6 +112,10 @@ def _about(folder: RunFolder) -> About:
         tokens=tokens,
         ranks=tuple(_notes(plan)),
     )
+
+
+def _microbatches(plan: Plan) -> str:
+    return f"{plan.num_microbatches} microbatch{'' if plan.num_microbatches == 1 else 'es'}"
 
 
 def _notes(plan: Plan) -> Iterator[RankNote]:

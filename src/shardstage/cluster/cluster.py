@@ -73,7 +73,9 @@ class Cluster:
             raise ClusterError(f"cluster {self.name!r} has no link level", hint='[[level]]\nname = "node"')
         if self.joined:
             self._check_joined()
-        elif not 1 <= self.num_devices <= self.capacity:
+        elif self.num_devices < 1:
+            raise ClusterError(f"cluster {self.name!r} has no devices", hint=f"{self.name}:8")
+        elif self.num_devices > self.capacity:
             raise ClusterError(
                 f"cluster {self.name!r} joins at most {self.capacity} devices, not {self.num_devices}",
                 hint=f"{self.name}:{self.capacity}, or raise `size` of the level {self.levels[-1].name!r}",

@@ -9,6 +9,7 @@ from typing import Final
 
 from shardstage.cluster import Cluster
 from shardstage.cost import fold
+from shardstage.cost.kernels import is_expert
 from shardstage.cost.memory import MOMENTS
 from shardstage.cost.offload import has_host_room
 from shardstage.errors import PlanError
@@ -90,12 +91,12 @@ def _check_model(plan: Plan, graph: ModelGraph) -> None:
 
 def _check_ranks(plan: Plan, num_ranks: int | None, cluster: Cluster | None) -> None:
     mesh = plan.mesh
-    axes = f"dp={mesh.dp} × tp={mesh.tp} × pp={mesh.pp}"
+    axes = f"dp={mesh.dp} × tp={mesh.tp} × pp={mesh.pp}" + (f" × cp={mesh.cp}" if mesh.cp > 1 else "")
     if num_ranks is not None and mesh.world_size != num_ranks:
-        model_ranks = mesh.tp * mesh.pp
+        model_ranks, cp = mesh.tp * mesh.pp * mesh.cp, f",cp={mesh.cp}" if mesh.cp > 1 else ""
         raise PlanError(
             f"the plan is for {mesh.world_size} ranks ({axes}), and there are {num_ranks}",
-            hint=f'--plan "dp={num_ranks // model_ranks},tp={mesh.tp},pp={mesh.pp}"'
+            hint=f'--plan "dp={num_ranks // model_ranks},tp={mesh.tp},pp={mesh.pp}{cp}"'
             if num_ranks % model_ranks == 0
             else f"--ranks {mesh.world_size}",
         )
@@ -231,6 +232,11 @@ def _check_gradients(plan: Plan) -> None:
 def _check_experts(plan: Plan, graph: ModelGraph, cluster: Cluster | None) -> None:
     """Experts that tensor-parallel ranks leave whole, and deal out among neighbours."""
     mesh = plan.mesh
+    if plan.ep > 1 and not any(map(is_expert, graph.ops)):
+        raise PlanError(
+            f"ep={plan.ep} deals experts out to ranks, and this model has no layer of experts whose tokens can be dealt out",
+            hint=f"leave out ep={plan.ep}",
+        )
     if plan.etp is None:
         return
     if mesh.tp == 1:
@@ -316,9 +322,22 @@ def _note_modules(plan: Plan, graph: ModelGraph, _cluster: Cluster | None) -> st
 
 
 def _note_zero(plan: Plan, _graph: ModelGraph, _cluster: Cluster | None) -> str:
-    if plan.zero and plan.mesh.dp == 1:
+    if plan.zero and plan.mesh.num_replicas == 1:
         return f"zero={plan.zero} changes nothing with dp=1: it shards over data-parallel ranks"
     return ""
+
+
+def _note_microbatch(plan: Plan, _graph: ModelGraph, _cluster: Cluster | None) -> str:
+    most = max(plan.shares)
+    if plan.microbatch <= most:
+        return ""
+    return f"mb={plan.microbatch} is more than the {most} samples of a data-parallel rank: one microbatch has them all"
+
+
+def _note_schedule(plan: Plan, _graph: ModelGraph, _cluster: Cluster | None) -> str:
+    if plan.mesh.pp > 1 or plan.schedule == "1f1b":
+        return ""
+    return f"schedule={plan.schedule} changes nothing with pp=1"
 
 
 def _note_zero_pipeline(plan: Plan, _graph: ModelGraph, _cluster: Cluster | None) -> str:
@@ -378,6 +397,8 @@ def _note_bucket(plan: Plan, _graph: ModelGraph, _cluster: Cluster | None) -> st
 
 _NOTES: Final[tuple[Callable[[Plan, ModelGraph, Cluster | None], str], ...]] = (
     _note_bubble,
+    _note_microbatch,
+    _note_schedule,
     _note_recompute,
     _note_modules,
     _note_zero,

@@ -216,12 +216,13 @@ def _mesh(request: Request, num_ranks: int) -> Mesh:
     if mesh.world_size == num_ranks and dp >= 1:
         return mesh
     product = f"tp={request.tp} × pp={request.pp}" + (f" × cp={request.cp}" if request.cp > 1 else "")
+    cp = f",cp={request.cp}" if request.cp > 1 else ""
     product = product if request.dp is None else f"dp={request.dp} × {product}"
     needed = model_ranks * (request.dp or 1)
     fits = num_ranks % model_ranks == 0 and num_ranks >= model_ranks
     raise PlanError(
         f"{product} needs {'a multiple of ' if request.dp is None else ''}{needed} ranks, and there are {num_ranks}",
-        hint=f'--plan "dp={num_ranks // model_ranks},tp={request.tp},pp={request.pp}"'
+        hint=f'--plan "dp={num_ranks // model_ranks},tp={request.tp},pp={request.pp}{cp}"'
         if fits
         else f"--ranks {needed}",
     )

@@ -117,4 +117,6 @@ def _changes(before: Plan, after: Plan) -> Iterator[str]:
 
 
 def _told(value: object) -> str:
-    return "/".join(map(str, value)) or "default" if isinstance(value, tuple) else str(value or "default")
+    if isinstance(value, tuple):
+        return "/".join(map(str, value)) or "default"
+    return "default" if value is None else str(value)

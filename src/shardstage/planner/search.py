@@ -29,7 +29,7 @@ from shardstage.cost.readings import Readings
 from shardstage.errors import PlanError
 from shardstage.graph import ModelGraph
 from shardstage.layout import balanced_sizes
-from shardstage.plan import Plan, Precision, Request, decision_named, shorthand
+from shardstage.plan import Plan, Precision, Request, shorthand
 from shardstage.plan.complete import ranges
 from shardstage.plan.modules import require_modules
 from shardstage.planner.bounds import Bounds, bounded
@@ -40,6 +40,7 @@ from shardstage.planner.lattice import Lattice
 from shardstage.planner.pricing import Priced, Pricing, TooSlow
 from shardstage.planner.space import Choice, Savers, Space, declared_space, ladder
 from shardstage.planner.terms import BoundSettings
+from shardstage.planner.unmet import unmet
 from shardstage.units import dtype_bytes, format_bytes
 
 __all__ = ["Candidate", "SearchResult", "Searcher", "as_plan", "pareto", "search", "usable_bytes"]
@@ -430,13 +431,9 @@ class Searcher:
             )
         spaces = {name: self._declared(fixed=self._fixed - {name}) for name in sorted(self._fixed)}
         costs, num_units = self.pricing.costs, self.pricing.num_units
-        opening = [name for name, space in spaces.items() if Lattice(space, costs, num_units).groups]
-        asked = ", ".join(map(decision_named, spaces))
-        left_out = " or ".join(map(decision_named, opening)) if opening else f"more than one of {asked}"
-        return PlanError(
-            f"no plan for a batch of {batch} samples on {num_ranks} ranks keeps to all that is fixed: {asked}",
-            hint=f"leave {left_out} out of --fix",
-        )
+        opening = tuple(name for name, space in spaces.items() if Lattice(space, costs, num_units).groups)
+        who = f"a batch of {batch} samples on {num_ranks} ranks"
+        return unmet(who, self.space, self._fixed, num_units, opening=opening)
 
 
 def as_plan(graph: ModelGraph, priced: Priced, precision: Precision, *, is_compiled: bool = False) -> Plan:

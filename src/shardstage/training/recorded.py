@@ -21,7 +21,11 @@ from shardstage.training.job import source_of
 from shardstage.training.rank import WARM_UP_STEPS
 from shardstage.training.run_config import RunConfig, load_run_config
 
-__all__ = ["RecordedRun", "check_same_machine", "observations_of", "read_run"]
+__all__ = ["RecordedRun", "TooShortError", "check_same_machine", "observations_of", "read_run"]
+
+
+class TooShortError(ConfigError):
+    """A run, or a proof, without a step after the warm-up."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +42,7 @@ class RecordedRun:
 
 
 def read_run(path: Path) -> RecordedRun:
-    """Reads a run folder. Raises ConfigError where it is none, or where it has no step after the warm-up."""
+    """Reads a run folder. Raises ConfigError where it is none, TooShortError where it has no step after the warm-up."""
     folder = RunFolder(path=path)
     if not (folder.config.exists() and folder.plan.exists()):
         raise ConfigError(
@@ -47,7 +51,7 @@ def read_run(path: Path) -> RecordedRun:
         )
     steps_s = [float(line["step_time_s"]) for line in folder.log_lines() if "step_time_s" in line]
     if len(steps_s) <= WARM_UP_STEPS:
-        raise ConfigError(
+        raise TooShortError(
             f"the run in {path} logged {len(steps_s)} steps, and the first {WARM_UP_STEPS} are warm-up",
             hint=f"leave it out, or: shardstage train --run {folder.config} --steps {10 * WARM_UP_STEPS} --out {path}-longer",
         )

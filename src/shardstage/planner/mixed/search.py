@@ -33,6 +33,7 @@ from shardstage.planner.mixed.figures import MixedFigures
 from shardstage.planner.mixed.pricing import MixedPriced, MixedPricing, TooLong
 from shardstage.planner.mixed.space import Arrangement, MixedChoice, MixedSpace, Sharding
 from shardstage.planner.space import Savers, declared_space, ladder
+from shardstage.planner.unmet import unmet
 from shardstage.units import format_bytes
 
 __all__ = ["ClassShare", "MixedResult", "MixedSearcher"]
@@ -135,6 +136,7 @@ class MixedSearcher:
             is_scalable=graph.is_scalable,
         )
         has_host = all(host_of(part.device) is not None for part in cluster.parts)
+        self._fixed = fixed
         self._ladder = ladder(precision, request, fixed, has_host=has_host)
         self._figures: dict[Sharding, MixedFigures] = {}
         self._arrangements: dict[Sharding, list[Arrangement]] = {}
@@ -154,11 +156,15 @@ class MixedSearcher:
             if found.best is not None:
                 return self._result(found, found.best, limits, without)
             without += found.counts.enumerated
+        if not without and self._fixed:
+            raise unmet(self.cluster.name, self.space.declared, self._fixed, self.space.num_units)
         raise PlanError(
             f"none of {without:,} plans for {self.cluster.name} fits into {' and '.join(format_bytes(b) for b in limits)} a rank"
             if without
-            else f"no plan for {self.cluster.name} has what was fixed",
-            hint="--max-memory with more, a larger cluster, or fewer --fix",
+            else f"a batch of {self.space.declared.global_batch} samples cannot be shared by {self.cluster.name} in any way",
+            hint="--max-memory with more, a larger cluster, or fewer --fix"
+            if without
+            else "--batch with more",
         )
 
     def figures(self, sharding: Sharding) -> MixedFigures:
