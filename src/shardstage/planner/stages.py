@@ -213,7 +213,10 @@ def _with_least_sum(
     found: Cut,
     unavoidable_s: float,
 ) -> Cut:
-    """The best of all caps: a larger one may let stages recompute less."""
+    """The best of all caps: a larger one may let stages recompute less.
+
+    Of equal cuts it is one whose first stages, which hold most microbatches, have fewer units: ``found`` fills those first.
+    """
     most = (found.pipeline_s(num_microbatches) - unavoidable_s) / max(1, num_microbatches - 1)
     table = _table(costs, num_stages, most if num_microbatches > 1 else math.inf)
     best, best_s = found, found.pipeline_s(num_microbatches)
@@ -222,7 +225,7 @@ def _with_least_sum(
         if (num_microbatches - 1) * cap + unavoidable_s >= best_s:
             break
         cut = _least_sum(table, costs.num_units, cap)
-        if cut is not None and cut.pipeline_s(num_microbatches) < best_s:
+        if cut is not None and cut.pipeline_s(num_microbatches) <= best_s:
             best, best_s = cut, cut.pipeline_s(num_microbatches)
     return best
 
