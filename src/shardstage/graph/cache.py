@@ -17,6 +17,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -94,26 +95,28 @@ def cache_folder() -> Path | None:
 
 def is_cacheable(spec: str) -> bool:
     """Whether a capture of the model of that name is kept."""
-    return cache_folder() is not None and capture_key(spec, sequence=1, dtype="") is not None
+    return cache_folder() is not None and _content(spec) is not None
 
 
 def capture_key(spec: str, *, sequence: int, dtype: str) -> str | None:
     """Names the capture by all that it depends on; None where that cannot be known."""
-    path = Path(spec).expanduser()
-    path = path / "config.json" if path.is_dir() else path
-    if path.is_file():
-        content = path.read_bytes()
-    elif ":" in spec or "/" in spec:
+    content = _content(spec)
+    if content is None:
         return None
-    else:
-        content = b""
     digest = hashlib.blake2b(digest_size=16)
-    code = code_digest(Path(__file__).parent)
-    facts = [spec, sequence, dtype, _version("torch"), _version("transformers"), code]
-    for part in (json.dumps(facts).encode(), content):
+    for part in (json.dumps([spec, sequence, dtype, *_versions()]).encode(), content):
         digest.update(part)
         digest.update(b"\0")
     return digest.hexdigest()
+
+
+def _content(spec: str) -> bytes | None:
+    """The bytes of a model's config, none of a built-in name's; None for code, of which nobody knows what else it reads."""
+    path = Path(spec).expanduser()
+    path = path / "config.json" if path.is_dir() else path
+    if path.is_file():
+        return path.read_bytes()
+    return None if ":" in spec or "/" in spec else b""
 
 
 def readings_path(spec: str, *, sequence: int, dtype: str) -> Path | None:
@@ -166,6 +169,12 @@ def write_whole(path: Path, text: str) -> None:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+@lru_cache(maxsize=1)
+def _versions() -> tuple[str, str, str]:
+    """Of torch, of transformers and of this package's own code that captures."""
+    return _version("torch"), _version("transformers"), code_digest(Path(__file__).parent)
 
 
 def _version(package: str) -> str:
