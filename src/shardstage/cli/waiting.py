@@ -29,8 +29,8 @@ def capturing(
 
     ``is_kept`` says that the capture is cached, ``then`` what is done in the same go.
     """
-    kept = ", cached afterwards" if is_kept else ""
-    why = f"a model that loops over its {sequence:,} tokens, op by op, takes minutes{kept}"
+    kept = "; cached afterwards" if is_kept else ""
+    why = f"minutes where a model loops over its {sequence:,} tokens op by op, seconds else{kept}"
     stderr = sys.stderr  # a capture puts another in its place
     with console.status(f"capturing {model}{then}") as status:
 
