@@ -34,6 +34,21 @@ def test_the_help_of_a_verb_fits_80_columns_and_shows_examples(
     assert re.search(rf"^ +(Example +)?shardstage {verb} --", shown, re.MULTILINE)
 
 
+@pytest.mark.parametrize("verb", (*VERBS, "report"))
+def test_an_example_stands_on_one_line_so_that_it_can_be_pasted(
+    verb: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    examples = re.findall(
+        r"^ +(?:\[bold\]Example\[/\] +)?((?:shardstage|torchrun) .+)$",
+        (SOURCE / "shardstage" / "cli" / f"{verb}.py").read_text(encoding="utf-8").partition("-> ")[2],
+        re.MULTILINE,
+    )
+    shown = help_of(verb, capsys, monkeypatch).splitlines()
+    assert examples
+    for example in examples:
+        assert any(line.strip().endswith(example) for line in shown), example
+
+
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_verb_has_at_most_12_options_and_says_what_each_is_for(
     verb: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from shardstage import __version__
+from shardstage.cli.wrapping import say
 from shardstage.errors import ParityError, RankFailedError, ShardstageError
 
 __all__ = ["run"]
@@ -95,6 +96,6 @@ def _run_verb(arguments: Sequence[str] | None) -> int:
 
 def _show(error: ShardstageError) -> None:
     console = Console(stderr=True, highlight=False, emoji=False)
-    console.print(f"[bold red]error:[/] {escape(error.message)}", soft_wrap=True)
+    say(console, f"[bold red]error:[/] {escape(error.message)}")
     if error.hint is not None:
         console.print(f"[bold]hint:[/] {escape(error.hint)}", soft_wrap=True)

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
+from shardstage.cli.wrapping import say
 from shardstage.cluster import CAUSES, Calibration, save
 from shardstage.cluster.calibration import TENTH_PERCENTILE
 from shardstage.errors import ConfigError
@@ -90,7 +92,7 @@ def calibrate(
     path = out or _file_of(cluster)
     save(replace(machine, calibration=found), path)
     for note in _notes(found, seen):
-        console.print(note, soft_wrap=True, markup=False)
+        say(console, escape(note))
     console.print(f"written to {path}: shardstage plan --cluster {path}", soft_wrap=True, markup=False)
 
 
@@ -105,7 +107,7 @@ def _recorded(console: Console, runs: Sequence[Path]) -> Iterator[RecordedRun]:
             num_read += 1
         except TooShortError as error:
             refusal = error
-            console.print(f"left out   {error.message}", soft_wrap=True, markup=False)
+            say(console, escape(f"left out   {error.message}"))
     if refusal is not None and not num_read:
         raise refusal
 

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from shardstage.cli.choosing import Chosen, KnownModel, Question, choose_plan, chosen_mixed
+from shardstage.cli.wrapping import PlanText, say
 from shardstage.errors import PlanError
 from shardstage.plan import plan_to_toml, shorthand
 from shardstage.units import format_bytes, format_ratio, format_s
@@ -195,14 +196,14 @@ def print_comparison(console: Console, chosen: Chosen, comparison: Comparison, m
 
 
 def _print_proof(console: Console, proof: Certificate) -> None:
-    console.print(
+    say(
+        console,
         f"proof      best of {proof.enumerated:,} plans, gap {format_ratio(proof.gap)}: {proof.priced:,} priced, "
         f"{proof.by_bound:,} too slow and {proof.by_memory + proof.unfit:,} too large by their bounds, "
         f"{proof.by_rule:,} no better by rule",
-        soft_wrap=True,
     )
     if proof.needs:
-        console.print(f"needed     {proof.necessity()}", soft_wrap=True)
+        say(console, f"needed     {proof.necessity()}")
 
 
 def _what_if(named: NamedModules) -> str:
@@ -219,12 +220,10 @@ def _print_mixed(console: Console, found: MixedResult) -> None:
             f"{share.num_layers} of {of} layers" if by_layers else f"{share.num_samples:,} of {of:,} samples"
         )
         held = f"{format_bytes(share.peak_bytes)} of {format_bytes(share.limit_bytes)}"
-        console.print(f"share      {share.num_used:,} × {share.name}: {takes}, {held}", soft_wrap=True)
+        say(console, f"share      {share.num_used:,} × {share.name}: {takes}, {held}")
     idle = [f"{s.num_devices - s.num_used:,} × {s.name}" for s in found.shares if s.num_used < s.num_devices]
     if idle:
-        console.print(
-            f"idle       {', '.join(idle)}: ranks are those of --cluster {found.cluster.name}", soft_wrap=True
-        )
+        say(console, f"idle       {', '.join(idle)}: ranks are those of --cluster {found.cluster.name}")
     _print_proof(console, found.certificate)
     rows = [(text, prediction, "") for text, prediction in found.runners_up]
     _print_table(console, "runners-up", "plan", rows, found.prediction)
@@ -249,7 +248,7 @@ def _print_table(
         peak = "" if prediction is None else format_bytes(prediction.peak_bytes)
         if not reason and prediction is not None:
             reason = format_ratio(prediction.step_time_s / best.step_time_s - 1)
-        table.add_row(text, time, peak, reason)
+        table.add_row(PlanText(text) if what == "plan" else text, time, peak, reason)
     console.print(table)
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from shardstage.cli import options
@@ -30,6 +31,7 @@ from shardstage.cli.fixing import parse_fixed
 from shardstage.cli.outputs import require_endings, write_text
 from shardstage.cli.short_list import Simulated, fastest, print_short_list, short_list, short_list_table
 from shardstage.cli.waiting import capturing
+from shardstage.cli.wrapping import PlanText, say
 from shardstage.errors import PlanError
 from shardstage.graph.cache import is_cacheable
 from shardstage.plan import Plan, check, explain, save_plan, shorthand
@@ -88,9 +90,9 @@ def plan(
 
       shardstage plan --model llama-tiny --cluster local --ranks 4
 
-      shardstage plan --model config.json --cluster h100:512 --batch 1024 --seq 8192 --out plan.toml
+      shardstage plan --model config.json --cluster h100:512 --batch 1024
 
-      shardstage plan --model gpt2-tiny --cluster a100-80:8 --plan "tp=2,pp=2" --explain
+      shardstage plan --cluster h100:8 --plan "tp=2,pp=2" --explain
     """
     gc.set_threshold(COLLECTED_OBJECTS)
     require_endings(out or (), ENDINGS)
@@ -208,7 +210,7 @@ class _Answer:
         print_comparison(console, self.chosen, self.comparison, self.machine)
         print_short_list(console, self.simulated)
         for note in self.notes:
-            console.print(f"[yellow]note[/]  {note}", soft_wrap=True)
+            say(console, f"[yellow]note[/]  {escape(note)}")
 
     def _write(self, console: Console, path: Path) -> None:
         """The page, where the path ends so; else the plan."""
@@ -247,7 +249,7 @@ def _chosen_table(plan: Plan, prediction: Prediction) -> Table:
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     for name, text in _chosen_rows(plan, prediction):
-        table.add_row(name, text)
+        table.add_row(name, PlanText(text) if name == "plan" else text)
     return table
 
 

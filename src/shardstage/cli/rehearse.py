@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from shardstage.cli import options
 from shardstage.cli.choosing import Question, capture_model, choose_plan, headline, load_source, precision_of
 from shardstage.cli.outputs import require_endings, write_text
 from shardstage.cli.waiting import capturing
+from shardstage.cli.wrapping import say
 from shardstage.errors import ConfigError
 from shardstage.plan import Plan, check, load_plan, parse_request, shorthand
 from shardstage.units import format_bytes, format_ratio, format_s
@@ -86,9 +88,9 @@ def rehearse(
 
     [bold]Examples[/]
 
-      shardstage rehearse --model config.json --cluster h100:512 --plan "tp=8,pp=8,dp=8,recompute=full"
+      shardstage rehearse --model config.json --cluster h100:512 --plan "tp=8"
 
-      shardstage rehearse --plan "dp=2,pp=2,schedule=zb-h1" --cluster a100-80:4 --text --what-if "bandwidth=0.5"
+      shardstage rehearse --plan "pp=4" --cluster h100:4 --what-if "slow=3:1.5"
 
       shardstage rehearse --program edited.txt
     """
@@ -135,7 +137,7 @@ def _findings(
     console.print(headline(model, graph, machine, num_ranks))
     console.print("\n".join(_planned(chosen)), soft_wrap=True)
     for note in notes:
-        console.print(f"[yellow]note[/]  {note}", soft_wrap=True)
+        say(console, f"[yellow]note[/]  {escape(note)}")
     with console.status("rehearsing") as status:
         found = try_out(
             graph,

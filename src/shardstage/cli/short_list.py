@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from shardstage.cli.choosing import Chosen
+from shardstage.cli.wrapping import PlanText
 from shardstage.errors import PlanError
 from shardstage.plan import Plan, shorthand
 from shardstage.plan.check import require_runnable
@@ -122,7 +123,7 @@ def print_short_list(console: Console, found: Sequence[Simulated]) -> None:
         if each.simulated_s is not None:
             simulated = format_s(each.simulated_s)
             apart = format_ratio(each.simulated_s / each.formula_s - 1)
-        table.add_row(each.text, format_s(each.formula_s), simulated, apart)
+        table.add_row(PlanText(each.text), format_s(each.formula_s), simulated, apart)
     console.print(table)
     chosen = _fastest_of(found)
     if chosen is not found[0]:
