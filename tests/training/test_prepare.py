@@ -72,6 +72,19 @@ def test_a_plan_comes_from_a_search_a_shorthand_or_a_file(config: RunConfig, tmp
     assert {low.graph.values[p.name].dtype for p in low.graph.parameters} == {"bfloat16"}
 
 
+def test_a_plan_file_for_other_samples_is_refused_before_a_rank_starts(
+    config: RunConfig, tmp_path: Path
+) -> None:
+    """A longer sample failed on the ranks, and another batch was silently the plan's."""
+    save_plan(prepared(config, tmp_path / "run").plan, tmp_path / "plan.toml")
+    filed = replace(config, plan=str(tmp_path / "plan.toml"))
+    new = tmp_path / "new"
+    said = refusal(filed, new, PlanError, global_batch=8)
+    assert "is for 4 samples of 16 tokens a step, and the run has 8 samples of 16 tokens" in said
+    assert "hint: --batch 4 --seq 16" in said
+    assert "the run has 4 samples of 32 tokens" in refusal(filed, new, PlanError, **{"data.sequence": 32})
+
+
 def test_a_model_of_whole_modules_is_not_searched_but_shared_by_data(
     config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -219,8 +219,15 @@ class _Answer:
             write_text(path, page)
             said = f"page written to {path}"
         else:
-            save_plan(self.chosen.plan, path)
-            said = f"written to {path}: shardstage train --model {self.model} --plan {path}"
+            plan = self.chosen.plan
+            save_plan(plan, path)
+            samples = f"--batch {plan.global_batch}" + (
+                "" if plan.sequence is None else f" --seq {plan.sequence}"
+            )
+            said = (
+                f"written to {path}: shardstage train --model {self.model} --plan {path} "
+                f"--ranks {plan.mesh.world_size} {samples}"
+            )
         console.print(said, soft_wrap=True)
 
 

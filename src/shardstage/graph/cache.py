@@ -73,7 +73,10 @@ def cached(
     except FileNotFoundError:
         pass
     except (OSError, UnicodeDecodeError, CaptureError) as error:
-        notes.append(f"the cached capture {path} cannot be read, and is made again: {error}")
+        reason = (
+            error.message if isinstance(error, CaptureError) else error
+        )  # the note says what is done, no hint
+        notes.append(f"the cached capture {path} cannot be read, and is made again: {reason}")
     captured = capture()
     try:
         write_whole(path, to_text(captured))
