@@ -37,7 +37,7 @@ from __future__ import annotations
 from shardstage.cluster.calibration import CAUSES, UNCALIBRATED, Calibration
 from shardstage.cluster.cluster import Cluster, Part
 from shardstage.cluster.device import DeviceClass, GemmCurve
-from shardstage.cluster.files import join, load, preset_names, save
+from shardstage.cluster.files import join, load, more_devices, preset_names, save
 from shardstage.cluster.host import HostShare
 from shardstage.cluster.links import CollectiveCurve, CollectiveKind, LinearCost, LinkLevel
 
@@ -56,6 +56,7 @@ __all__ = [
     "Part",
     "join",
     "load",
+    "more_devices",
     "preset_names",
     "save",
 ]

@@ -14,7 +14,7 @@ from shardstage.cluster.cluster import Cluster
 from shardstage.cluster.trees import joint_network
 from shardstage.errors import ClusterError
 
-__all__ = ["join", "load", "preset_names", "save"]
+__all__ = ["join", "load", "more_devices", "preset_names", "save"]
 
 
 def load(spec: str | os.PathLike[str]) -> Cluster:
@@ -64,6 +64,13 @@ def save(cluster: Cluster, path: str | os.PathLike[str]) -> None:
         raise ClusterError(
             f"cannot write the cluster file {path}: {error.strerror}", hint="choose another path"
         ) from error
+
+
+def more_devices(cluster: Cluster, num_devices: int) -> str:
+    """What to type for a cluster like this one with so many devices; a machine that was measured is measured again."""
+    if not cluster.name.endswith("-measured") or num_devices <= cluster.capacity:
+        return f"--cluster {cluster.name}:{num_devices}"
+    return f"shardstage probe --ranks {num_devices} --out cluster.toml, then --cluster cluster.toml"
 
 
 def preset_names() -> tuple[str, ...]:

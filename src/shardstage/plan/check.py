@@ -7,7 +7,7 @@ from dataclasses import replace
 from math import gcd
 from typing import Final
 
-from shardstage.cluster import Cluster
+from shardstage.cluster import Cluster, more_devices
 from shardstage.cost import fold
 from shardstage.cost.kernels import is_expert
 from shardstage.cost.memory import MOMENTS
@@ -103,7 +103,7 @@ def _check_ranks(plan: Plan, num_ranks: int | None, cluster: Cluster | None) -> 
     if cluster is not None and mesh.world_size > cluster.num_devices:
         raise PlanError(
             f"the plan is for {mesh.world_size} ranks ({axes}), and cluster {cluster.name!r} has {cluster.num_devices} devices",
-            hint=f"--cluster {cluster.name}:{mesh.world_size}",
+            hint=more_devices(cluster, mesh.world_size),
         )
 
 

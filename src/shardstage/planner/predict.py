@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from shardstage.cluster import Cluster
+from shardstage.cluster import Cluster, more_devices
 from shardstage.cost import Links, Prediction, Profiler, fold, predict_step
 from shardstage.errors import PlanError
 from shardstage.graph import ModelGraph
@@ -22,7 +22,7 @@ def predict(graph: ModelGraph, plan: Plan, cluster: Cluster) -> Prediction:
     if plan.mesh.world_size > cluster.num_devices:
         raise PlanError(
             f"the plan is for {plan.mesh.world_size} ranks, and cluster {cluster.name!r} has {cluster.num_devices} devices",
-            hint=f"--cluster {cluster.name}:{plan.mesh.world_size}",
+            hint=more_devices(cluster, plan.mesh.world_size),
         )
     if cluster.is_mixed:
         from shardstage.planner.mixed import predict_mixed  # seldom asked for, and long to load

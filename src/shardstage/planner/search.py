@@ -22,7 +22,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from shardstage.cluster import Cluster, preset_names
+from shardstage.cluster import Cluster, more_devices, preset_names
 from shardstage.cost import Prediction
 from shardstage.cost.offload import host_of
 from shardstage.cost.readings import Readings
@@ -480,7 +480,7 @@ def _check_size(cluster: Cluster, num_ranks: int) -> None:
     if num_ranks > cluster.num_devices:
         raise PlanError(
             f"{num_ranks} ranks need as many devices, and cluster {cluster.name!r} has {cluster.num_devices}",
-            hint=f"--cluster {cluster.name}:{num_ranks}",
+            hint=more_devices(cluster, num_ranks),
         )
 
 

@@ -16,13 +16,14 @@ AXES: Final = ("dp", "tp", "pp", "cp")
 
 
 def unmet(
-    who: str, space: Space, fixed: frozenset[str], num_units: int, *, opening: tuple[str, ...] = ()
+    who: str, space: Space, fixed: frozenset[str], num_units: int, *, opening: tuple[str, ...] | None = None
 ) -> PlanError:
-    """The refusal for ``who``, a batch on so many ranks. ``opening`` are decisions of which each, left out alone, leaves a choice."""
+    """The refusal for ``who``, a batch on so many ranks. ``opening`` are decisions of which each, left out alone, leaves a choice,
+    None where nobody tried."""
     names = [decision_named(name) for name in sorted(fixed)]
-    left_out = " or ".join(map(decision_named, opening)) or (
-        names[0] if len(names) == 1 else f"one or more of {', '.join(names)}"
-    )
+    left_out = " or ".join(map(decision_named, opening or (fixed if len(fixed) == 1 else ())))
+    if not left_out:
+        left_out = f"{'one or more' if opening is None else 'more than one'} of {', '.join(names)}"
     reason = next(_reasons(space, fixed, num_units), None)
     return PlanError(
         f"no plan for {who} keeps to all that is fixed: {', '.join(names)}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from shardstage.cluster import UNCALIBRATED, Cluster, DeviceClass
+from shardstage.cluster import UNCALIBRATED, Cluster, DeviceClass, more_devices
 from shardstage.cost.compute import optimizer_s
 from shardstage.cost.links import overlap_slowdown
 from shardstage.cost.offload import offloaded_update_s
@@ -139,7 +139,7 @@ def planned_prices(
     if plan.mesh.world_size > cluster.num_devices:
         raise PlanError(
             f"the plan is for {plan.mesh.world_size} ranks, and cluster {cluster.name!r} has {cluster.num_devices} devices",
-            hint=f"--cluster {cluster.name}:{plan.mesh.world_size}",
+            hint=more_devices(cluster, plan.mesh.world_size),
         )
     stages = stages or StageGraphs(graph, plan)
     machines = [cluster.part(number) for number in range(len(cluster.parts))]
