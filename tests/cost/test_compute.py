@@ -28,24 +28,26 @@ def test_a_small_product_takes_as_long_as_reading_its_operands() -> None:
 def test_a_large_product_takes_its_flops_and_twice_that_backward() -> None:
     graph = toy_graph(num_layers=1, width=4096, hidden=16384, microbatch=16, sequence=1024)
     flops = 2 * 16 * 1024 * 4096 * 16384
-    assert op_time(graph, op_named("up_0", graph), DEVICE) == pytest.approx((flops / 1e12, 2 * flops / 1e12))
+    assert op_time(graph, op_named("up_0", graph), DEVICE) == pytest.approx(
+        (flops / 1e12, 2 * flops / 1e12, flops / 1e12)
+    )
 
 
 def test_an_elementwise_op_reads_and_writes_and_backward_also_reads_what_it_kept() -> None:
     tensor_s = 4 * TOKENS * 32 / 1e9
-    assert op_time(GRAPH, op_named("relu_0"), DEVICE) == pytest.approx((2 * tensor_s, 3 * tensor_s))
+    assert op_time(GRAPH, op_named("relu_0"), DEVICE) == pytest.approx((2 * tensor_s, 3 * tensor_s, 0.0))
 
 
 @pytest.mark.parametrize("name", ["flat", "targets"])
 def test_a_view_is_free(name: str) -> None:
-    assert op_time(GRAPH, op_named(name), replace(DEVICE, op_latency_s=1.0)) == (0.0, 0.0)
+    assert op_time(GRAPH, op_named(name), replace(DEVICE, op_latency_s=1.0)) == (0.0, 0.0, 0.0)
 
 
 def test_every_kernel_is_launched() -> None:
     slow = replace(DEVICE, op_latency_s=1.0)
     linear, relu = op_time(GRAPH, op_named("up_0"), slow), op_time(GRAPH, op_named("relu_0"), slow)
-    assert linear == pytest.approx((1.0, 2.0), abs=1e-3)
-    assert relu == pytest.approx((1.0, 1.0), abs=1e-3)
+    assert linear == pytest.approx((1.0, 2.0, 1.0), abs=1e-3)
+    assert relu == pytest.approx((1.0, 1.0, 0.0), abs=1e-3)
 
 
 def test_what_needs_no_gradient_has_no_backward() -> None:

@@ -6,12 +6,26 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shardstage.cost.pipeline import StageTime, idle_cores_s, pipeline_s, rank_seconds, run_pipeline
+from shardstage.cost.pipeline import (
+    StageTime,
+    each_bubble_s,
+    idle_cores_s,
+    pipeline_s,
+    rank_seconds,
+    run_pipeline,
+)
 from shardstage.schedule import Action, Schedule, make_schedule, one_f_one_b
 
 SECONDS = st.floats(0.01, 10)
-STAGES = st.lists(st.builds(StageTime, SECONDS, SECONDS, st.floats(0, 1)), min_size=1, max_size=5)
-INSTANT = st.builds(StageTime, SECONDS, SECONDS, st.just(0.0))  # without transfers
+THIRDS = StageTime(1.0, 2.0, weight_s=1.0)
+
+
+def cut(forward_s: float, input_s: float, weight_s: float, receive_s: float = 0.0) -> StageTime:
+    return StageTime(forward_s, input_s + weight_s, receive_s, weight_s)
+
+
+STAGES = st.lists(st.builds(cut, SECONDS, SECONDS, SECONDS, st.floats(0, 1)), min_size=1, max_size=5)
+INSTANT = st.builds(cut, SECONDS, SECONDS, SECONDS)  # without transfers
 
 
 @pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
@@ -31,7 +45,7 @@ FORMULAS = [("gpipe", 1), ("1f1b", 1), ("interleaved-1f1b", 2), ("interleaved-1f
 def test_the_formula_is_the_end_of_fewer_microbatches_than_ranks_too(
     schedule: str, per_rank: int, num_ranks: int
 ) -> None:
-    stages = [StageTime(1.0, 2.0)] * (num_ranks * per_rank)
+    stages = [THIRDS] * (num_ranks * per_rank)
     for m in range(1, num_ranks + 1):
         end_s = max(run_pipeline(stages, m, schedule, num_ranks=num_ranks))
         assert pipeline_s(schedule, stages, num_ranks, m) == pytest.approx(end_s)
@@ -42,10 +56,52 @@ def test_the_formula_is_the_end_of_fewer_microbatches_than_ranks_too(
 def test_the_formula_is_the_schedule_s_end_where_stages_are_equal(
     schedule: str, per_rank: int, num_ranks: int, num_rounds: int
 ) -> None:
-    stages = [StageTime(1.0, 2.0)] * (num_ranks * per_rank)
+    stages = [THIRDS] * (num_ranks * per_rank)
     m = num_ranks * num_rounds
     end_s = max(run_pipeline(stages, m, schedule, num_ranks=num_ranks))
     assert pipeline_s(schedule, stages, num_ranks, m) == pytest.approx(end_s)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "per_rank", "off"), [("zb-h1", 1, 1e-9), ("zb-v", 2, 0.03), ("dualpipe-v", 2, 0.05)]
+)
+@pytest.mark.parametrize("num_microbatches", [1, 3, 4, 5, 6, 8, 12, 33])
+@pytest.mark.parametrize("num_ranks", [2, 4, 7])
+@pytest.mark.parametrize(
+    ("input_s", "weight_s"), [(1.0, 0.5), (1.5, 0.5), (1.5, 1.0), (2.0, 0.0), (3.0, 1.0)]
+)
+def test_what_can_be_put_off_of_a_backward_and_what_cannot_set_the_bubble(
+    schedule: str,
+    per_rank: int,
+    off: float,
+    num_microbatches: int,
+    num_ranks: int,
+    input_s: float,
+    weight_s: float,
+) -> None:
+    """Attention's backward, talk and recomputation lie in I; half of the backward each would be up to 25 % too short."""
+    stages = [cut(1.0, input_s, weight_s)] * (num_ranks * per_rank)
+    end_s = max(run_pipeline(stages, num_microbatches, schedule, num_ranks=num_ranks))
+    assert pipeline_s(schedule, stages, num_ranks, num_microbatches) == pytest.approx(end_s, rel=off)
+
+
+@pytest.mark.parametrize("schedule", ["zb-h1", "zb-v", "dualpipe-v"])
+@given(
+    cut=INSTANT,
+    more=st.tuples(SECONDS, SECONDS),
+    ratio=st.floats(0, 1),
+    p=st.integers(1, 9),
+    m=st.integers(1, 40),
+)
+def test_a_bubble_of_less_work_of_which_more_can_be_put_off_is_no_longer(
+    schedule: str, cut: StageTime, more: tuple[float, float], ratio: float, p: int, m: int
+) -> None:
+    """So that a search may bound it by the least seconds of a stage and the most of its W."""
+    longer = StageTime(cut.forward_s + more[0], cut.backward_s + more[1], weight_s=ratio * cut.weight_s)
+    least_s, longer_s = (
+        each_bubble_s(schedule, 2, of.forward_s, of.backward_s, of.weight_s, p, m) for of in (cut, longer)
+    )
+    assert least_s <= longer_s * (1 + 1e-12)
 
 
 @given(st.lists(INSTANT, min_size=1, max_size=5), st.integers(1, 30))
@@ -167,7 +223,7 @@ def test_shared_cores_idle_as_in_a_pipeline_of_as_many_ranks(
 ) -> None:
     """1F1B, GPipe and ZB-H1 exactly on half as many cores; several stages a rank fill sooner, and more cores: within 5 %."""
     num_stages = num_ranks * (2 if name in ("zb-v", "interleaved-1f1b") else 1)
-    alone = [StageTime(1.0, 2.0)] * num_stages
+    alone = [THIRDS] * num_stages
     schedule = make_schedule(
         name, num_stages=num_stages, num_ranks=num_ranks, num_microbatches=num_microbatches
     )

@@ -20,6 +20,10 @@ from shardstage.simulator import planned_prices, simulate, step_time
         "pp=4,mb=2,recompute=full:1",
         "pp=4,mb=2,stages=full/full:1+selective/selective:1/none",
         "pp=4,mb=2,offload=optimizer",
+        "pp=4,mb=2,schedule=zb-h1",
+        "pp=4,mb=2,schedule=zb-h1,recompute=full",
+        "pp=4,mb=4,schedule=zb-v,recompute=selective",
+        "pp=2,tp=2,mb=2,schedule=dualpipe-v",
     ],
 )
 def test_without_data_parallel_ranks_the_simulation_equals_the_analytic_model(text: str) -> None:

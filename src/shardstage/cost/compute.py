@@ -53,10 +53,15 @@ RELATIVE: Final = DeviceClass(
 
 
 class OpTime(NamedTuple):
-    """Seconds of one op for one microbatch."""
+    """Seconds of one op for one microbatch; ``weight_s`` of the backward's yield gradients of weights and can be put off."""
 
     forward_s: float
     backward_s: float
+    weight_s: float
+
+    @property
+    def both_s(self) -> float:
+        return self.forward_s + self.backward_s
 
 
 def op_time(
@@ -76,11 +81,11 @@ def compiled_time(
 def _time_of(
     kernels: Sequence[Kernel], graph: ModelGraph, device: DeviceClass, factors: Mapping[str, float]
 ) -> OpTime:
+    each = [(kernel, kernel_s(kernel, graph.microbatch, device, factors)) for kernel in kernels]
     return OpTime(
-        *(
-            sum(kernel_s(k, graph.microbatch, device, factors) for k in kernels if k.is_backward is way)
-            for way in (False, True)
-        )
+        forward_s=sum(seconds for kernel, seconds in each if not kernel.is_backward),
+        backward_s=sum(seconds for kernel, seconds in each if kernel.is_backward),
+        weight_s=sum(seconds for kernel, seconds in each if kernel.is_weight),
     )
 
 

@@ -23,7 +23,12 @@ from typing import Final, Literal, NamedTuple
 from shardstage.graph import ModelGraph, Op, Ref, Value
 from shardstage.graph.flops import backward_flops, forward_flops
 
-__all__ = ["Kernel", "KernelReader", "is_attention", "is_expert"]
+__all__ = ["SPLIT_TARGETS", "Kernel", "KernelReader", "is_attention", "is_expert"]
+
+SPLIT_TARGETS: Final = frozenset(
+    {"aten.linear.default", "aten.matmul.default", "aten.mm.default", "aten.addmm.default"}
+)
+"""Products whose weight gradient the engine can put off (``operators.weight_gradients``)."""
 
 NORM_KERNELS: Final = 2
 """Layer norm's backward runs one kernel for its input's gradient and one for its weight's and bias's."""
@@ -35,8 +40,8 @@ class Kernel(NamedTuple):
     """One launch. ``fixed_bytes`` and ``sample_bytes`` are moved, the latter for each sample of the microbatch.
 
     A product is [m, k] · [k, n], ``num_products`` times; ``scaled`` is the one of its sizes that is given for one sample, as attention's
-    ``flops`` are. ``is_weight`` marks the product that yields a weight's gradient, ``is_expert`` one that is run for each of
-    ``num_products`` experts on the tokens that it is given.
+    ``flops`` are. ``is_weight`` marks the product that yields a weight's gradient and can be put off, ``is_expert`` one that is run for
+    each of ``num_products`` experts on the tokens that it is given.
     """
 
     kind: Literal["product", "attention", "moved"]
@@ -165,7 +170,7 @@ class KernelReader:
                 continue
             others = [other for other in operands if other != name] or [name]
             fixed, sample = self.moved((*outputs, *others, name))
-            is_weight = values[name].kind == "parameter"
+            is_weight = op.target in SPLIT_TARGETS and values[name].kind == "parameter"
             yield _turned(product, place)._replace(
                 fixed_bytes=fixed, sample_bytes=sample, is_weight=is_weight
             )

@@ -1,21 +1,28 @@
 """``pipeline_s``: when a pipeline of uneven stages is done, by the published formula of its schedule.
 
-    m microbatches, p ranks with v stages each; a stage takes F forward and B = I + W backward, t is what a rank takes for one microbatch
+    m microbatches, p ranks with v stages each; a stage takes F forward and B = I + W backward, of which W, the gradients of weights, can be
+    put off; t is what a rank takes for one microbatch, n = p - 1, d = max(0, I - W)
 
     seconds = m × max t + bubble
 
     schedule                 bubble (of mean stages)                           source
     gpipe, 1f1b              Σ t - max t                                       Narayanan et al. 2021, §2.2.1, for uneven stages
-    interleaved-1f1b         (p - 1)(F + B)                                    Narayanan et al. 2021, §2.2.2
-    looped-bfs               (p - 1)(F + B)                                    Lamy-Poirier 2022
-    zb-h1                    (p - 1)(F + I - W)                                Qi et al. 2023, table 2
-    zb-v, dualpipe-v         (p - 1)(F + I - W), longer where m < 2p           benchmarks/schedules
-    forward-only             (p - 1) F
+    interleaved-1f1b         n (F + B)                                         Narayanan et al. 2021, §2.2.2
+    looped-bfs               n (F + B)                                         Lamy-Poirier 2022
+    zb-h1                    n (F + d)                                         Qi et al. 2023, table 2: F + I - W
+    zb-v                     n max(F, 2d): of F = I = W only the start         Qi et al. 2023, §6; benchmarks/schedules
+    dualpipe-v               n (max(F, I) + d), where F = I n (F + I - W)      benchmarks/schedules
+    forward-only             n F
 
-With fewer microbatches than ranks a rank waits longer before its next stage, and there are not enough Ws to fill the bubble with:
+A W that is longer than I fits into no gap. With few microbatches a rank waits longer before its next stage, and there are not enough Ws
+to fill the bubble with (benchmarks/schedules):
 
-    interleaved-1f1b, looped-bfs   + (p - m)(v - 1)(F + B)          benchmarks/schedules
-    zb-h1, zb-v, dualpipe-v        + (p - m) v W
+    interleaved-1f1b, looped-bfs   m < p     + (p - m)(v - 1)(F + B)
+    zb-h1                          m < p     + (p - m) min(I, W)
+    zb-v                           m > p     n (I + max(F, I)) - 2 (m - p) W, where that is longer
+    dualpipe-v                     m > p     + 2 (2p - m) min(I, W), where m < 2p
+    zb-v                           m <= p    n (I + max(F, I)) + (p - m)(F + min(F, I))
+    dualpipe-v                     m <= p    n W more than ZB-V
 
 1F1B with stages of unlike times: the slowest is busy from the first microbatch's arrival to the last one's departure, and what comes
 before and after it passes the other stages once: (m - 1) max t + Σ t. ``benchmarks/schedules`` holds the formulas against the schedules.
@@ -30,16 +37,17 @@ import numpy as np
 
 from shardstage.schedule import Schedule, StageTimes, make_schedule, run_schedule
 
-__all__ = ["StageTime", "halved", "idle_cores_s", "pipeline_s", "rank_seconds", "run_pipeline"]
+__all__ = ["StageTime", "cut_backward", "idle_cores_s", "pipeline_s", "rank_seconds", "run_pipeline"]
 
 
 class StageTime(NamedTuple):
     """Seconds of a stage for one microbatch; ``receive_s`` is the transfer into it from the stage before,
-    and of the gradient back; the first stage has none."""
+    and of the gradient back; the first stage has none. ``weight_s`` of the backward can be put off (W)."""
 
     forward_s: float
     backward_s: float
     receive_s: float = 0.0
+    weight_s: float = 0.0
 
     @property
     def both_s(self) -> float:
@@ -60,30 +68,44 @@ def pipeline_s(schedule: str, stages: Sequence[StageTime], num_ranks: int, num_m
 def bubble_s(schedule: str, stages: Sequence[StageTime], num_ranks: int, num_microbatches: int) -> float:
     """Seconds that the slowest rank idles."""
     p, m = num_ranks, num_microbatches
-    ranks = rank_seconds(schedule, stages, p)
-    forward = sum(stage.forward_s for stage in stages) / len(stages)
-    backward = sum(stage.backward_s for stage in stages) / len(stages)
     if schedule in ("gpipe", "1f1b"):
+        ranks = rank_seconds(schedule, stages, p)
         return sum(ranks) - max(ranks)
+    mean = _mean(stages)
     if schedule == "forward-only":
-        return (p - 1) * forward
-    few, v = max(0, p - m), len(stages) // p
-    if schedule in SPLITTING:  # I and W take half of B each: F + I - W = F
-        late = LATE_BUBBLES.get(schedule, 0.0) * min(p, max(0, 2 * p - m)) / p
-        return (p - 1) * forward * (1 + late) + few * v * backward / 2
-    return (p - 1 + few * (v - 1)) * (forward + backward)
+        return (p - 1) * mean.forward_s
+    times = (mean.forward_s, mean.backward_s, mean.weight_s)
+    return float(each_bubble_s(schedule, len(stages) // p, *times, p, m))
 
 
 def each_bubble_s(
-    schedule: str, v: Any, forward: Any, backward: Any, num_ranks: Any, num_microbatches: Any
+    schedule: str,
+    v: Any,
+    forward: Any,
+    backward: Any,
+    weight: Any,
+    num_ranks: Any,
+    num_microbatches: Any,
 ) -> Any:
-    """``bubble_s`` of arrays, where every one of a rank's v stages takes so long; not of 1F1B, whose ranks may differ."""
+    """``bubble_s`` of arrays, where every one of a rank's v stages takes so long; not of 1F1B, whose ranks may differ.
+
+    Never less with a longer forward or backward, never more with a longer part of the backward that can be put off.
+    """
     p, m = num_ranks, num_microbatches
-    few = np.maximum(0.0, p - m)
-    if schedule in SPLITTING:
-        late = LATE_BUBBLES.get(schedule, 0.0) * np.minimum(p, np.maximum(0.0, 2 * p - m)) / p
-        return (p - 1) * forward * (1 + late) + few * v * backward / 2
-    return (p - 1 + few * (v - 1)) * (forward + backward)
+    few = np.maximum(0, p - m)
+    if schedule not in SPLITTING:
+        return (p - 1 + few * (v - 1)) * (forward + backward)
+    n, input_s = p - 1, backward - weight  # I: what the stage before waits for
+    unfilled = np.maximum(0.0, input_s - weight)
+    if schedule == "zb-h1":
+        return n * (forward + unfilled) + few * np.minimum(input_s, weight)
+    longer = np.maximum(forward, input_s)
+    of_few = n * (input_s + longer) + few * (forward + np.minimum(forward, input_s))
+    if schedule == "zb-v":
+        of_many = n * np.maximum(forward, 2 * unfilled)
+        return np.maximum(of_many, of_few - 2 * np.maximum(0, m - p) * weight)
+    late = 2 * np.maximum(0, 2 * p - m) * np.minimum(input_s, weight)
+    return np.where(m <= p, of_few + n * weight, n * (longer + unfilled) + late)
 
 
 def idle_cores_s(
@@ -94,14 +116,15 @@ def idle_cores_s(
     """
     if num_cores <= 1:
         return 0.0
-    mean = StageTime(*(sum(seconds) / len(stages) for seconds in zip(*stages, strict=True)))
-    bubble = bubble_s(schedule, [mean] * len(stages), num_ranks, num_microbatches)
+    bubble = bubble_s(schedule, [_mean(stages)] * len(stages), num_ranks, num_microbatches)
     return (num_cores - 1) / (num_ranks - 1) * bubble
 
 
+def _mean(stages: Sequence[StageTime]) -> StageTime:
+    return StageTime(*(sum(seconds) / len(stages) for seconds in zip(*stages, strict=True)))
+
+
 SPLITTING: Final = frozenset({"zb-h1", "zb-v", "dualpipe-v"})
-LATE_BUBBLES: Final = {"zb-v": 1.0, "dualpipe-v": 2.0}
-"""How the bubble grows from 2p microbatches down to p, in its own size: measured on the schedules (``benchmarks/schedules``)."""
 
 
 def rank_seconds(schedule: str, stages: Sequence[StageTime], num_ranks: int) -> list[float]:
@@ -117,10 +140,7 @@ def rank_seconds(schedule: str, stages: Sequence[StageTime], num_ranks: int) -> 
 def run_pipeline(
     stages: Sequence[StageTime], num_microbatches: int, schedule: str | Schedule, *, num_ranks: int = 0
 ) -> tuple[float, ...]:
-    """When each stage has done its last action under a schedule, or the one of that name on ``num_ranks`` (one for each stage by default).
-
-    Where a schedule cuts backwards in two, the gradients of input and weights take half each: they are products of equally many FLOPs.
-    """
+    """When each stage has done its last action under a schedule, or the one of that name on so many ranks: by default as many as stages."""
     if isinstance(schedule, str):
         schedule = make_schedule(
             schedule,
@@ -128,7 +148,7 @@ def run_pipeline(
             num_ranks=num_ranks or len(stages),
             num_microbatches=num_microbatches,
         )
-    ran = run_schedule(schedule, [halved(stage) for stage in stages])
+    ran = run_schedule(schedule, [cut_backward(stage) for stage in stages])
     last = {
         action.stage: end_s
         for row, ends in zip(schedule.actions, ran.ends_s, strict=True)
@@ -137,12 +157,12 @@ def run_pipeline(
     return tuple(last[stage] for stage in range(len(stages)))
 
 
-def halved(stage: StageTime) -> StageTimes:
-    half_s = stage.backward_s / 2
+def cut_backward(stage: StageTime) -> StageTimes:
+    """The same with the backward's two parts, where a schedule cuts it."""
     return StageTimes(
         forward_s=stage.forward_s,
-        input_s=half_s,
-        weight_s=half_s,
+        input_s=stage.backward_s - stage.weight_s,
+        weight_s=stage.weight_s,
         backward_s=stage.backward_s,
         receive_s=stage.receive_s,
     )

@@ -100,11 +100,12 @@ def _time(
     stage: int,
 ) -> StageTime:
     forward_s, backward_s = plain[0], plain[1] + added_s
+    weight_s = added_s + sum(unit.weight_s for unit in units)
     receive_s = _transfer_s(setup, links, units[0].input_bytes) if stage else 0.0
     if not setup.execution.overlaps_sends and setup.mesh.pp > 1:
         held_s = max(receive_s, _transfer_s(setup, links, units[0].input_bytes) if stage == 0 else 0.0)
-        return StageTime(forward_s + waits[0] + held_s, backward_s + waits[1] + held_s)
-    return StageTime(forward_s + waits[0], backward_s + waits[1], receive_s)
+        return StageTime(forward_s + waits[0] + held_s, backward_s + waits[1] + held_s, weight_s=weight_s)
+    return StageTime(forward_s + waits[0], backward_s + waits[1], receive_s, weight_s)
 
 
 def _alone(units: Sequence[UnitCost], time: StageTime, waits: tuple[float, float], links: Links) -> StageTime:
@@ -119,6 +120,7 @@ def _alone(units: Sequence[UnitCost], time: StageTime, waits: tuple[float, float
     return time._replace(
         forward_s=forward_s + (time.forward_s - forward_s) / ratio,
         backward_s=backward_s + (time.backward_s - backward_s) / ratio,
+        weight_s=time.weight_s / ratio,
     )
 
 

@@ -41,14 +41,16 @@ class KeptOf:
 class UnitCost:
     """One unit on one tensor-parallel rank, for one microbatch.
 
-    ``tp_*_s`` is talk along tp, ``cp_*_s`` what of context parallelism's talk attention does not hide, ``ep_*_s`` tokens on their way to
-    experts and back; compute waits for all of it. ``input_bytes`` is what travels to the unit where it begins a stage.
+    ``weight_s`` of ``backward_s`` can be put off (W): products that yield weights' gradients. ``tp_*_s`` is talk along tp, ``cp_*_s`` what
+    of context parallelism's talk attention does not hide, ``ep_*_s`` tokens on their way to experts and back; compute waits for all of it.
+    ``input_bytes`` is what travels to the unit where it begins a stage.
     ``own_elements`` counts the local parameters that no other unit uses, ``expert_elements`` of them an expert layer's experts; ``shared``
     names the others.
     """
 
     forward_s: float
     backward_s: float
+    weight_s: float
     memory_s: tuple[float, float]
     host_s: tuple[float, float]
     tp_forward_s: float
@@ -150,6 +152,7 @@ class UnitCosts:
     work: Work
     deals_out_experts: Any
     compute_s: Pair
+    weight_s: Array
     memory_s: Pair
     host_s: Pair
     tp_s: Pair
@@ -174,6 +177,10 @@ class UnitCosts:
     def backward_s(self) -> Any:
         return self.compute_s.backward + (self.tp_s.backward + self.cp_s.backward + self.ep_s)
 
+    def shared_elements(self, elements: Mapping[str, int]) -> int:
+        """Of these parameters, by name, what the unit shares with others."""
+        return sum(elements[name] for name in self.work.shared)
+
     @property
     def own_elements(self) -> Array:
         found: Array = self.work.own_elements - self.work.expert_elements + self.expert_elements
@@ -191,6 +198,7 @@ class UnitCosts:
         return UnitCost(
             forward_s=float(self.compute_s.forward[case]),
             backward_s=float(self.compute_s.backward[case]),
+            weight_s=float(self.weight_s[case]),
             memory_s=_floats(self.memory_s, case),
             host_s=_floats(self.host_s, case),
             tp_forward_s=float(self.tp_s.forward[case]),
@@ -232,16 +240,20 @@ def costs_of_unit(
     seconds = _seconds(work.kernels, cases, device)
     talk, volume = _tp_talk(work.calls, size, tp_links)
     num_forward, num_backward = work.num_kernels
+    num_weights = sum(kernel.is_weight for kernel in work.kernels)
     if waits_for_kernels:
         compute_s = Pair(
             seconds.forward + dispatch_s(device) * num_forward,
             seconds.backward + dispatch_s(device) * num_backward,
         )
+        weight_s = seconds.weight + dispatch_s(device) * num_weights
     else:
         compute_s = Pair(
             launched_s(seconds.forward, num_forward, talk.forward, device),
             launched_s(seconds.backward, num_backward, talk.backward, device),
         )
+        waited_s = compute_s.backward - seconds.backward  # of which W has no more than its own launches
+        weight_s = np.minimum(seconds.weight + waited_s, launched_s(seconds.weight, num_weights, 0.0, device))
     cp_s, ep_s = _context_s(seconds, work, cases), _expert_s(work, cases)
     waits_s = _Waits(cp_s.forward, ep_s, waits_for_kernels)
     again_s = compute_s.forward + talk.forward + cp_s.forward + ep_s
@@ -250,6 +262,7 @@ def costs_of_unit(
         work=work,
         deals_out_experts=(cases.ep > 1) | cases.has_whole_experts,
         compute_s=compute_s,
+        weight_s=weight_s,
         memory_s=Pair(seconds.forward_memory, seconds.backward_memory),
         host_s=Pair(
             seconds.forward_launches + compute_s.forward - seconds.forward,
@@ -340,10 +353,11 @@ def _tp_talk(
 
 
 class _Seconds(NamedTuple):
-    """Seconds of a unit's kernels in each case; products include attention."""
+    """Seconds of a unit's kernels in each case; products include attention, the backward ``weight``."""
 
     forward: Array
     backward: Array
+    weight: Array
     forward_products: Array
     forward_attention: Array
     backward_attention: Array
@@ -392,6 +406,7 @@ def _sums_of(kernels: Sequence[Kernel], table: Any, device: DeviceClass) -> _Sec
     return _Seconds(
         forward=total(lambda k: not k.is_backward),
         backward=total(lambda k: k.is_backward),
+        weight=total(lambda k: k.is_weight),
         forward_products=total(lambda k: not k.is_backward and k.cause == "products"),
         forward_attention=total(lambda k: not k.is_backward and k.kind == "attention"),
         backward_attention=total(lambda k: k.is_backward and k.kind == "attention"),

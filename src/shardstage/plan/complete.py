@@ -169,7 +169,8 @@ def unit_weights(folded: Folded, *, microbatch: int, sequence: int | None) -> tu
     """Relative time of every unit of the whole graph, forward and backward."""
     graph = sized(folded.graph, microbatch, sequence)
     kept = [
-        sum(sum(op_time(graph, op, RELATIVE)) for op in graph.ops[start:stop]) for start, stop in folded.kept
+        sum(op_time(graph, op, RELATIVE).both_s for op in graph.ops[start:stop])
+        for start, stop in folded.kept
     ]
     return tuple(kept[unit.twin] for unit in folded.units)
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from shardstage.cluster import Cluster, LinkLevel
 from shardstage.cost import Folded, Links, Profile, StepSetup, fold, profile, rank_memory, stage_times
 from shardstage.cost.compute import RELATIVE
-from shardstage.cost.pipeline import halved
+from shardstage.cost.pipeline import cut_backward
 from shardstage.graph import ModelGraph
 from shardstage.plan.plan import Plan
 from shardstage.schedule import Schedule, StageBytes
@@ -39,7 +39,7 @@ def with_optimal_order(plan: Plan, graph: ModelGraph, cluster: Cluster | None = 
         is_sequence_parallel=plan.is_sequence_parallel,
         replicate=plan.replicate,
     )
-    times = [halved(time) for time in stage_times(priced, setup, Links(machine, plan.mesh))]
+    times = [cut_backward(time) for time in stage_times(priced, setup, Links(machine, plan.mesh))]
     found = optimal(
         times,
         plan.num_microbatches,

@@ -31,7 +31,7 @@ class Chain:
     """Sums over the units of one profile: the same for all choices of a group.
 
     ``kinds`` are its different units and ``twins`` the kind of each; by default every unit is of its own kind. ``layers`` names the layer
-    that each belongs to; by default every unit is one.
+    that each belongs to; by default every unit is one. ``summed`` counts what units share with others as often as they use it.
     """
 
     def __init__(
@@ -48,6 +48,7 @@ class Chain:
         self._twins = np.arange(len(units)) if twins is None else np.asarray(twins)
         self.forward_s = self._sums(unit.forward_s + unit.talk_s(forward=True) for unit in self.kinds)
         self.backward_s = self._sums(unit.backward_s + unit.talk_s(forward=False) for unit in self.kinds)
+        self.weight_s = self._sums(unit.weight_s for unit in self.kinds)
         self.recompute_s: dict[Recompute, list[float]] = {
             m: self._sums(u.kept[m].recompute_s for u in self.kinds) for m in RECOMPUTES
         }
@@ -55,6 +56,10 @@ class Chain:
             m: self._sums(u.kept[m].saved_bytes for u in self.kinds) for m in RECOMPUTES
         }
         self.own = self._sums(unit.own_elements for unit in self.kinds)
+        self.summed = self._sums(
+            unit.own_elements + sum(profile.shared_elements[name] for name in unit.shared)
+            for unit in self.kinds
+        )
         self.experts = self._sums(unit.expert_elements for unit in self.kinds)
         self.received = [unit.input_bytes for unit in units]
         self.slowest_unit_s = max(

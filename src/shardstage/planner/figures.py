@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -21,12 +21,13 @@ Array = npt.NDArray[np.float64]
 class Figures:
     """Of each kind of unit, [kind, group]: seconds of a microbatch with all waiting inside units, recomputation, bytes that are kept and
     that pass, elements. ``whole`` [kind] is how many units there are of each; ``replicated`` are those of the elements
-    that all replicas hold. ``received`` [group] the least bytes that a later unit is
-    sent, ``shared`` [group] the elements of parameters that several units use."""
+    that all replicas hold, ``weight_s`` of the backward can be put off. ``received`` [group] the least bytes that a later unit is
+    sent, ``shared`` [group] the elements of parameters that several units use, ``uses`` as often as these do."""
 
     whole: Array
     forward_s: Array
     backward_s: Array
+    weight_s: Array
     again_s: Mapping[Recompute, Array]
     saved: Mapping[Recompute, Array]
     passing: Mapping[Recompute, Array]
@@ -35,6 +36,7 @@ class Figures:
     replicated: Array
     received: Array
     shared: Array
+    uses: Array
 
     @property
     def both_s(self) -> Array:
@@ -63,9 +65,11 @@ class Figures:
         return Figures(**found)
 
     @staticmethod
-    def of(parts: Sequence[tuple[Any, Sequence[UnitCosts], float]], twins: Sequence[int]) -> Figures:
-        """From the costs of kinds of units in some groups (their numbers), and the elements that units share there. ``twins`` are the kinds
-        of the model's units."""
+    def of(
+        parts: Sequence[tuple[Any, Sequence[UnitCosts], Mapping[str, int]]], twins: Sequence[int]
+    ) -> Figures:
+        """From the costs of kinds of units in some groups (their numbers), and the elements of parameters that units share there. ``twins``
+        are the kinds of the model's units."""
         order = np.argsort(np.concatenate([numbers for numbers, _, _ in parts]), kind="stable")
         modes: Sequence[Recompute] = tuple(parts[0][1][0].saved_bytes)
 
@@ -76,11 +80,17 @@ class Figures:
             )[:, order]
             return found
 
+        def of_parts(each: Iterable[float]) -> Array:
+            found = zip(parts, each, strict=True)
+            return np.concatenate([np.full(len(numbers), value) for (numbers, _, _), value in found])[order]
+
+        whole = np.bincount(twins).astype(np.float64)
         received = table(lambda costs: costs.input_bytes)
         return Figures(
-            whole=np.bincount(twins).astype(np.float64),
+            whole=whole,
             forward_s=table(lambda costs: costs.forward_s),
             backward_s=table(lambda costs: costs.backward_s),
+            weight_s=table(lambda costs: costs.weight_s),
             again_s={mode: table(lambda costs, m=mode: costs.recompute_s[m]) for mode in modes},
             saved={mode: table(lambda costs, m=mode: costs.saved_bytes[m]) for mode in modes},
             passing={
@@ -91,5 +101,11 @@ class Figures:
             experts=table(lambda costs: costs.expert_elements),
             replicated=table(lambda costs: costs.replicated_elements),
             received=received[sorted({*twins[1:]})].min(axis=0) if len(twins) > 1 else np.zeros(len(order)),
-            shared=np.concatenate([np.full(len(numbers), shared) for numbers, _, shared in parts])[order],
+            shared=of_parts(sum(shared.values()) for _, _, shared in parts),
+            uses=of_parts(
+                sum(
+                    number * costs.shared_elements(shared) for number, costs in zip(whole, kinds, strict=True)
+                )
+                for _, kinds, shared in parts
+            ),
         )

@@ -162,7 +162,7 @@ class Pricing:
             cases = Cases.of([groups[number].microbatch for number in of_part], links)
             costs = profiler.costs(cases)
             self._cases.update({groups[number]: (costs, case) for case, number in enumerate(of_part)})
-            parts.append((of_part, costs, sum(profiler.shared_elements.values())))
+            parts.append((of_part, costs, profiler.shared_elements))
         return Figures.of(parts, self._twins)
 
     @cached_property
@@ -262,7 +262,7 @@ class Pricing:
         cut = best_cut(costs, setup.mesh.pp, setup.num_microbatches, below_s=room_s, counts_sum=counts_sum)
         if cut is None:
             return None
-        times = _stage_times(chain, cut.starts, cut.recompute)
+        times = _stage_times(chain, cut.starts, cut.recompute, self._summing_s(setup))
         if self._least_s(setup, times) >= below_s:
             raise TooSlow(choice)
         return _with_stages(setup, cut.starts, cut.recompute)
@@ -300,18 +300,28 @@ class Pricing:
         return room_s - ratio * exposed
 
     def _beside_s(self, chain: Chain, setup: StepSetup, links: Links) -> float:
-        """What a step takes at least beside what ``best_cut`` counts: transfers, the optimizer, the norm's sum, and a bubble that no cut
-        changes."""
+        """What a step takes at least beside what ``best_cut`` counts: transfers, the optimizer, the norm's sum, and the least bubble
+        where schedules cut backwards."""
         p, n = setup.mesh.pp, chain.num_units
         beside_s = links.norm_s() + 2 * (p - 1) * links.transfer_s(min(chain.received[1:], default=0))
         shards = setup.num_shards if setup.sharding_level else 1
         part = (chain.own[n] - chain.experts[n]) / shards + chain.experts[n] / setup.expert_shards
         beside_s += least_update_s(chain.own[n] / p, chain.experts[n] / p, part / p, setup, links)
         if setup.schedule in SPLITTING:
-            mean = StageTime(chain.forward_s[n] / p, chain.backward_s[n] / p)
+            (whole,) = _stage_times(chain, (0,), ("none",), self._summing_s(setup))
+            mean = StageTime(*(seconds / p for seconds in whole))
             bubble = bubble_s(setup.schedule, [mean] * p, p, setup.num_microbatches)
             beside_s += bubble / self.cluster.device.alone_ratio
         return beside_s
+
+    def _summing_s(self, setup: StepSetup) -> tuple[float, float]:
+        """Seconds of adding an element's gradient to its sum, at least and at most."""
+        if setup.num_microbatches == 1:
+            return 0.0, 0.0
+        whole_s = moved_s(setup.accumulation_bytes, self.cluster.device)
+        if setup.sharding_level < 2:
+            return whole_s, whole_s
+        return 0.0, whole_s / min(setup.num_shards, setup.expert_shards)
 
     def _even(
         self, uncut: _Uncut, limit_bytes: int, below_s: float
@@ -322,7 +332,8 @@ class Pricing:
         recompute: StageRecompute | None = self._asked or "none"
         while recompute is not None:
             made = alike.setup(recompute)
-            times = _stage_times(uncut.chain, made.starts, (recompute,) * made.num_stages)
+            modes, summing_s = (recompute,) * made.num_stages, self._summing_s(setup)
+            times = _stage_times(uncut.chain, made.starts, modes, summing_s)
             if self._least_s(made, times) >= below_s:
                 raise TooSlow(uncut.choice)
             _check_seconds(uncut, made, below_s)
@@ -333,7 +344,7 @@ class Pricing:
         return None, None
 
     def _least_s(self, setup: StepSetup, times: list[StageTime]) -> float:
-        """What the pipeline alone takes at least, before ZeRO's waits, sums of gradients and transfers."""
+        """What the pipeline alone takes at least, before ZeRO's waits and transfers."""
         m, p, ratio = setup.num_microbatches, setup.mesh.pp, self.cluster.device.alone_ratio
         seconds = pipeline_s(setup.schedule, times, p, m)
         if ratio > 1:
@@ -389,14 +400,23 @@ def _may_come_below(room_s: float, costs: ChainCosts, setup: StepSetup, *, count
     return m * slowest_s < room_s and costs.has_cut(p, room_s / m)
 
 
-def _stage_times(chain: Chain, starts: tuple[int, ...], modes: tuple[StageRecompute, ...]) -> list[StageTime]:
-    """Seconds of stages without what ZeRO waits for and the sums of gradients."""
-    stops = (*starts[1:], chain.num_units)
-    forward, backward, layers = chain.forward_s, chain.backward_s, chain.layers
+def _stage_times(
+    chain: Chain,
+    starts: tuple[int, ...],
+    modes: tuple[StageRecompute, ...],
+    summing_s: tuple[float, float],
+) -> list[StageTime]:
+    """Least seconds of stages, without what ZeRO waits for; at most what can be put off."""
+    stops, layers, (least_s, most_s) = (*starts[1:], chain.num_units), chain.layers, summing_s
+    forward, backward, weight = chain.forward_s, chain.backward_s, chain.weight_s
     return [
         StageTime(
-            forward[stop] - forward[start],
-            backward[stop] - backward[start] + layers.again_s(layers.runs(mode, start, stop)),
+            forward_s=forward[stop] - forward[start],
+            backward_s=backward[stop]
+            - backward[start]
+            + layers.again_s(layers.runs(mode, start, stop))
+            + least_s * (chain.own[stop] - chain.own[start]),
+            weight_s=weight[stop] - weight[start] + most_s * (chain.summed[stop] - chain.summed[start]),
         )
         for start, stop, mode in zip(starts, stops, modes, strict=True)
     ]

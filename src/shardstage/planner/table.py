@@ -36,7 +36,10 @@ __all__ = ["LOOSE", "Table"]
 
 Array = npt.NDArray[np.float64]
 
-LOOSE: Final = ("p", "m", "forward", "backward", "after", "_slowest_unit_s")
+ROUNDED_UP: Final = 4.0
+"""Elements by which a rank's parts under ZeRO exceed a share: one of an expert and one of what is none, for each of two stages."""
+
+LOOSE: Final = ("p", "m", "forward", "backward", "_weight", "after", "_slowest_unit_s")
 """What ``Table.loose_s`` asks for."""
 
 
@@ -78,6 +81,7 @@ class Table:
             terms.slowest_unit[self.group],
         )
         self.forward, self.backward = self.stage_s(0.0)
+        self._weight = self._most_weight_s()
         travel = 2 * (p - 1) * _seconds_of(talk.transfer[mesh], terms.figures.received[self.group], 1.0)
         after = self._after_s((replicated + shared) / p, self._plain_b * p + self._accumulation)
         self.after = after + self._update_s(part) + self._of_meshes(talk.norm_s) + travel
@@ -91,6 +95,12 @@ class Table:
             if isinstance(values, np.ndarray):
                 setattr(part, name, values.take(rows, axis=0))
         return part
+
+    def _most_weight_s(self) -> Any:
+        """What of a mean rank's backward can be put off at most: each stage adds up the gradients of what it shares with others."""
+        terms, group = self.terms, self.group
+        more = np.where(self.m > 1, terms.more_summed[group] / self.p + ROUNDED_UP, 0.0)
+        return terms.weight[group] / self.p + self._accumulation + more * self.settings.summing_s
 
     def _of_meshes(self, values: Any) -> Any:
         """Figures of meshes, for each row."""
@@ -118,7 +128,7 @@ class Table:
         slowest = np.maximum(mean, self._slowest_unit_s)
         if name in ("1f1b", "gpipe"):
             return self._seconds((self.m - 1) * slowest + self.p * mean, mean)
-        bubble = self._bubble_s(name, per_rank, self.forward / per_rank, self.backward / per_rank)
+        bubble = self._bubble_s(name, per_rank, self.forward, self.backward)
         return self._seconds(self.m * slowest + bubble, mean)
 
     def uncut_s(self, name: str, per_rank: Array) -> Any:
@@ -138,7 +148,7 @@ class Table:
             number * terms.most_own[self.group]
         )
         slowest = np.maximum(forward + backward, np.maximum(fullest_s, self._slowest_unit_s))
-        bubble = self._bubble_s(name, per_rank, forward / per_rank, backward / per_rank)
+        bubble = self._bubble_s(name, per_rank, forward, backward)
         return self._seconds(self.m * slowest + bubble, forward + backward)
 
     def of(self, name: str, per_rank: Array) -> tuple[Any, Any]:
@@ -242,14 +252,15 @@ class Table:
         m, p, trade = self.m, self.p, self.terms.trade
         held = {"gpipe": m, "zb-h1": np.minimum(m, p)}.get(name, 1.0)
         again = trade.again_s(p * (self.settings.limit_bytes - self.state_bytes) / held, self.group) / p
-        mean = sum(self.stage_s(again))
+        forward, backward = self.stage_s(again)
+        mean = forward + backward
         fullest_s, fullest_bytes = self._of_most_layers(held)
         alone_s, alone_bytes = self._of_one_layer(held)
         slowest = np.maximum(mean, np.maximum(np.maximum(fullest_s, alone_s), self._slowest_unit_s))
         if name in ("1f1b", "gpipe"):
             total = (m - 1) * slowest + p * mean
         else:
-            total = m * slowest + self._bubble_s(name, 1.0, self.forward, self.backward)
+            total = m * slowest + self._bubble_s(name, 1.0, forward, backward)
         least_saved = trade.least_saved[self.group]
         least_bytes = np.maximum(
             self.state_bytes + held * least_saved / p, np.maximum(fullest_bytes, alone_bytes)
@@ -297,7 +308,7 @@ class Table:
         forward, backward = self.stage_s(mean_again, ranks.mean_first_s)
         heaviest = ranks.slowest_s(first) + least_again + ranks.least_first_s
         slowest = np.maximum(forward + backward, np.maximum(heaviest, self._slowest_unit_s))
-        bubble = self._bubble_s(name, v, forward / v, backward / v)
+        bubble = self._bubble_s(name, v, forward, backward)
         return self._seconds(m * slowest + bubble, forward + backward), least_bytes
 
     def _alike(self, ranks: _FullestRanks) -> tuple[Any, Any, Any]:
@@ -344,7 +355,8 @@ class Table:
         return np.where(stage < v, each, 0.0)
 
     def _bubble_s(self, name: str, v: Any, forward: Any, backward: Any) -> Any:
-        return each_bubble_s(name, v, forward, backward, self.p, self.m)
+        """Of a mean rank with v stages."""
+        return each_bubble_s(name, v, forward / v, backward / v, self._weight / v, self.p, self.m)
 
 
 def _seconds_of(cost: Array, num_bytes: Any, calls: Any) -> Any:

@@ -95,6 +95,7 @@ class Terms:
         whole = f.whole[:, None]
         self.forward = f.whole @ f.forward_s
         self.backward = f.whole @ f.backward_s
+        self.weight = f.whole @ f.weight_s
         self.own = f.whole @ f.own
         self.replicated = f.whole @ f.replicated
         self.costs = lattice.costs
@@ -105,6 +106,7 @@ class Terms:
         self.summing_s = f.own * settings.summing_s
         self.slowest_unit = f.both_s.max(axis=0)
         self.slowest_summed_unit = (f.both_s + self.summing_s).max(axis=0)
+        self.more_summed = f.uses - f.shared
         self.gathers = f.whole @ f.calls
         self.least_replicated = _Least(f.replicated, f.whole)
         self.least_calls = _Least(f.calls, f.whole)

@@ -10,7 +10,7 @@ host runs ahead, while kernels run and while ranks talk along tp.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from shardstage.cluster import Cluster, CollectiveKind
@@ -36,8 +36,8 @@ class Launches(NamedTuple):
     again_s: float = 0.0
 
 
-def launches(segment: Segment, plan: Plan, cluster: Cluster, split: Collection[str]) -> Launches:
-    """Of one microbatch of a stage; ``split`` names the ops whose weight's gradient W computes. None where the host keeps up."""
+def launches(segment: Segment, plan: Plan, cluster: Cluster) -> Launches:
+    """Of one microbatch of a stage; none where the host keeps up."""
     if dispatch_s(cluster.device) == 0.0:
         return Launches()
     parts = recompute_parts(
@@ -49,7 +49,7 @@ def launches(segment: Segment, plan: Plan, cluster: Cluster, split: Collection[s
         (start, _, _), (_, stop, own), *others = runs
         runs = [(start, stop, own), *others]
     host = _Host(segment, plan, cluster, [(start, stop) for start, stop, _ in runs])
-    each = [host.run(number, own, split) for number, (_, _, own) in enumerate(runs)]
+    each = [host.run(number, own) for number, (_, _, own) in enumerate(runs)]
     return Launches(*map(sum, zip(*each, strict=True)))
 
 
@@ -67,18 +67,12 @@ class _Host:
         kinds: tuple[CollectiveKind, ...] = ("all_reduce", "all_gather", "reduce_scatter")
         self._links = {kind: cluster.collective(kind, range(plan.mesh.tp)) for kind in kinds}
 
-    def run(self, number: int, parts: Sequence[Part], split: Collection[str]) -> Launches:
+    def run(self, number: int, parts: Sequence[Part]) -> Launches:
         """Of one run, of which ``parts`` may be computed again."""
         ops = self._graph.ops[slice(*self._bounds[number])]
         kernels = (*self._kernels(ops), *self._reader.received_sums(number))
         backward_s = self._added_s(kernels, ops, is_backward=True)
-        weights = [
-            kernel
-            for op in ops
-            if op.name in split
-            for kernel in self._reader.kernels(op)
-            if kernel.is_backward and kernel.is_weight
-        ]
+        weights = [kernel for kernel in kernels if kernel.is_weight]
         weight_s = min(backward_s, self._added_s(weights, (), is_backward=True))
         return Launches(
             forward_s=self._added_s(kernels, ops, is_backward=False),

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Final
 
 from shardstage.cluster import Cluster
 from shardstage.cost.collective import is_communication
 from shardstage.cost.compute import OpTime, compiled_time, gradient_sums_s, moved_s, op_time
+from shardstage.cost.kernels import SPLIT_TARGETS
 from shardstage.graph import ModelGraph, Op
 from shardstage.graph.cuts import Segment
 from shardstage.graph.flops import backward_flops, forward_flops
@@ -28,11 +28,6 @@ from shardstage.simulator.launches import launches
 from shardstage.units import dtype_bytes
 
 __all__ = ["StageCost", "StageCosts"]
-
-SPLIT_TARGETS: Final = frozenset(
-    {"aten.linear.default", "aten.matmul.default", "aten.mm.default", "aten.addmm.default"}
-)
-"""Products whose weight gradient the engine can put off (``operators.weight_gradients``)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,16 +92,8 @@ class StageCosts:
         forward_s = sum(time.forward_s for time in times)
         sums_s = gradient_sums_s(graph, self._device, self._factors)
         backward_s = sum(time.backward_s for time in times) + sums_s
-        split = list(_split_ops(graph))
-        weight_s = sum(
-            self._time(graph, op).backward_s
-            / max(1, round(backward_flops(graph, op) / forward_flops(graph, op)))
-            for op in split
-        )
-        host, host_factor = (
-            launches(segment, self.plan, self._cluster, {op.name for op in split}),
-            self._factors["host"],
-        )
+        weight_s = sum(time.weight_s for time in times)
+        host, host_factor = launches(segment, self.plan, self._cluster), self._factors["host"]
         num_ops = len(graph.ops)
         return StageCost(
             forward_s=forward_s + host_factor * host.forward_s,

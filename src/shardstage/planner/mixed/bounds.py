@@ -45,6 +45,8 @@ Mask = npt.NDArray[np.bool_]
 HELD_AS: Final = MappingProxyType({"zb-h1": "zb-h1", "zb-v": "v", "dualpipe-v": "v"})
 """What a rank holds at least under a schedule: as under ZB-H1, in a V, or as under 1F1B, which none of the others holds less than."""
 
+ROUNDED_UP: Final = 2.0
+"""Elements by which a unit's part under ZeRO exceeds a share: one of an expert and one of what is none."""
 INTEGER_STEPS: Final = 12
 """So often is the time of whole layers raised to the next at which a class takes one more."""
 
@@ -313,13 +315,15 @@ class _OfZero:
         level, m = self._level[own], rows.m[own]
         parts = self._part_elements(own, f.replicated[:, None], f.experts[:, None])
         added_s = element_s * (m > 1) * np.where(level >= 2, parts, f.own[:, None])
+        most_added_s = added_s + element_s * (m > 1) * (f.shared[:, None] + ROUNDED_UP)
         talk_s = self._talk_s(own, level)
         forward, backward = sized(f.forward_s), sized(f.backward_s)
         extra = added_s + overlap_slowdown(reference) * talk_s
         both = forward + backward + extra
         return _Costs(
             all_forward=_sums(f.number, forward.min(axis=0)),
-            all_backward=_sums(f.number, backward.min(axis=0)),
+            all_backward=_sums(f.number, backward.min(axis=0) + added_s),
+            all_weight=_sums(f.number, sized(f.weight_s).max(axis=0) + most_added_s),
             all_both=_sums(f.number, both.min(axis=0)),
             both=both,
             talk=talk_s,
@@ -377,8 +381,7 @@ class _OfZero:
     def _of_lane(self, schedule: Schedule, own: Any, costs: _Costs, slowest: Array) -> Array:
         """[row]: least seconds of a step."""
         rows = self._rows
-        sums = (costs.all_forward, costs.all_backward, costs.all_both)
-        pipeline = _pipeline_s(schedule, slowest, *sums, rows.p[own], rows.m[own])
+        pipeline = _pipeline_s(schedule, slowest, costs, rows.p[own], rows.m[own])
         found: Array = rows.pricing.least_factor * (pipeline / costs.ratio + costs.beside)
         return found
 
@@ -400,10 +403,11 @@ class _Held(NamedTuple):
 
 class _Costs(NamedTuple):
     """Of a lane's units [class, kind, row]: seconds of both directions with what sums and ZeRO add at least; ``talk`` [kind, row] of ZeRO;
-    by mode of recomputation its seconds, and bytes that are kept. ``all_*`` [row] are sums over units, each on its quickest class."""
+    by mode of recomputation its seconds, and bytes kept. ``all_*`` [row] sum units, each on its quickest class, W on the slowest."""
 
     all_forward: Array
     all_backward: Array
+    all_weight: Array
     all_both: Array
     both: Array
     talk: Array
@@ -487,11 +491,10 @@ def _state_bytes(setup: StepSetup, level: Array, shards: Array) -> Array:
     return found
 
 
-def _pipeline_s(
-    schedule: Schedule, slowest: Array, forward: Array, backward: Array, all_s: Array, p: Array, m: Array
-) -> Array:
+def _pipeline_s(schedule: Schedule, slowest: Array, costs: _Costs, p: Array, m: Array) -> Array:
     """[row]: ``cost.pipeline`` of ranks that take so long at most, and of the mean stage."""
     if schedule.name in ("1f1b", "gpipe"):
-        return (m - 1) * slowest + np.maximum(slowest, all_s)
-    found: Array = uneven_pipeline_s(schedule.name, schedule.per_rank, slowest, forward, backward, p, m)
+        return (m - 1) * slowest + np.maximum(slowest, costs.all_both)
+    sums = (costs.all_forward, costs.all_backward, costs.all_weight)
+    found: Array = uneven_pipeline_s(schedule.name, schedule.per_rank, slowest, *sums, p, m)
     return found

@@ -29,12 +29,14 @@ Numbers = npt.NDArray[np.int64]
 
 
 class EvenLane:
-    """``sums`` are by class; of ``setup`` only the schedule and the microbatches count, beside its ``cut``."""
+    """``sums`` are by class; of ``setup`` only the schedule and the microbatches count, beside its ``cut``. Adding an element's gradient to
+    its sum takes ``summing_s`` at most."""
 
-    def __init__(self, sums: Mapping[int, Sums], cut: EvenCut, setup: StepSetup) -> None:
+    def __init__(self, sums: Mapping[int, Sums], cut: EvenCut, setup: StepSetup, summing_s: float) -> None:
         self._sums, self._cut, self._setup = sums, cut, setup
         forward, backward = self._by_rank("forward_s"), self._by_rank("backward_s")
         self._forward, self._backward = float(forward.sum()), float(backward.sum())
+        self._weight = float(self._by_rank("weight_s").sum() + summing_s * self._by_rank("summed").sum())
         self._seconds = forward + backward
         self.plain_s = float(self._pipeline_s(self._seconds.max(), self._backward))
         """The pipeline where nothing is recomputed."""
@@ -80,7 +82,8 @@ class EvenLane:
     def _pipeline_s(self, slowest: Any, backward: Any) -> Any:
         of, p = self._setup, self._setup.mesh.pp
         v = of.num_stages // p
-        return uneven_pipeline_s(of.schedule, v, slowest, self._forward, backward, p, of.num_microbatches)
+        sums = (self._forward, backward, self._weight)
+        return uneven_pipeline_s(of.schedule, v, slowest, *sums, p, of.num_microbatches)
 
 
 class Sums:
@@ -89,6 +92,7 @@ class Sums:
     def __init__(self, chain: Chain) -> None:
         self.chain = chain
         self.forward_s, self.backward_s = np.array(chain.forward_s), np.array(chain.backward_s)
+        self.weight_s, self.summed = np.array(chain.weight_s), np.array(chain.summed)
         self.some_s = np.array(chain.recompute_s["selective"])
         self.more_s = np.array(chain.recompute_s["full"]) - self.some_s
         self.saved = np.array(chain.saved["none"])
@@ -176,8 +180,8 @@ def _held(setup: StepSetup, rank: int) -> Array:
 
 
 def uneven_pipeline_s(
-    schedule: str, v: int, slowest: Any, forward: Any, backward: Any, p: Any, m: Any
+    schedule: str, v: int, slowest: Any, forward: Any, backward: Any, weight: Any, p: Any, m: Any
 ) -> Any:
     """``cost.pipeline`` of schedules whose bubble is of mean stages, v a rank; ``slowest`` is of ranks, the others are sums."""
-    bubble = each_bubble_s(schedule, v, forward / (p * v), backward / (p * v), p, m)
+    bubble = each_bubble_s(schedule, v, forward / (p * v), backward / (p * v), weight / (p * v), p, m)
     return m * slowest + np.where(p > 1, bubble, 0.0)

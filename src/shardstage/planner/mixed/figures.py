@@ -23,20 +23,22 @@ Numbers = npt.NDArray[np.int64]
 @dataclass(frozen=True, kw_only=True)
 class MixedFigures:
     """What units cost under a sharding for each of some ``sizes`` of a microbatch: ``forward_s`` and ``backward_s`` [class, kind, size]
-    with all waiting, ``again_s`` [mode][class, kind, size], ``saved`` [mode][kind, size], bytes ``passing`` [kind, size] at least, ``own``
-    elements [kind], of them ``experts`` that not all replicas hold, ``number`` [kind], ``received`` [size]; ``first`` is the kind of the
-    first unit."""
+    with all waiting, ``weight_s`` [class, kind, size] of the backward that can be put off, ``again_s`` [mode][class, kind, size], ``saved``
+    [mode][kind, size], bytes ``passing`` [kind, size] at least, ``own`` elements [kind], of them ``experts`` that not all replicas hold,
+    those ``shared`` with other units [kind], ``number`` [kind], ``received`` [size]; ``first`` is the kind of the first unit."""
 
     sharding: Sharding
     sizes: npt.NDArray[np.int64]
     number: Array
     forward_s: Array
     backward_s: Array
+    weight_s: Array
     again_s: Mapping[Recompute, Array]
     saved: Mapping[Recompute, Array]
     passing: Array
     own: Array
     experts: Array
+    shared: Array
     first: int
     received: Array
 
@@ -106,6 +108,8 @@ class MixedFigures:
             return np.array(values, dtype=np.float64).transpose(2, 0, 1, 3)
 
         forward_s, backward_s = table(lambda unit: unit.forward_s), table(lambda unit: unit.backward_s)
+        weight_s = table(lambda unit: unit.weight_s)
+        elements = pricing.costs.profiler(shardings[0], 0).shared_elements
         modes: Sequence[Recompute] = RECOMPUTES
         again_s = {mode: table(lambda unit, m=mode: unit.recompute_s[m]) for mode in modes}
         saved = {mode: table(lambda unit, m=mode: unit.saved_bytes[m])[:, 0] for mode in modes}
@@ -122,11 +126,13 @@ class MixedFigures:
                 number=pricing.num_of_kinds,
                 forward_s=forward_s[place],
                 backward_s=backward_s[place],
+                weight_s=weight_s[place],
                 again_s={mode: each[place] for mode, each in again_s.items()},
                 saved={mode: each[place] for mode, each in saved.items()},
                 passing=passing[place],
                 own=own[place],
                 experts=experts[place],
+                shared=np.array([float(unit.shared_elements(elements)) for unit in costs[0]]),
                 first=twins[0],
                 received=received[place, later].min(axis=0) * (len(twins) > 1),
             )

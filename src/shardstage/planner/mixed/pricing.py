@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from shardstage.cluster import Cluster
 from shardstage.cost import MemoryModel, Prediction, StepSetup, step_seconds
+from shardstage.cost.compute import moved_s
 from shardstage.cost.offload import has_host_room
 from shardstage.cost.pipeline import SPLITTING, StageTime, pipeline_s
 from shardstage.cost.readings import Readings
@@ -384,7 +385,14 @@ class MixedPricing:
         if (setup.starts, lane.classes, is_v) not in self._even_cuts:
             chain = sums[lane.classes[0]].chain
             self._even_cuts[setup.starts, lane.classes, is_v] = EvenCut(chain, lane.classes, setup)
-        return EvenLane(sums, self._even_cuts[setup.starts, lane.classes, is_v], setup)
+        cut = self._even_cuts[setup.starts, lane.classes, is_v]
+        return EvenLane(sums, cut, setup, self._most_summing_s(lane, setup))
+
+    def _most_summing_s(self, lane: Lane, setup: StepSetup) -> float:
+        """Seconds of adding an element's gradient to its sum, as without ZeRO."""
+        if setup.num_microbatches == 1:
+            return 0.0
+        return moved_s(setup.accumulation_bytes, self.costs.reference(lane.classes).device)
 
     def _alike(self, choice: MixedChoice, lane: Lane, setup: StepSetup, limits: Sequence[int]) -> Alike:
         profile = self.costs.lane_profile(lane, setup, choice.arrangement.sharding.is_sequence_parallel)
@@ -417,7 +425,7 @@ class MixedPricing:
 
     def _pipeline_s(self, choice: MixedChoice, lane: Lane, setup: StepSetup) -> float:
         """Of a lane's stages as ZeRO would have them that neither waits nor sums: the same for all its levels."""
-        mode, times = setup.recompute, []
+        mode, times, summing_s = setup.recompute, [], self._most_summing_s(lane, setup)
         chains = {number: self.chain(choice, number, lane.size) for number in {*lane.classes}}
         spans = pairwise((*setup.starts, self.num_units))
         for number, (start, stop) in zip(classes_of_stages(lane, setup), spans, strict=True):
@@ -426,7 +434,9 @@ class MixedPricing:
             backward_s = of.backward_s[stop] - of.backward_s[start]
             if mode != "none":
                 backward_s += of.layers.again_s(of.layers.runs(mode, start, stop))
-            times.append(StageTime(forward_s, backward_s))
+            weight_s = of.weight_s[stop] - of.weight_s[start]
+            weight_s += summing_s * (of.summed[stop] - of.summed[start])
+            times.append(StageTime(forward_s, backward_s, weight_s=weight_s))
         return pipeline_s(setup.schedule, times, setup.mesh.pp, setup.num_microbatches)
 
     def _plan(self, choice: MixedChoice, setup: StepSetup) -> Plan:
