@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from tests.cost.toy import toy_graph
 
-from shardstage.cost import Folded, fold
+from shardstage.cost import Folded, by_op, fold
 from shardstage.graph import ModelGraph
 from shardstage.graph.flops import forward_flops
 
@@ -94,3 +94,15 @@ def test_layers_of_which_other_modules_are_named_are_told_apart() -> None:
 def test_a_unit_is_found_by_its_first_op() -> None:
     folded = fold(toy_graph(num_layers=3), boundaries=(7,))
     assert folded.units[folded.unit_at(7)].start == 7
+
+
+def test_a_unit_for_every_op_stands_for_the_kept_op_at_its_place() -> None:
+    """Layers 2 to 6 are read as the second one: their ops have as many FLOPs, by other names."""
+    graph = toy_graph(num_layers=6)
+    folded = by_op(fold(graph))
+    assert [(unit.start, unit.stop) for unit in folded.units] == [(i, i + 1) for i in range(len(graph.ops))]
+    assert len(folded.kept) == len(folded.graph.ops) < len(graph.ops)
+    for unit in folded.units:
+        kept, op = folded.graph.ops[folded.kept[unit.twin][0]], graph.ops[unit.start]
+        assert kept.target == op.target
+        assert forward_flops(folded.graph, kept) == forward_flops(graph, op)

@@ -6,7 +6,7 @@ a Cluster, out come seconds and bytes. It refuses to know plans: ``StepSetup`` h
 
 from shardstage.cost.balance import balanced
 from shardstage.cost.execution import OURS, Execution
-from shardstage.cost.fold import Folded, Unit, fold
+from shardstage.cost.fold import Folded, Unit, by_op, fold
 from shardstage.cost.links import Links
 from shardstage.cost.memory import MemoryModel, MemoryUse, rank_memory, stage_memory
 from shardstage.cost.profile import Profile, Profiler, UnitCost, profile
@@ -35,6 +35,7 @@ __all__ = [
     "Unit",
     "UnitCost",
     "balanced",
+    "by_op",
     "fold",
     "least_step_s",
     "predict_step",

@@ -12,7 +12,7 @@ from shardstage.graph import ModelGraph, Op, Ref, substitute
 from shardstage.graph.blocks import Block, fingerprint
 from shardstage.graph.named_modules import recompute_parts
 
-__all__ = ["Folded", "Unit", "fold"]
+__all__ = ["Folded", "Unit", "by_op", "fold"]
 
 MAX_PERIOD = 4
 """Longest pattern of blocks that is looked for: Gemma alternates two kinds of layer, Llama 4 and Jamba up to four and eight."""
@@ -100,6 +100,19 @@ def fold(graph: ModelGraph, *, boundaries: Sequence[int] = (), modules: Sequence
         kept.append((position, position + size))
         position += size
     return Folded(graph=_with_ops(graph, ops, renamed), units=units, kept=tuple(kept), modules=tuple(modules))
+
+
+def by_op(folded: Folded) -> Folded:
+    """The same graph with a unit for every op, so that each is priced by itself; of equal blocks only those kept are read."""
+    return replace(
+        folded,
+        units=tuple(
+            replace(unit, start=unit.start + k, stop=unit.start + k + 1, twin=folded.kept[unit.twin][0] + k)
+            for unit in folded.units
+            for k in range(unit.stop - unit.start)
+        ),
+        kept=tuple((index, index + 1) for index in range(len(folded.graph.ops))),
+    )
 
 
 def _units(graph: ModelGraph, boundaries: Sequence[int], modules: Sequence[str]) -> tuple[Unit, ...]:

@@ -24,6 +24,7 @@ __all__ = [
     "Edge",
     "Segment",
     "all_crossing_bytes",
+    "cheap_ops",
     "crossing",
     "crossing_bytes",
     "cut",
@@ -103,7 +104,7 @@ def cut(graph: ModelGraph, starts: Sequence[int]) -> tuple[Segment, ...]:
     """
     _require_valid(graph, starts)
     bounds = list(pairwise([*starts, len(graph.ops)]))
-    cheap = _cheap_ops(graph)
+    cheap = cheap_ops(graph)
     members = [_members(graph, start, stop, cheap) for start, stop in bounds]
     edges = _edges(graph, starts, members, cheap)
     blocks = graph.blocks
@@ -135,7 +136,7 @@ _LOCAL_OPERATORS: Final = frozenset(f"shardstage.{name}" for name in ("narrow", 
 _CHEAP_TERMS: Final = 16
 
 
-def _cheap_ops(graph: ModelGraph) -> list[bool]:
+def cheap_ops(graph: ModelGraph) -> list[bool]:
     """Whether each op is computed again rather than its results sent."""
     pinned = inseparable(graph).values
     is_cheap_value = {
@@ -167,7 +168,7 @@ def _has_cheap_target(graph: ModelGraph, op: Op) -> bool:
 
 def _spans(graph: ModelGraph) -> list[tuple[str, int, int]]:
     """Each value that may travel, with the index of the op that makes it and of the last that reads it."""
-    cheap = _cheap_ops(graph)
+    cheap = cheap_ops(graph)
     consumers = graph.consumers
     return [
         (name, index, consumers[name][-1])

@@ -152,7 +152,7 @@ class Searcher:
         is_runnable: bool = True,
         readings: Readings | None = None,
     ) -> None:
-        _check_size(cluster, num_ranks)
+        check_size(cluster, num_ranks)
         request = fix or Request()
         require_modules(request.recompute_modules, graph, is_compiled=request.is_compiled)
         self.graph = graph
@@ -476,7 +476,7 @@ def _bound_settings(pricing: Pricing, precision: Precision, cluster: Cluster) ->
     )
 
 
-def _check_size(cluster: Cluster, num_ranks: int) -> None:
+def check_size(cluster: Cluster, num_ranks: int) -> None:
     if num_ranks > cluster.num_devices:
         raise PlanError(
             f"{num_ranks} ranks need as many devices, and cluster {cluster.name!r} has {cluster.num_devices}",

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from shardstage.planner.placement.graph import PlacementGraph
 
-__all__ = ["Clusters", "Floats", "Ints", "cluster", "merge"]
+__all__ = ["Clusters", "Floats", "Groups", "Ints", "cluster", "merge"]
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -70,7 +70,7 @@ def cluster(graph: PlacementGraph, *, is_memory_tight: bool, is_ordered: bool) -
     ``is_ordered``: contiguity matters, so cycles of clusters are closed up and the order is kept.
     ``is_memory_tight``: the memory limit could bind, so a leaf that holds bytes keeps its freedom.
     """
-    groups = _Groups(graph.num_nodes)
+    groups = Groups(graph.num_nodes)
     first_of: dict[int, int] = {}
     for node, colour in enumerate(graph.colocation):
         if colour is not None:
@@ -122,7 +122,7 @@ def merge(clusters: Clusters, group: Sequence[int]) -> tuple[Clusters, Ints]:
     return merged, parent
 
 
-class _Groups:
+class Groups:
     """Disjoint sets of nodes."""
 
     def __init__(self, num_nodes: int) -> None:
@@ -142,7 +142,7 @@ class _Groups:
             self.join(nodes[0], node)
 
 
-def _order(graph: PlacementGraph, groups: _Groups) -> set[tuple[int, int]]:
+def _order(graph: PlacementGraph, groups: Groups) -> set[tuple[int, int]]:
     """Pairs (earlier, later) of groups: forward edges, and backward edges turned round where a group has no forward node."""
     has_forward = {groups.find(node) for node in range(graph.num_nodes) if not graph.is_backward[node]}
     pairs = set()
@@ -157,7 +157,7 @@ def _order(graph: PlacementGraph, groups: _Groups) -> set[tuple[int, int]]:
     return pairs
 
 
-def _contract(graph: PlacementGraph, groups: _Groups, *, is_ordered: bool) -> Clusters:
+def _contract(graph: PlacementGraph, groups: Groups, *, is_ordered: bool) -> Clusters:
     members: dict[int, list[int]] = defaultdict(list)
     for node in range(graph.num_nodes):
         members[groups.find(node)].append(node)

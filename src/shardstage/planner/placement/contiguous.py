@@ -22,11 +22,11 @@ import numpy.typing as npt
 from shardstage.errors import PlanError
 from shardstage.planner.placement.clusters import Clusters, Floats, Ints
 from shardstage.planner.placement.graph import Placement, PlacementGraph, stage_time_s
-from shardstage.planner.placement.ideals import all_ideals, linear_orders, prefixes
+from shardstage.planner.placement.ideals import all_ideals, given_order, linear_orders, prefixes
 from shardstage.planner.placement.limits import Limits
 from shardstage.planner.placement.weld import lower_bound_s, weld
 
-__all__ = ["place_contiguous"]
+__all__ = ["place_contiguous", "place_in_order"]
 
 
 def place_contiguous(
@@ -58,10 +58,7 @@ def place_contiguous(
     if better is not None and rest is not None:
         found = _Found(stage_time_s=better.stage_time_s, device_of=better.device_of[rest[1]])
     if found is None:
-        raise PlanError(
-            f"no contiguous placement on {num_devices} devices of {memory_limit_bytes:.4g} bytes holds {sum(graph.memory_bytes):.4g} bytes",
-            hint=f"num_devices = {num_devices + 1}",
-        )
+        raise _nothing_fits(graph, limits)
     device_of = clusters.spread(found.device_of.tolist(), graph.num_nodes)
     time_s = stage_time_s(graph, device_of, num_devices=num_devices, num_hosts=num_hosts)
     if ideals is None:
@@ -70,6 +67,33 @@ def place_contiguous(
     else:
         method, bound_s = f"exact over {len(ideals)} ideals", time_s
     return Placement(device_of=device_of, stage_time_s=time_s, lower_bound_s=bound_s, method=method)
+
+
+def place_in_order(
+    graph: PlacementGraph, num_devices: int, *, memory_limit_bytes: float = math.inf
+) -> Placement:
+    """The fastest line of stages: nodes in the order of their numbers, cut into at most ``num_devices`` runs. Exact.
+
+    What is colocated, and what lies between on a path, goes where the first of it stands. Raises PlanError where no line fits the memory.
+    """
+    limits = Limits(num_devices=num_devices, num_hosts=0, memory_limit_bytes=memory_limit_bytes)
+    clusters = limits.clusters(graph, is_ordered=True)
+    order = given_order(clusters)
+    found = _best_over(clusters, prefixes(order), limits, below_s=_more_than_any(clusters))
+    if found is None:
+        raise _nothing_fits(graph, limits)
+    device_of = clusters.spread(found.device_of.tolist(), graph.num_nodes)
+    time_s = stage_time_s(graph, device_of, num_devices=num_devices)
+    method = f"exact over the cuts of one order of {len(order)} clusters"
+    return Placement(device_of=device_of, stage_time_s=time_s, lower_bound_s=time_s, method=method)
+
+
+def _nothing_fits(graph: PlacementGraph, limits: Limits) -> PlanError:
+    held, room = sum(graph.memory_bytes), limits.memory_limit_bytes
+    return PlanError(
+        f"no contiguous placement on {limits.num_devices} devices of {room:.4g} bytes holds {held:.4g} bytes",
+        hint=f"num_devices = {limits.num_devices + 1}",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,13 +5,14 @@ A contiguous set is the difference of two ideals; an ideal is the int whose bit 
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterator
 
 import numpy as np
 
 from shardstage.planner.placement.clusters import Clusters
 
-__all__ = ["all_ideals", "linear_orders", "prefixes"]
+__all__ = ["all_ideals", "given_order", "linear_orders", "prefixes"]
 
 
 def all_ideals(clusters: Clusters, *, at_most: int) -> list[int] | None:
@@ -43,10 +44,11 @@ def all_ideals(clusters: Clusters, *, at_most: int) -> list[int] | None:
 
 
 def linear_orders(clusters: Clusters, *, count: int, seed: int) -> Iterator[list[int]]:
-    """``count`` topological orders: depth first, breadth first, then random ones of either kind."""
+    """``count`` topological orders: that of the nodes' numbers, depth first, breadth first, then random ones of either kind."""
+    yield given_order(clusters)
     needs, feeds = _neighbours(clusters)
     rng = np.random.default_rng(seed)
-    for index in range(count):
+    for index in range(count - 1):
         waiting_for = [one.bit_count() for one in needs]
         ready = [one for one in range(len(clusters)) if not waiting_for[one]]
         order = []
@@ -64,6 +66,23 @@ def linear_orders(clusters: Clusters, *, count: int, seed: int) -> Iterator[list
                 if not waiting_for[later]:
                     ready.append(later)
         yield order
+
+
+def given_order(clusters: Clusters) -> list[int]:
+    """The topological order that comes closest to that of the nodes' numbers: of what may come next always the cluster of the lowest."""
+    needs, feeds = _neighbours(clusters)
+    waiting_for = [one.bit_count() for one in needs]
+    ready = [(min(nodes), one) for one, nodes in enumerate(clusters.members) if not waiting_for[one]]
+    heapq.heapify(ready)
+    order = []
+    while ready:
+        _, one = heapq.heappop(ready)
+        order.append(one)
+        for later in feeds[one]:
+            waiting_for[later] -= 1
+            if not waiting_for[later]:
+                heapq.heappush(ready, (min(clusters.members[later]), later))
+    return order
 
 
 def prefixes(order: list[int]) -> list[int]:
