@@ -11,7 +11,14 @@ from tests.cost.toy import toy_graph
 from tests.planner.mixed.instances import machines
 
 from shardstage.cli.choosing import Chosen, KnownModel, Question
-from shardstage.cli.comparison import Comparison, Objective, as_table, choose, print_comparison
+from shardstage.cli.comparison import (
+    Comparison,
+    Objective,
+    as_table,
+    choose,
+    comparison_page,
+    print_comparison,
+)
 from shardstage.cli.fixing import parse_fixed
 from shardstage.errors import PlanError
 
@@ -83,6 +90,15 @@ def test_the_memory_that_a_rank_may_hold_is_that_of_its_device_at_most() -> None
     peak = chosen.prediction.peak_bytes
     less, _ = chosen_by(memory_bytes=peak - 1)
     assert less.prediction.peak_bytes < peak
+
+
+def test_the_page_names_all_classes_and_says_that_it_was_searched() -> None:
+    chosen, comparison = chosen_by()
+    assert chosen.mixed is not None
+    page = comparison_page("toy", MIXED, chosen, comparison)
+    for share in chosen.mixed.shares:
+        assert f"{share.num_used} × {share.name}" in page
+    assert "keeps no front" in page and "not searched" not in page and "Why not" not in page
 
 
 @pytest.mark.parametrize(

@@ -315,16 +315,23 @@ def comparison_page(model: str, machine: Cluster, chosen: Chosen, comparison: Co
     if found is not None:
         certificate = found.certificate
         proof = f"Best of {certificate.enumerated:,} plans, gap {format_ratio(certificate.gap)}."
+    devices = f"{chosen.plan.mesh.world_size} × {machine.device.name}"
+    if chosen.mixed is not None:
+        devices = " + ".join(f"{share.num_used} × {share.name}" for share in chosen.mixed.shares)
+    front = _front_picture(comparison.front)
+    if chosen.mixed is not None:
+        front = "<p>A search over several classes of devices keeps no front.</p>"
+    why_not = f"<h2>Why not</h2><table><tr><th>change<th>step time<th>memory<th>reason</tr>{rows}</table>"
     return (
         f"<!doctype html><html lang=en><meta charset=utf-8><title>Shardstage: {escape(model)}</title>"
         "<style>body{font:15px system-ui,sans-serif;max-width:46rem;margin:2rem auto;padding:0 1rem;color:#222;background:#fff}"
         "td,th{padding:.2rem .8rem .2rem 0;text-align:left;vertical-align:top}svg{max-width:100%}</style>"
-        f"<h1>{escape(model)} on {chosen.plan.mesh.world_size} × {escape(machine.device.name)}</h1>"
+        f"<h1>{escape(model)} on {escape(devices)}</h1>"
         f"<p><b>{escape(shorthand(chosen.plan))}</b></p><p>{format_s(chosen.prediction.step_time_s)} a step, "
         f"{format_bytes(chosen.prediction.peak_bytes)} a rank. {proof}</p>"
-        f"<h2>Time against memory</h2>{_front_picture(comparison.front)}"
+        f"<h2>Time against memory</h2>{front}"
         f"<h2>The mesh on the machine</h2>{_mesh_picture(machine, chosen)}"
-        f"<h2>Why not</h2><table><tr><th>change<th>step time<th>memory<th>reason</tr>{rows}</table>{what_if}</html>\n"
+        f"{why_not if rows else ''}{what_if}</html>\n"
     )
 
 
