@@ -55,17 +55,30 @@ def test_every_link_leads_somewhere() -> None:
             assert target.startswith("https://") or (page.parent / target).exists(), f"{page}: {target}"
 
 
-def test_the_python_example_trains(tmp_path: Path) -> None:
-    (tmp_path / "example.py").write_text(block("python", "launch(train"))
+def ran(example: str, folder: Path) -> str:
+    """What a Python example prints, run in a folder of its own."""
+    (folder / "example.py").write_text(example)
     ended = subprocess.run(
         [sys.executable, "example.py"],
-        cwd=tmp_path,
+        cwd=folder,
         env=os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=120,
     )
     assert ended.returncode == 0, ended.stderr
-    losses = [float(loss) for loss in re.findall(r"step \d: loss (\d\.\d{4})", ended.stdout)]
+    return ended.stdout
+
+
+def test_the_python_example_trains(tmp_path: Path) -> None:
+    printed = ran(block("python", "launch(train"), tmp_path)
+    losses = [float(loss) for loss in re.findall(r"step \d: loss (\d\.\d{4})", printed)]
     assert len(losses) == 3
     assert losses[2] < losses[0]
+
+
+def test_the_python_example_places_operators(tmp_path: Path) -> None:
+    first, *devices = ran(block("python", "place_model"), tmp_path).splitlines()
+    assert re.fullmatch(r"any operator anywhere: \d\.\d% faster, at most \d\.\d% from the best", first)
+    assert len(devices) == 2
+    assert "encoder" in devices[0]
