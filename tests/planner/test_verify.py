@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 from tests.cost.machines import round_machine
-from tests.cost.toy import toy_graph
+from tests.cost.toy import Experts, toy_graph
 
 from shardstage.plan import parse_request
-from shardstage.planner import Searcher, SearchResult, verify_certificate
+from shardstage.planner import Searcher, SearchResult, predict, verify_certificate
 
 GRAPH = toy_graph(num_layers=5, width=64, hidden=256, vocab=128)
 
@@ -33,6 +33,47 @@ def test_an_honest_certificate_holds(ranks: int, is_runnable: bool) -> None:
     assert checked.problems == ()
     assert checked.num_choices == found.certificate.enumerated
     assert 0 < checked.num_checked <= 2 * 200
+
+
+def test_a_certificate_holds_where_the_model_has_fewer_blocks_than_there_are_ranks() -> None:
+    """The search cuts such a model into parts of blocks. The plan was once priced in whole blocks, and honest certificates refused."""
+    searcher = Searcher(
+        toy_graph(
+            num_layers=3, width=64, hidden=1024, vocab=128, experts=Experts(number=2, hidden=64, chosen=1)
+        ),
+        round_machine(16, latency_s=1e-4, op_latency_s=1e-4),
+        num_ranks=16,
+        global_batch=32,
+        sequence=32,
+        fix=parse_request("tp=1,zero=3"),
+        fixed=frozenset({"tp", "zero"}),
+    )
+    assert searcher.num_units > 3 + 2, "a layer can be cut before its experts"
+    found = searcher.best(2**40)
+    whole_s = predict(searcher.graph, found.best, searcher.cluster).step_time_s
+    assert whole_s != pytest.approx(found.certificate.cost_s, rel=1e-3), "whole blocks take another time"
+    assert verify_certificate(searcher, found, max_checked=50).problems == ()
+
+
+def test_a_prediction_beside_the_certificate_is_checked_too() -> None:
+    searcher, found = searched(3)
+    said = found.prediction
+    faster = replace(found, prediction=replace(said, step_time_s=said.step_time_s / 2))
+    (problem,) = verify_certificate(searcher, faster, max_checked=1).problems
+    assert "the prediction says" in problem and " s, and" in problem
+    peak = max(use.total_bytes for use in said.ranks)
+    emptier = replace(
+        found, prediction=replace(said, ranks=tuple(replace(use, activations=0) for use in said.ranks))
+    )
+    (problem,) = verify_certificate(searcher, emptier, max_checked=1).problems
+    assert problem.startswith(f"the plan holds {peak} bytes, and the prediction says")
+
+
+def test_a_plan_that_holds_more_than_the_limit_is_found_out() -> None:
+    searcher, found = searched(3)
+    peak = found.prediction.peak_bytes
+    (problem,) = verify_certificate(searcher, replace(found, limit_bytes=peak - 1), max_checked=1).problems
+    assert problem == f"the plan holds {peak} bytes of {peak - 1}"
 
 
 def test_a_plan_that_is_not_the_best_is_found_out() -> None:

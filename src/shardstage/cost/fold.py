@@ -53,6 +53,11 @@ class Folded:
         """The layer of each unit."""
         return tuple(unit.layer for unit in self.units)
 
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """The op of the whole graph that each unit begins at."""
+        return tuple(unit.start for unit in self.units)
+
     def at(self, microbatch: int, sequence: int | None) -> ModelGraph:
         """The kept units at such sizes; made once, as it is asked for by every sharding."""
         if (microbatch, sequence) not in self._sized:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from shardstage.cluster import Cluster, more_devices
 from shardstage.cost import Links, Prediction, Profiler, fold, predict_step
 from shardstage.errors import PlanError
@@ -13,11 +15,12 @@ from shardstage.plan.schedule import schedule_of
 __all__ = ["predict"]
 
 
-def predict(graph: ModelGraph, plan: Plan, cluster: Cluster) -> Prediction:
+def predict(graph: ModelGraph, plan: Plan, cluster: Cluster, *, units: Sequence[int] = ()) -> Prediction:
     """Step time and memory of a checked plan.
 
-    Priced is the data-parallel rank with the largest share, which the others wait for. Raises ``PlanError`` if the cluster is smaller
-    than the plan.
+    Priced is the data-parallel rank with the largest share, which the others wait for. ``units`` are ops at which a unit begins, beside
+    those of blocks and stages: a search cuts a model of few blocks into smaller ones. Raises ``PlanError`` if the cluster is smaller than
+    the plan.
     """
     if plan.mesh.world_size > cluster.num_devices:
         raise PlanError(
@@ -27,10 +30,10 @@ def predict(graph: ModelGraph, plan: Plan, cluster: Cluster) -> Prediction:
     if cluster.is_mixed:
         from shardstage.planner.mixed import predict_mixed  # seldom asked for, and long to load
 
-        return predict_mixed(graph, plan, cluster)
+        return predict_mixed(graph, plan, cluster, units=units)
     positions = {op.name: index for index, op in enumerate(graph.ops)}
     boundaries = tuple(positions[stage.first] for stage in plan.stages)
-    folded = fold(graph, boundaries=boundaries, modules=plan.recompute_modules)
+    folded = fold(graph, boundaries=(*boundaries, *units), modules=plan.recompute_modules)
     custom = schedule_of(plan) if plan.schedule == "custom" else None
     setup = setup_of(plan, folded, tuple(folded.unit_at(position) for position in boundaries), custom)
     profiler = Profiler(

@@ -1,8 +1,9 @@
 """``verify_certificate``: a second routine that checks a search's proof without its bounds.
 
-It hashes what was searched, counts the space choice by choice in plain loops, prices the plan as any given plan is priced, and prices
-choices exactly, evenly over the whole space (all of a small one): none that fits may be faster. What a large space's search left out by
-bounds it so tests by samples; ``num_checked`` says how many.
+It hashes what was searched, counts the space choice by choice in plain loops, prices the plan as any given plan is priced, in the units
+that the search cut the model into, holds its peak against the limit, and prices choices exactly, evenly over the whole space (all of a
+small one): none that fits may be faster. What a large space's search left out by bounds it so tests by samples; ``num_checked`` says how
+many.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from shardstage.cluster import Cluster
+from shardstage.cost import Prediction
 from shardstage.graph import ModelGraph
 from shardstage.planner.certificate import Certificate, cluster_hash
 from shardstage.planner.predict import predict
@@ -43,15 +45,18 @@ def verify_certificate(searcher: Searcher, found: SearchResult, *, max_checked: 
     searcher.use(found.savers)
     choices = list(_choices(searcher)) if proof.enumerated <= MAX_LISTED else None
     num_choices = len(choices) if choices is not None else sum(1 for _ in _choices(searcher))
-    price_s = predict(searcher.graph, found.best, searcher.cluster).step_time_s
+    price = predict(searcher.graph, found.best, searcher.cluster, units=searcher.pricing.folded.starts)
     problems = false_claims(
         proof,
         graph=searcher.graph,
         cluster=searcher.cluster,
         space=searcher.space.fingerprint,
         num_choices=num_choices,
-        price_s=price_s,
+        price=price,
+        said=found.prediction,
     )
+    if price.peak_bytes > found.limit_bytes:
+        problems.append(f"the plan holds {price.peak_bytes} bytes of {found.limit_bytes}")
     step = max(1, num_choices // max_checked)
     num_checked = 0
     for number, choice in enumerate(choices if choices is not None else _choices(searcher)):
@@ -65,9 +70,17 @@ def verify_certificate(searcher: Searcher, found: SearchResult, *, max_checked: 
 
 
 def false_claims(
-    proof: Certificate, *, graph: ModelGraph, cluster: Cluster, space: str, num_choices: int, price_s: float
+    proof: Certificate,
+    *,
+    graph: ModelGraph,
+    cluster: Cluster,
+    space: str,
+    num_choices: int,
+    price: Prediction,
+    said: Prediction,
 ) -> list[str]:
-    """What a certificate says otherwise than it is: what was searched, how many choices there are, the price, what was left out."""
+    """What a certificate says otherwise than it is: what was searched, how many choices there are, the price, what was left out; and what
+    the prediction beside it says."""
     problems = [
         f"the {what} is another one: {there}, not {said}"
         for what, said, there in (
@@ -81,8 +94,11 @@ def false_claims(
         problems.append(
             f"the space has {num_choices} choices, and the certificate deals with {proof.enumerated}"
         )
-    if abs(price_s - proof.cost_s) > ROUNDING * proof.cost_s:
-        problems.append(f"the plan takes {price_s} s, and the certificate says {proof.cost_s} s")
+    for seconds, where in ((proof.cost_s, "certificate"), (said.step_time_s, "prediction")):
+        if abs(price.step_time_s - seconds) > ROUNDING * seconds:
+            problems.append(f"the plan takes {price.step_time_s} s, and the {where} says {seconds} s")
+    if price.peak_bytes != said.peak_bytes:
+        problems.append(f"the plan holds {price.peak_bytes} bytes, and the prediction says {said.peak_bytes}")
     if proof.best_bound_s < proof.cost_s * (1 - ROUNDING):
         problems.append(f"a choice bounded by {proof.best_bound_s} s was left out, below {proof.cost_s} s")
     return problems

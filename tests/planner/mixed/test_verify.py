@@ -7,6 +7,7 @@ from random import Random
 from typing import Any
 
 import pytest
+from tests.cost.toy import Experts, toy_graph
 from tests.planner.mixed.instances import (
     PLENTY,
     every_choice,
@@ -15,6 +16,7 @@ from tests.planner.mixed.instances import (
     searcher_of,
 )
 
+from shardstage.plan import parse_request
 from shardstage.planner import MixedResult, verify_mixed
 from shardstage.planner.mixed.search import MixedSearcher
 
@@ -32,6 +34,22 @@ def test_an_honest_proof_holds_over_the_whole_space(searched: tuple[MixedSearche
     checked = verify_mixed(searcher, found, max_checked=10_000)
     assert checked.is_valid, checked.problems
     assert checked.num_checked == checked.num_choices == found.certificate.enumerated
+
+
+def test_a_proof_holds_where_the_model_has_fewer_blocks_than_there_are_ranks() -> None:
+    """Its units are parts of blocks, which a given plan's are not."""
+    graph = toy_graph(num_layers=2, width=64, experts=Experts(number=2, hidden=64, chosen=1))
+    fix, fixed = (
+        parse_request("tp=1,zero=3,schedule=1f1b,recompute=none"),
+        {"tp", "zero", "schedule", "recompute"},
+    )
+    searcher = searcher_of(
+        machines((8, 1.0), (8, 2.0)), graph=graph, batch=32, fix=fix, fixed=frozenset(fixed)
+    )
+    found = searcher.best((PLENTY, PLENTY))
+    assert len(searcher.pricing.folded.units) > 2 + 2, "a layer can be cut before its experts"
+    checked = verify_mixed(searcher, found, max_checked=20)
+    assert checked.is_valid, checked.problems
 
 
 def test_a_proof_holds_where_sequences_and_experts_may_be_shared() -> None:
@@ -70,9 +88,8 @@ def test_a_slower_plan_that_is_called_the_best_is_caught(searched: tuple[MixedSe
     )
     assert worst is not None and worst.seconds > found.prediction.step_time_s
     proof = replace(found.certificate, cost_s=worst.seconds, best_bound_s=worst.seconds)
-    lie = replace(
-        found, best=worst.plan, cluster=CLUSTER.with_parts(worst.choice.arrangement.used), certificate=proof
-    )
+    used = CLUSTER.with_parts(worst.choice.arrangement.used)
+    lie = replace(found, best=worst.plan, prediction=worst.prediction, cluster=used, certificate=proof)
     problems = verify_mixed(searcher, lie, max_checked=10_000).problems
     assert problems and all("less than" in each for each in problems)
 

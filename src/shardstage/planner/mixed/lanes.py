@@ -39,18 +39,23 @@ from shardstage.planner.mixed.space import Lane, Sharding
 __all__ = ["LaneCosts", "class_peaks", "combined", "lanes_of", "predict_mixed"]
 
 
-def predict_mixed(graph: ModelGraph, plan: Plan, cluster: Cluster) -> Prediction:
+def predict_mixed(
+    graph: ModelGraph, plan: Plan, cluster: Cluster, *, units: Sequence[int] = ()
+) -> Prediction:
     """What a plan takes on a cluster of several classes: its slowest pipeline, and the most that any of them holds.
 
-    Raises ``PlanError`` where ranks that share samples or experts lie on two classes.
+    ``units`` are ops at which a unit begins, beside those of blocks and stages. Raises ``PlanError`` where ranks that share samples or
+    experts lie on two classes.
     """
-    return combined([found for _, found in _predictions(graph, plan, cluster)], plan, cluster)
+    return combined([found for _, found in _predictions(graph, plan, cluster, units)], plan, cluster)
 
 
-def class_peaks(graph: ModelGraph, plan: Plan, cluster: Cluster) -> tuple[int, ...]:
-    """Bytes at the peak of the fullest rank of each class; 0 where none computes."""
+def class_peaks(
+    graph: ModelGraph, plan: Plan, cluster: Cluster, *, units: Sequence[int] = ()
+) -> tuple[int, ...]:
+    """Bytes at the peak of the fullest rank of each class; 0 where none computes. ``units`` as for ``predict_mixed``."""
     peaks = [0] * len(cluster.parts)
-    for lane, prediction in _predictions(graph, plan, cluster):
+    for lane, prediction in _predictions(graph, plan, cluster, units):
         for pp, number in enumerate(lane.classes):
             peaks[number] = max(peaks[number], prediction.rank_peak_bytes(pp))
     return tuple(peaks)
@@ -68,10 +73,12 @@ def _total_bytes(use: MemoryUse) -> int:
     return use.total_bytes
 
 
-def _predictions(graph: ModelGraph, plan: Plan, cluster: Cluster) -> list[tuple[Lane, Prediction]]:
+def _predictions(
+    graph: ModelGraph, plan: Plan, cluster: Cluster, units: Sequence[int]
+) -> list[tuple[Lane, Prediction]]:
     positions = {op.name: index for index, op in enumerate(graph.ops)}
     boundaries = tuple(positions[stage.first] for stage in plan.stages)
-    folded = fold(graph, boundaries=boundaries, modules=plan.recompute_modules)
+    folded = fold(graph, boundaries=(*boundaries, *units), modules=plan.recompute_modules)
     custom = schedule_of(plan) if plan.schedule == "custom" else None
     setup = setup_of(plan, folded, tuple(folded.unit_at(position) for position in boundaries), custom)
     costs = LaneCosts(

@@ -20,6 +20,7 @@ def verify_mixed(searcher: MixedSearcher, found: MixedResult, *, max_checked: in
     """Checks the certificate of ``found`` against the space that ``searcher`` declares, pricing at most ``max_checked`` choices."""
     searcher.use(found.savers)
     limits, used = [share.limit_bytes for share in found.shares], found.cluster
+    units = searcher.pricing.folded.starts
     num_choices = sum(1 for _ in _choices(searcher))
     problems = false_claims(
         found.certificate,
@@ -27,9 +28,11 @@ def verify_mixed(searcher: MixedSearcher, found: MixedResult, *, max_checked: in
         cluster=searcher.cluster,
         space=searcher.space.fingerprint,
         num_choices=num_choices,
-        price_s=predict_mixed(searcher.graph, found.best, used).step_time_s,
+        price=predict_mixed(searcher.graph, found.best, used, units=units),
+        said=found.prediction,
     )
-    for share, peak in zip(found.shares, class_peaks(searcher.graph, found.best, used), strict=True):
+    peaks = class_peaks(searcher.graph, found.best, used, units=units)
+    for share, peak in zip(found.shares, peaks, strict=True):
         if peak > share.limit_bytes:
             problems.append(f"{share.name} holds {peak} bytes of {share.limit_bytes}")
     step, num_checked, cost_s = max(1, num_choices // max_checked), 0, found.certificate.cost_s
