@@ -68,11 +68,11 @@ class _Twice(nn.Module):
 
 
 class NormedTwice(nn.Module):
-    """One batch norm before and after a layer: both calls change its running statistics."""
+    """One batch norm without weights before and after a layer: both calls change its running statistics."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.norm = nn.BatchNorm1d(WIDTH)
+        self.norm = nn.BatchNorm1d(WIDTH, affine=False)
         self.layer = nn.Linear(WIDTH, WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
