@@ -223,6 +223,14 @@ def test_an_objective_is_kept_within_what_it_says(objective: str) -> None:
         assert found["ranks"] * found["step_time_s"] <= fastest["ranks"] * fastest["step_time_s"]
 
 
+def test_an_objective_beside_a_plan_that_is_given_is_said_to_choose_nothing() -> None:
+    given = ("--plan", "dp=2,tp=2")
+    assert table(*given, "--objective", "cost")["plan"] == table(*given)["plan"]
+    note = "--objective cost says how to choose, and this plan was given"
+    assert note in table(*given, "--objective", "cost")["notes"]
+    assert note not in [*table(*given)["notes"], *table("--objective", "cost")["notes"]]
+
+
 def test_an_objective_that_is_none_is_refused_with_those_that_are() -> None:
     with pytest.raises(PlanError, match="'speed' is not one of time, cost, memory") as caught:
         said("--cluster", "cpu:4", "--objective", "speed")

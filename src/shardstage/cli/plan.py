@@ -165,7 +165,7 @@ def _answer(
             max_sequence=known.max_sequence,
             is_searched=question.is_open,
         )
-    run_notes = _run_notes(chosen, question, machine)
+    run_notes = _run_notes(chosen, question, machine, objective)
     return _Answer(
         model=model,
         graph=known.graph,
@@ -231,7 +231,9 @@ class _Answer:
         console.print(said, soft_wrap=True)
 
 
-def _run_notes(chosen: Chosen, question: Question, machine: Cluster) -> Iterator[str]:
+def _run_notes(chosen: Chosen, question: Question, machine: Cluster, objective: Objective) -> Iterator[str]:
+    if objective in ("cost", "memory") and not question.is_open:
+        yield f"--objective {objective} says how to choose, and this plan was given"
     idle = question.num_ranks - chosen.plan.mesh.world_size
     if idle and chosen.mixed is None:  # whose idle devices are named with the shares
         yield f"{idle} of {question.num_ranks} ranks stay idle: with them the step would be no faster"
