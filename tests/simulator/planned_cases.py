@@ -34,14 +34,16 @@ def planned(
     return Planned(plan, lower(graph, plan), planned_prices(graph, plan, cluster))
 
 
-def analytic(plan: Plan, cluster: Cluster = CLUSTER) -> tuple[Prediction, float]:
+def analytic(
+    plan: Plan, cluster: Cluster = CLUSTER, *, graph: ModelGraph = GRAPH
+) -> tuple[Prediction, float]:
     """The cost model's prediction, and its seconds before they are calibrated.
 
     The schedule is run action by action: named ones have formulas, which unlike stages follow to a few per cent only.
     """
-    positions = {op.name: index for index, op in enumerate(GRAPH.ops)}
+    positions = {op.name: index for index, op in enumerate(graph.ops)}
     boundaries = tuple(positions[stage.first] for stage in plan.stages)
-    folded = fold(GRAPH, boundaries=boundaries, modules=plan.recompute_modules)
+    folded = fold(graph, boundaries=boundaries, modules=plan.recompute_modules)
     starts = tuple(folded.unit_at(position) for position in boundaries)
     setup = setup_of(plan, folded, starts, schedule_of(plan))
     priced = profile(

@@ -16,7 +16,7 @@ from shardstage.cost.profile import Profile, UnitCost
 from shardstage.cost.setup import StepSetup
 from shardstage.graph.recompute import Recompute
 
-__all__ = ["StageCost", "least_reduction_s", "least_update_s", "stage_costs", "zero_talk_s"]
+__all__ = ["StageCost", "least_reduction_s", "least_update_s", "shared_talk_s", "stage_costs", "zero_talk_s"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,7 +68,8 @@ def _stage_cost(
     part = setup.part_elements(elements, experts)
     modes = setup.modes_of(stage, profile)
     plain = _plain_times(units, modes)
-    waits = _waits(units, modes, plain, setup, links)
+    shared = elements - sum(unit.own_elements for unit in units)
+    waits = _waits(units, modes, plain, setup, links, shared)
     added_s = _accumulation_s(elements, part, setup, links)
     time = _time(units, plain, waits, added_s, setup, links, stage)
     gather_s = _new_parameters_s(elements, experts, setup, links)
@@ -156,6 +157,7 @@ def _waits(
     plain: tuple[float, float],
     setup: StepSetup,
     links: Links,
+    shared_elements: int,
 ) -> tuple[float, float]:
     """Seconds forward and backward that a microbatch waits for ZeRO-2/3: the first gather, the last reduction, what does not hide."""
     if setup.sharding_level < 2:
@@ -166,6 +168,7 @@ def _waits(
     gathers, sums = zero_talk_s(calls, setup, links)
     times_again = [_times_gathered_again(setup, mode) for mode in modes]
     again_s = sum(map(mul, times_again, gathers))
+    shared_s, last_s = shared_talk_s(shared_elements, setup, links)
     is_ahead = all(unit.own_elements < num * how.live_elements for unit, num in calls)
     slowdown = links.overlap_slowdown if is_ahead else 1.0
     copies_s, copied_again = 0.0, 0.0
@@ -174,8 +177,9 @@ def _waits(
         copies_s = sum(counts) * setup.num_shards * dispatch_s(links.cluster.device)
         copied_again = sum(map(mul, times_again, counts)) / sum(counts)
     return (
-        copies_s + exposed_s(sum(gathers), forward_s, slowdown, gathers[0]),
-        (copied_again + 1) * copies_s + exposed_s(again_s + sum(sums), backward_s, slowdown, sums[0]),
+        copies_s + shared_s + exposed_s(sum(gathers), forward_s, slowdown, gathers[0]),
+        (copied_again + 1) * copies_s
+        + exposed_s(again_s + sum(sums) + last_s, backward_s, slowdown, last_s or sums[0]),
     )
 
 
@@ -184,6 +188,13 @@ def _times_gathered_again(setup: StepSetup, mode: Recompute) -> int:
     if setup.sharding_level < 3:
         return 0
     return 2 if setup.execution.gathers_apart and mode != "none" else 1
+
+
+def shared_talk_s(elements: float, setup: StepSetup, links: Links) -> tuple[float, float]:
+    """Seconds for a microbatch under ZeRO-2/3, of parameters that several units of a stage use: its share of their gather, as a step
+    begins, and the sum of their gradients, when a backward ends."""
+    gather_s = links.replicas.shards_s("all_gather", elements * setup.compute_bytes)
+    return gather_s / setup.num_microbatches, links.replicas.scatter_s(elements * setup.wire_bytes)
 
 
 def zero_talk_s(

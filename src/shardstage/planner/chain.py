@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import accumulate, pairwise
 
 import numpy as np
@@ -19,7 +19,7 @@ from shardstage.cost.links import Links, exposed_s
 from shardstage.cost.memory import GATHERED_UNITS, MOMENTS
 from shardstage.cost.profile import RECOMPUTES, Profile, UnitCost
 from shardstage.cost.setup import StepSetup
-from shardstage.cost.stages import zero_talk_s
+from shardstage.cost.stages import shared_talk_s, zero_talk_s
 from shardstage.graph.recompute import Recompute, StageRecompute
 from shardstage.planner.recompute import Layers, Least
 from shardstage.planner.stages import Fitted
@@ -147,25 +147,30 @@ class ShardingWaits:
         self._gathers, self._scatters = ([0.0, *accumulate(each)] for each in (self._gather, scatter))
         self._again = 1.0 if setup.sharding_level == 3 else 0.0
         self._slowdown = links.overlap_slowdown
+        self._shared_talk_s = partial(shared_talk_s, setup=setup, links=links)
 
     def __call__(self, start: int, stop: int, again_s: float) -> float:
         """Of a run that recomputes for so long."""
-        first = self._gather[start], self._scatter[start]
-        return self._exposed_s(start, stop, again_s, first)
+        shared = self._shared_talk_s(self._chain.shared_elements(start, stop))
+        return self._exposed_s(start, stop, again_s, (self._gather[start], self._scatter[start]), shared)
 
     @property
     def least_s(self) -> float:
         """Of all stages together, but for their first gathers and sums: at least as if they were one, by convexity."""
-        return self._exposed_s(0, self._chain.num_units, 0.0, (0.0, 0.0))
+        return self._exposed_s(0, self._chain.num_units, 0.0, (0.0, 0.0), (0.0, 0.0))
 
-    def _exposed_s(self, start: int, stop: int, again_s: float, first: tuple[float, float]) -> float:
+    def _exposed_s(
+        self, start: int, stop: int, again_s: float, first: tuple[float, float], shared: tuple[float, float]
+    ) -> float:
         chain, slowdown = self._chain, self._slowdown
         gathered = self._gathers[stop] - self._gathers[start]
         scattered = self._again * gathered + self._scatters[stop] - self._scatters[start]
         forward_s = chain.forward_s[stop] - chain.forward_s[start]
         backward_s = chain.backward_s[stop] - chain.backward_s[start] + again_s
-        return exposed_s(gathered, forward_s, slowdown, first[0]) + exposed_s(
-            scattered, backward_s, slowdown, first[1]
+        return (
+            shared[0]
+            + exposed_s(gathered, forward_s, slowdown, first[0])
+            + exposed_s(scattered + shared[1], backward_s, slowdown, shared[1] or first[1])
         )
 
 
