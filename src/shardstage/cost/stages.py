@@ -179,7 +179,7 @@ def _waits(
     return (
         copies_s + shared_s + exposed_s(sum(gathers), forward_s, slowdown, gathers[0]),
         (copied_again + 1) * copies_s
-        + exposed_s(again_s + sum(sums) + last_s, backward_s, slowdown, last_s or sums[0]),
+        + exposed_s(again_s + sum(sums) + last_s, backward_s, slowdown, sums[0] + last_s),
     )
 
 

@@ -170,7 +170,7 @@ class ShardingWaits:
         return (
             shared[0]
             + exposed_s(gathered, forward_s, slowdown, first[0])
-            + exposed_s(scattered + shared[1], backward_s, slowdown, shared[1] or first[1])
+            + exposed_s(scattered + shared[1], backward_s, slowdown, first[1] + shared[1])
         )
 
 
