@@ -239,21 +239,7 @@ def costs_of_unit(
     size = cases.size
     seconds = _seconds(work.kernels, cases, device)
     talk, volume = _tp_talk(work.calls, size, tp_links)
-    num_forward, num_backward = work.num_kernels
-    num_weights = sum(kernel.is_weight for kernel in work.kernels)
-    if waits_for_kernels:
-        compute_s = Pair(
-            seconds.forward + dispatch_s(device) * num_forward,
-            seconds.backward + dispatch_s(device) * num_backward,
-        )
-        weight_s = seconds.weight + dispatch_s(device) * num_weights
-    else:
-        compute_s = Pair(
-            launched_s(seconds.forward, num_forward, talk.forward, device),
-            launched_s(seconds.backward, num_backward, talk.backward, device),
-        )
-        waited_s = compute_s.backward - seconds.backward  # of which W has no more than its own launches
-        weight_s = np.minimum(seconds.weight + waited_s, launched_s(seconds.weight, num_weights, 0.0, device))
+    compute_s, weight_s = _compute_s(seconds, work, talk, device, waits_for_kernels)
     cp_s, ep_s = _context_s(seconds, work, cases), _expert_s(work, cases)
     waits_s = _Waits(cp_s.forward, ep_s, waits_for_kernels)
     again_s = compute_s.forward + talk.forward + cp_s.forward + ep_s
@@ -287,6 +273,26 @@ def costs_of_unit(
             for mode, kept in work.kept.items()
         },
         extra_bytes={mode: _most_at(kept.extras, size) for mode, kept in work.kept.items()},
+    )
+
+
+def _compute_s(
+    seconds: _Seconds, work: Work, talk: Pair, device: DeviceClass, waits_for_kernels: bool
+) -> tuple[Pair, Array]:
+    """Seconds of a unit's kernels and launches, and of what of the backward can be put off (W)."""
+    num_forward, num_backward = work.num_kernels
+    num_weights = sum(kernel.is_weight for kernel in work.kernels)
+    if waits_for_kernels:
+        launch_s = dispatch_s(device)
+        compute_s = Pair(seconds.forward + launch_s * num_forward, seconds.backward + launch_s * num_backward)
+        return compute_s, seconds.weight + launch_s * num_weights
+    compute_s = Pair(
+        launched_s(seconds.forward, num_forward, talk.forward, device),
+        launched_s(seconds.backward, num_backward, talk.backward, device),
+    )
+    waited_s = compute_s.backward - seconds.backward  # of which W has no more than its own launches
+    return compute_s, np.minimum(
+        seconds.weight + waited_s, launched_s(seconds.weight, num_weights, 0.0, device)
     )
 
 

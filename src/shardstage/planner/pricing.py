@@ -270,8 +270,7 @@ class Pricing:
     def _stage_costs(self, uncut: _Uncut, limit_bytes: int) -> ChainCosts:
         """Of the choice's stages; kept where no link has a say in it, as the same mesh in another order asks for the same."""
         choice, chain, setup, links = uncut
-        is_summed = setup.num_microbatches > 1
-        element_s = moved_s(setup.accumulation_bytes, self.cluster.device) if is_summed else 0.0
+        element_s = self._element_s(setup)
         if setup.sharding_level >= 2:
             waits = ShardingWaits(chain, setup, links)
             return ChainCosts(chain, setup, limit_bytes, element_s / setup.num_shards, waits, self._asked)
@@ -314,11 +313,14 @@ class Pricing:
             beside_s += bubble / self.cluster.device.alone_ratio
         return beside_s
 
+    def _element_s(self, setup: StepSetup) -> float:
+        """Seconds of adding an element's gradient to its sum; a single microbatch has none."""
+        is_summed = setup.num_microbatches > 1
+        return moved_s(setup.accumulation_bytes, self.cluster.device) if is_summed else 0.0
+
     def _summing_s(self, setup: StepSetup) -> tuple[float, float]:
-        """Seconds of adding an element's gradient to its sum, at least and at most."""
-        if setup.num_microbatches == 1:
-            return 0.0, 0.0
-        whole_s = moved_s(setup.accumulation_bytes, self.cluster.device)
+        """The same of any element that a rank holds, at least and at most: under ZeRO-2/3 it adds up those that it owns."""
+        whole_s = self._element_s(setup)
         if setup.sharding_level < 2:
             return whole_s, whole_s
         return 0.0, whole_s / min(setup.num_shards, setup.expert_shards)
