@@ -123,7 +123,7 @@ def test_axes_are_told_with_the_best_of_what_they_open() -> None:
 
 def test_what_does_not_fit_says_what_it_needs_and_what_there_is() -> None:
     searcher = searcher_of(ranks=8)
-    found = tight(searcher, 0.4)
+    found = tight(searcher, 0.6)
     unfit = [a for a in alternatives(searcher, found) if a.prediction is None]
     assert unfit
     for alternative in unfit:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from operator import mul
+from typing import NamedTuple
 
 from shardstage.cost.compute import dispatch_s, moved_s, optimizer_s
 from shardstage.cost.links import Links, Replicas, exposed_s
@@ -16,7 +18,22 @@ from shardstage.cost.profile import Profile, UnitCost
 from shardstage.cost.setup import StepSetup
 from shardstage.graph.recompute import Recompute
 
-__all__ = ["StageCost", "least_reduction_s", "least_update_s", "shared_talk_s", "stage_costs", "zero_talk_s"]
+__all__ = [
+    "Gathered",
+    "StageCost",
+    "least_reduction_s",
+    "least_update_s",
+    "stage_costs",
+    "zero_talk_s",
+]
+
+
+class Gathered(NamedTuple):
+    """Elements that ZeRO-2/3 gathers, and whose gradients it sums, in so many calls; ``experts`` of them are of experts."""
+
+    elements: float
+    experts: float = 0.0
+    calls: int = 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,8 +42,8 @@ class StageCost:
 
     ``message_s`` is what one message into it takes of cores that ranks share. ``waits_s`` of ``time`` are for ZeRO-2/3, ``compute_s`` and
     ``talk_s`` plain compute and talk along tp.
-    Once a step: ``update_s`` is the optimizer and the gather of the new parameters under ZeRO-1 (``gather_s`` of it), ``reduction_s`` what
-    of the gradients' sums the last backward does not hide.
+    Once a step: ``unshard_s`` gathers what stays whole through it under ZeRO-2/3, ``update_s`` is the optimizer and the gather of the new
+    parameters under ZeRO-1 (``gather_s`` of it), ``reduction_s`` what of the gradients' sums the last backward does not hide.
     """
 
     num_elements: int
@@ -37,6 +54,7 @@ class StageCost:
     waits_s: float
     compute_s: float
     talk_s: float
+    unshard_s: float
     update_s: float
     gather_s: float
     reduction_s: float
@@ -68,8 +86,7 @@ def _stage_cost(
     part = setup.part_elements(elements, experts)
     modes = setup.modes_of(stage, profile)
     plain = _plain_times(units, modes)
-    shared = elements - sum(unit.own_elements for unit in units)
-    waits = _waits(units, modes, plain, setup, links, shared)
+    unshard_s, waits = _zero_s(profile, units, modes, plain, setup, links)
     added_s = _accumulation_s(elements, part, setup, links)
     time = _time(units, plain, waits, added_s, setup, links, stage)
     gather_s = _new_parameters_s(elements, experts, setup, links)
@@ -83,6 +100,7 @@ def _stage_cost(
         waits_s=sum(waits),
         compute_s=sum(unit.forward_s + unit.backward_s for unit in units),
         talk_s=sum(unit.tp_forward_s + unit.tp_backward_s for unit in units),
+        unshard_s=unshard_s,
         update_s=_optimizer_s(units, elements, part, setup, links) + gather_s,
         gather_s=gather_s,
         reduction_s=_reduction_s(
@@ -151,70 +169,76 @@ def _plain_times(units: Sequence[UnitCost], modes: Sequence[Recompute]) -> tuple
     return forward_s, backward_s
 
 
-def _waits(
+def _zero_s(
+    profile: Profile,
     units: Sequence[UnitCost],
     modes: Sequence[Recompute],
     plain: tuple[float, float],
     setup: StepSetup,
     links: Links,
-    shared_elements: int,
-) -> tuple[float, float]:
-    """Seconds forward and backward that a microbatch waits for ZeRO-2/3: the first gather, the last reduction, what does not hide."""
+) -> tuple[float, tuple[float, float]]:
+    """Seconds of ZeRO-2/3: of gathering what stays whole, as a step begins, beside nothing; and that a microbatch waits, forward and
+    backward, for the first gather, the last reduction, and what does not hide."""
     if setup.sharding_level < 2:
-        return 0.0, 0.0
-    forward_s, backward_s = plain
-    how = setup.execution
-    calls = [(unit, min(unit.num_parameters, how.gathers_apart) or 1) for unit in units]
-    gathers, sums = zero_talk_s(calls, setup, links)
+        return 0.0, (0.0, 0.0)
+    how, several, own = setup.execution, *_gathered(profile, units)
+    gathered = [
+        Gathered(elements, unit.expert_elements, min(unit.num_parameters, how.gathers_apart) or 1)
+        for unit, elements in zip(units, own, strict=True)
+    ]
+    gathers, sums = zero_talk_s(gathered, setup, links)
+    ((unshard_s,), (last_s,)) = zero_talk_s([Gathered(several)], setup, links)
+    backward_s = plain[1]
+    if setup.sharding_level == 2:
+        waits_s = exposed_s(sum(sums) + last_s, backward_s, links.overlap_slowdown, sums[0] + last_s)
+        return unshard_s + sum(gathers), (0.0, waits_s)
     times_again = [_times_gathered_again(setup, mode) for mode in modes]
     again_s = sum(map(mul, times_again, gathers))
-    shared_s, last_s = shared_talk_s(shared_elements, setup, links)
-    is_ahead = all(unit.own_elements < num * how.live_elements for unit, num in calls)
+    is_ahead = all(of.elements < of.calls * how.live_elements for of in gathered)
     slowdown = links.overlap_slowdown if is_ahead else 1.0
     copies_s, copied_again = 0.0, 0.0
     if how.gathers_apart:
-        counts = [num for _, num in calls]
+        counts = [of.calls for of in gathered]
         copies_s = sum(counts) * setup.num_shards * dispatch_s(links.cluster.device)
         copied_again = sum(map(mul, times_again, counts)) / sum(counts)
-    return (
-        copies_s + shared_s + exposed_s(sum(gathers), forward_s, slowdown, gathers[0]),
+    return unshard_s, (
+        copies_s + exposed_s(sum(gathers), plain[0], slowdown, gathers[0]),
         (copied_again + 1) * copies_s
         + exposed_s(again_s + sum(sums) + last_s, backward_s, slowdown, sums[0] + last_s),
     )
 
 
+def _gathered(profile: Profile, units: Sequence[UnitCost]) -> tuple[int, list[int]]:
+    """Elements that ZeRO-2/3 gathers for a whole stage, as several of its units use them, and with each of its units."""
+    uses = Counter(name for unit in units for name in unit.shared)
+    several = sum(profile.shared_elements[name] for name, number in uses.items() if number > 1)
+    return several, [
+        unit.own_elements + sum(profile.shared_elements[name] for name in unit.shared if uses[name] == 1)
+        for unit in units
+    ]
+
+
 def _times_gathered_again(setup: StepSetup, mode: Recompute) -> int:
     """For a unit's backward under ZeRO-3, and where parameters travel apart for recomputing before it."""
-    if setup.sharding_level < 3:
-        return 0
     return 2 if setup.execution.gathers_apart and mode != "none" else 1
 
 
-def shared_talk_s(elements: float, setup: StepSetup, links: Links) -> tuple[float, float]:
-    """Seconds for a microbatch under ZeRO-2/3, of parameters that several units of a stage use: its share of their gather, as a step
-    begins, and the sum of their gradients, when a backward ends."""
-    gather_s = links.replicas.shards_s("all_gather", elements * setup.compute_bytes)
-    return gather_s / setup.num_microbatches, links.replicas.scatter_s(elements * setup.wire_bytes)
-
-
 def zero_talk_s(
-    calls: Sequence[tuple[UnitCost, int]], setup: StepSetup, links: Links
+    gathered: Sequence[Gathered], setup: StepSetup, links: Links
 ) -> tuple[list[float], list[float]]:
-    """Seconds of ZeRO-2/3's gathers of each unit's parameters, and of its gradients' sums, in so many calls."""
-
-    different = {(id(unit), num): unit for unit, num in calls}
+    """Seconds of each one's gather under ZeRO-2/3, and of the sum of its gradients."""
 
     def each(talk_s: Callable[[Replicas, float, int], float], element_bytes: float) -> list[float]:
-        def of_unit(unit: UnitCost, num: int) -> float:
+        def seconds(of: Gathered) -> float:
             return _of_holders(
-                unit.own_elements,
-                unit.expert_elements,
+                of.elements,
+                of.experts,
                 links,
-                lambda of, elements: talk_s(of, elements * element_bytes, num),
+                lambda holders, elements: talk_s(holders, elements * element_bytes, of.calls),
             )
 
-        known = {(name, num): of_unit(unit, num) for (name, num), unit in different.items()}
-        return [known[id(unit), num] for unit, num in calls]
+        known = {of: seconds(of) for of in {*gathered}}
+        return [known[of] for of in gathered]
 
     gathers = each(lambda of, num_bytes, num: of.shards_s("all_gather", num_bytes, num), setup.compute_bytes)
     return gathers, each(Replicas.scatter_s, setup.wire_bytes)

@@ -1,12 +1,13 @@
 """``predict_step``: how long a step takes, and what each rank holds.
 
-    step = pipeline + exposed reduction of gradients + optimizer + the norm's sum
+    step = first gather + pipeline + exposed reduction of gradients + optimizer + the norm's sum
 
     pipeline   the schedule's formula over the stages' forward and backward seconds (``pipeline_s``)
     forward    Σ units: kernels, or their launches where the host is slower, and talk along tp, which nothing hides
     backward   the same, what is recomputed, and adding a microbatch's gradients to their sums
     exposed    what of the gradients' reduction the last backward does not hide; its last bucket never is
-    ZeRO-2/3   gathers and reductions of every microbatch, hidden by compute but for the first and the last unit
+    ZeRO-2     a gather of all parameters as the step begins, beside nothing but what later stages wait for anyway
+    ZeRO-2/3   reductions of every microbatch, hidden by compute but for the last; under ZeRO-3 gathers, but for the first unit's
 
 How much hides under compute is the device's (``links.exposed_s``), and whether the framework lets it (``Execution``).
 """
@@ -118,7 +119,9 @@ def predict_step(
         stages=_stages(memory, stages),
         ranks=tuple(map(memory.rank, range(num_ranks))),
         bubble_ratio=1 - sum(busy) / (num_ranks * end_s),
-        exposed_dp_s=exposed + m * _of_busiest_rank(setup, [stage.waits_s for stage in stages]),
+        exposed_dp_s=_unshard_s(setup, stages)
+        + exposed
+        + m * _of_busiest_rank(setup, [stage.waits_s for stage in stages]),
         exposed_tp_s=_of_busiest_rank(setup, [m * stage.talk_s for stage in stages]),
         exposed_pp_s=travel_s,
         optimizer_s=_of_busiest_rank(setup, [stage.update_s for stage in stages]),
@@ -194,6 +197,13 @@ def _exposed_s(setup: StepSetup, stages: Sequence[StageCost]) -> float:
     return max(0.0, *(wait - earlier for wait, earlier in zip(waits, before_s, strict=True)))
 
 
+def _unshard_s(setup: StepSetup, stages: Sequence[StageCost]) -> float:
+    """Seconds that the first microbatch is late as ranks first gather what stays whole: those of later stages do while it is on its way."""
+    before_s = [0.0, *accumulate(stage.alone.forward_s for stage in stages[:-1])]
+    gathers_s = _by_rank(setup, [stage.unshard_s for stage in stages])
+    return max(seconds - before_s[min(setup.stages_of(rank))] for rank, seconds in enumerate(gathers_s))
+
+
 def _of_busiest_rank(setup: StepSetup, by_stage: Sequence[float]) -> float:
     """The most that the stages of one pipeline rank add up to."""
     return max(_by_rank(setup, by_stage))
@@ -209,12 +219,12 @@ def _by_rank(setup: StepSetup, by_stage: Sequence[float]) -> list[float]:
 
 
 def _parts(setup: StepSetup, links: Links, stages: Sequence[StageCost]) -> Parts:
-    """Seconds by cause: what no schedule can spare, the reductions that nothing hides, and the pipeline's bubble and transfers."""
+    """Seconds by cause: what no schedule can spare, gathers and reductions that nothing hides, and the pipeline's bubble and transfers."""
     least = _least_parts(setup, links, stages)
     update = _of_busiest_rank(setup, [stage.update_s for stage in stages])
     end_s = _pipeline_s(setup, links, stages)
     return least._replace(
-        dp=least.dp + _exposed_s(setup, stages),
+        dp=least.dp + _unshard_s(setup, stages) + _exposed_s(setup, stages),
         pp=max(0.0, end_s + update + links.norm_s() - sum(least)),
     )
 

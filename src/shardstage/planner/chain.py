@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, bisect_right
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import accumulate, pairwise
 
 import numpy as np
@@ -19,7 +20,7 @@ from shardstage.cost.links import Links, exposed_s
 from shardstage.cost.memory import GATHERED_UNITS, MOMENTS
 from shardstage.cost.profile import RECOMPUTES, Profile, UnitCost
 from shardstage.cost.setup import StepSetup
-from shardstage.cost.stages import shared_talk_s, zero_talk_s
+from shardstage.cost.stages import Gathered, zero_talk_s
 from shardstage.graph.recompute import Recompute, StageRecompute
 from shardstage.planner.recompute import Layers, Least
 from shardstage.planner.stages import Fitted
@@ -136,23 +137,54 @@ class Chain:
         names = {name for i, name in self._shared if start <= i < stop}
         return sum(self.profile.shared_elements[name] for name in names)
 
+    def gathered_together(self, start: int, stop: int) -> tuple[int, dict[int, int]]:
+        """Of these, elements that several units of the run use, which ZeRO-2/3 gathers once a step; and those that go with one unit, by
+        unit (``cost.stages``)."""
+        if bisect_left(self._sharing, start) == bisect_left(self._sharing, stop):
+            return 0, {}
+        inside, sizes = [use for use in self._shared if start <= use[0] < stop], self.profile.shared_elements
+        uses = Counter(name for _, name in inside)
+        alone: dict[int, int] = {}
+        for i, name in inside:
+            if uses[name] == 1:
+                alone[i] = alone.get(i, 0) + sizes[name]
+        return sum(sizes[name] for name, number in uses.items() if number > 1), alone
+
 
 class ShardingWaits:
     """Seconds that ZeRO-2/3 adds to a run of units for each microbatch, in ``cost.step``'s way."""
 
     def __init__(self, chain: Chain, setup: StepSetup, links: Links) -> None:
-        self._chain = chain
-        self._gather, scatter = zero_talk_s([(unit, 1) for unit in chain.profile.units], setup, links)
-        self._scatter = scatter
-        self._gathers, self._scatters = ([0.0, *accumulate(each)] for each in (self._gather, scatter))
-        self._again = 1.0 if setup.sharding_level == 3 else 0.0
+        self._chain, self._setup, self._links = chain, setup, links
+        units = [Gathered(unit.own_elements, unit.expert_elements) for unit in chain.profile.units]
+        self._gather, self._scatter = self._talk_s(units)
+        self._gathers, self._scatters = ([0.0, *accumulate(each)] for each in (self._gather, self._scatter))
         self._slowdown = links.overlap_slowdown
-        self._shared_talk_s = partial(shared_talk_s, setup=setup, links=links)
 
     def __call__(self, start: int, stop: int, again_s: float) -> float:
         """Of a run that recomputes for so long."""
-        shared = self._shared_talk_s(self._chain.shared_elements(start, stop))
-        return self._exposed_s(start, stop, again_s, (self._gather[start], self._scatter[start]), shared)
+        first, more = (self._gather[start], self._scatter[start]), (0.0, 0.0)
+        several, alone = self._chain.gathered_together(start, stop)
+        if several:
+            _, (last_s,) = self._talk_s([Gathered(several)])
+            first, more = (first[0], first[1] + last_s), (0.0, last_s)
+        for unit, elements in alone.items():
+            gather_s, scatter_s = self._more_s(unit, elements)
+            more = more[0] + gather_s, more[1] + scatter_s
+            if unit == start:
+                first = first[0] + gather_s, first[1] + scatter_s
+        return self._exposed_s(start, stop, again_s, first, more)
+
+    def _talk_s(self, gathered: Sequence[Gathered]) -> tuple[list[float], list[float]]:
+        """Gathers, which ZeRO-2 does once a step instead, and sums of gradients."""
+        gathers, sums = zero_talk_s(gathered, self._setup, self._links)
+        return ([0.0] * len(gathers) if self._setup.sharding_level == 2 else gathers), sums
+
+    def _more_s(self, unit: int, elements: int) -> tuple[float, float]:
+        """What so many elements more of a unit add to its gather and to the sum of its gradients."""
+        of = self._chain.profile.units[unit]
+        (gather_s,), (scatter_s,) = self._talk_s([Gathered(of.own_elements + elements, of.expert_elements)])
+        return gather_s - self._gather[unit], scatter_s - self._scatter[unit]
 
     @property
     def least_s(self) -> float:
@@ -160,17 +192,16 @@ class ShardingWaits:
         return self._exposed_s(0, self._chain.num_units, 0.0, (0.0, 0.0), (0.0, 0.0))
 
     def _exposed_s(
-        self, start: int, stop: int, again_s: float, first: tuple[float, float], shared: tuple[float, float]
+        self, start: int, stop: int, again_s: float, first: tuple[float, float], more: tuple[float, float]
     ) -> float:
+        """``first`` of the gathers and of the sums nothing hides; ``more`` are of what other units share with these."""
         chain, slowdown = self._chain, self._slowdown
-        gathered = self._gathers[stop] - self._gathers[start]
-        scattered = self._again * gathered + self._scatters[stop] - self._scatters[start]
+        gathered = self._gathers[stop] - self._gathers[start] + more[0]
+        scattered = self._scatters[stop] - self._scatters[start] + more[1]
         forward_s = chain.forward_s[stop] - chain.forward_s[start]
         backward_s = chain.backward_s[stop] - chain.backward_s[start] + again_s
-        return (
-            shared[0]
-            + exposed_s(gathered, forward_s, slowdown, first[0])
-            + exposed_s(scattered + shared[1], backward_s, slowdown, first[1] + shared[1])
+        return exposed_s(gathered, forward_s, slowdown, first[0]) + exposed_s(
+            gathered + scattered, backward_s, slowdown, first[1]
         )
 
 

@@ -84,7 +84,13 @@ class Table:
         self._weight = self._most_weight_s()
         travel = 2 * (p - 1) * _seconds_of(talk.transfer[mesh], terms.figures.received[self.group], 1.0)
         after = self._after_s((replicated + shared) / p, self._plain_b * p + self._accumulation)
-        self.after = after + self._update_s(part) + self._of_meshes(talk.norm_s) + travel
+        self.after = (
+            self._late_s(replicated, terms.gathers[self.group])
+            + after
+            + self._update_s(part)
+            + self._of_meshes(talk.norm_s)
+            + travel
+        )
         self.state_bytes = self._state_bytes(elements / p, part)
 
     def at(self, rows: Any, names: Sequence[str] = ()) -> Table:
@@ -166,15 +172,22 @@ class Table:
         return f + waits[0], b + waits[1] + self._accumulation
 
     def first_s(self, own: Any, calls: Any) -> tuple[Any, Any]:
-        """ZeRO-2/3's gathers and reductions of the first units of a rank's stages, beside which nothing runs."""
-        forward_s, scatter_s = self._gather_and_scatter_s(own, calls)
-        return np.where(self._is_scattered, forward_s, 0.0), np.where(self._is_scattered, scatter_s, 0.0)
+        """ZeRO-3's gathers and ZeRO-2/3's reductions of the first units of a rank's stages, beside which nothing runs."""
+        gather_s, scatter_s = self._gather_and_scatter_s(own, calls)
+        return np.where(self._is_gathered, gather_s, 0.0), np.where(self._is_scattered, scatter_s, 0.0)
 
     def _zero_talk_s(self, own: Any, calls: Any) -> tuple[Any, Any]:
-        """What ZeRO-2/3 gathers and reduces on a mean stage for each microbatch, forward and backward."""
+        """What ZeRO-3 gathers and ZeRO-2/3 reduces on a mean stage for each microbatch, forward and backward."""
         gather, scatter = self._gather_and_scatter_s(own / self.p, calls / self.p)
-        again = np.where(self._is_gathered, gather, 0.0)
-        return np.where(self._is_scattered, gather, 0.0), np.where(self._is_scattered, again + scatter, 0.0)
+        gather = np.where(self._is_gathered, gather, 0.0)
+        return gather, np.where(self._is_scattered, gather + scatter, 0.0)
+
+    def _late_s(self, own: Any, calls: Any) -> Any:
+        """How late a step begins at least as ZeRO-2 gathers its parameters: of p ranks' gathers g and forwards f, the largest
+        g_r - (f_0 + ... + f_r-1), which is at least the means' g - (p - 1) f."""
+        gather, _ = self._gather_and_scatter_s(own / self.p, calls / self.p)
+        late = np.maximum(0.0, gather - (self.p - 1) * self._plain_f)
+        return np.where(self._is_scattered & ~self._is_gathered, late, 0.0)
 
     def with_talk_of_experts(self) -> Table:
         """With ZeRO-2/3's gathers and sums of experts that are dealt out, which go over ranks of their own (``Links``): left out at first,
@@ -193,9 +206,9 @@ class Table:
         gathered = experts * settings.compute_bytes * gather_s
         table = copy(self)
         table._gathered, table._scattered = self._gathered.copy(), self._scattered.copy()
+        gathered = np.where(self._is_gathered[at, 0], gathered, 0.0)
         table._gathered[at, 0] += gathered
-        table._scattered[at, 0] += experts * settings.gradient_bytes * scatter_s
-        table._scattered[at, 0] += np.where(self._is_gathered[at, 0], gathered, 0.0)
+        table._scattered[at, 0] += gathered + experts * settings.gradient_bytes * scatter_s
         table.forward, table.backward = table.stage_s(0.0)
         return table
 

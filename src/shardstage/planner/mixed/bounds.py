@@ -352,7 +352,7 @@ class _OfZero:
 
         if not level.max(initial=0) >= 2:
             return np.zeros((len(f.own), len(level)))
-        gathers = np.where(level >= 3, 2.0, 1.0) * each("all_gather", self._gather, setup.compute_bytes)
+        gathers = np.where(level >= 3, 2.0, 0.0) * each("all_gather", self._gather, setup.compute_bytes)
         scatters = each("reduce_scatter", self._scatter, setup.wire_bytes)
         return np.where(level >= 2, gathers + scatters, 0.0)
 
@@ -374,8 +374,8 @@ class _OfZero:
         sums = np.where((level == 1)[:, None], self._scatter[own], talk.reduce[own])
         least = np.where(p == 1, elements, first) * setup.wire_bytes * sums[:, 1]
         exposed = overlap_slowdown(reference) * least * ((level < 2) & (rows.replicas[own] > 1))
-        waits = np.where(p > 1, 2 * (p - 1) * transfer, 0.0)
-        found: Array = waits + update + np.where(level == 1, gather, 0.0) + exposed + talk.norm_s[own]
+        is_gathered = (level == 1) | ((level == 2) & (p == 1))  # a pipeline may hide it under level 2
+        found: Array = 2 * (p - 1) * transfer + update + is_gathered * gather + exposed + talk.norm_s[own]
         return found
 
     def _of_lane(self, schedule: Schedule, own: Any, costs: _Costs, slowest: Array) -> Array:
