@@ -70,6 +70,7 @@ class Chain:
         self.both_s = [f + b for f, b in zip(self.forward_s, self.backward_s, strict=True)]
         self._shared = [(i, name) for i, unit in enumerate(units) for name in unit.shared]
         self._sharing = [i for i, _ in self._shared]
+        self._together: dict[tuple[int, int], tuple[int, dict[int, int]]] = {}
         self._passing_of: dict[Recompute, list[tuple[int, list[int]]]] = {}
         self._largest: dict[tuple[int, int], list[int]] = {}
         self._layers_of_units = range(len(units)) if layers is None else layers
@@ -140,15 +141,15 @@ class Chain:
     def gathered_together(self, start: int, stop: int) -> tuple[int, dict[int, int]]:
         """Of these, elements that several units of the run use, which ZeRO-2/3 gathers once a step; and those that go with one unit, by
         unit (``cost.stages``)."""
-        if bisect_left(self._sharing, start) == bisect_left(self._sharing, stop):
-            return 0, {}
-        inside, sizes = [use for use in self._shared if start <= use[0] < stop], self.profile.shared_elements
-        uses = Counter(name for _, name in inside)
-        alone: dict[int, int] = {}
-        for i, name in inside:
-            if uses[name] == 1:
-                alone[i] = alone.get(i, 0) + sizes[name]
-        return sum(sizes[name] for name, number in uses.items() if number > 1), alone
+        span = bisect_left(self._sharing, start), bisect_left(self._sharing, stop)
+        if span not in self._together:
+            inside, sizes = self._shared[slice(*span)], self.profile.shared_elements
+            uses, alone = Counter(name for _, name in inside), Counter[int]()
+            for unit, name in inside:
+                alone[unit] += sizes[name] if uses[name] == 1 else 0
+            several = sum(sizes[name] for name, number in uses.items() if number > 1)
+            self._together[span] = several, {unit: elements for unit, elements in alone.items() if elements}
+        return self._together[span]
 
 
 class ShardingWaits:
@@ -160,31 +161,40 @@ class ShardingWaits:
         self._gather, self._scatter = self._talk_s(units)
         self._gathers, self._scatters = ([0.0, *accumulate(each)] for each in (self._gather, self._scatter))
         self._slowdown = links.overlap_slowdown
+        self._known: dict[tuple[int | None, int], tuple[float, float]] = {}
 
     def __call__(self, start: int, stop: int, again_s: float) -> float:
         """Of a run that recomputes for so long."""
         first, more = (self._gather[start], self._scatter[start]), (0.0, 0.0)
         several, alone = self._chain.gathered_together(start, stop)
         if several:
-            _, (last_s,) = self._talk_s([Gathered(several)])
+            _, last_s = self._of_shared(None, several)
             first, more = (first[0], first[1] + last_s), (0.0, last_s)
         for unit, elements in alone.items():
-            gather_s, scatter_s = self._more_s(unit, elements)
+            gather_s, scatter_s = self._of_shared(unit, elements)
             more = more[0] + gather_s, more[1] + scatter_s
             if unit == start:
                 first = first[0] + gather_s, first[1] + scatter_s
         return self._exposed_s(start, stop, again_s, first, more)
 
+    def _of_shared(self, unit: int | None, elements: int) -> tuple[float, float]:
+        """The gather and the sum of elements that units share, by themselves, or what they add to those of one unit."""
+        key = unit, elements
+        if key not in self._known:
+            if unit is None:
+                (gather_s,), (scatter_s,) = self._talk_s([Gathered(elements)])
+            else:
+                of = self._chain.profile.units[unit]
+                gathered = [Gathered(of.own_elements + elements, of.expert_elements)]
+                (gather_s,), (scatter_s,) = self._talk_s(gathered)
+                gather_s, scatter_s = gather_s - self._gather[unit], scatter_s - self._scatter[unit]
+            self._known[key] = gather_s, scatter_s
+        return self._known[key]
+
     def _talk_s(self, gathered: Sequence[Gathered]) -> tuple[list[float], list[float]]:
         """Gathers, which ZeRO-2 does once a step instead, and sums of gradients."""
         gathers, sums = zero_talk_s(gathered, self._setup, self._links)
         return ([0.0] * len(gathers) if self._setup.sharding_level == 2 else gathers), sums
-
-    def _more_s(self, unit: int, elements: int) -> tuple[float, float]:
-        """What so many elements more of a unit add to its gather and to the sum of its gradients."""
-        of = self._chain.profile.units[unit]
-        (gather_s,), (scatter_s,) = self._talk_s([Gathered(of.own_elements + elements, of.expert_elements)])
-        return gather_s - self._gather[unit], scatter_s - self._scatter[unit]
 
     @property
     def least_s(self) -> float:
