@@ -79,6 +79,37 @@ def test_a_written_plan_loads_and_is_priced_the_same(tmp_path: Path) -> None:
     assert _line(again, "step time") == _line(first, "step time")
 
 
+def test_a_plan_file_says_of_which_samples_its_step_is(tmp_path: Path) -> None:
+    """Another ``--batch`` beside it was followed by nobody, and not mentioned."""
+    path = tmp_path / "plan.toml"
+    first = said(
+        "--cluster", "cpu:4", "--plan", "tp=2,pp=2", "--batch", "24", "--seq", "64", "--out", str(path)
+    )
+    again = said("--cluster", "cpu:4", "--plan", str(path))
+    assert _line(again, "batch") == _line(first, "batch")
+    for other, asked in (
+        ("--batch 32", "32 samples of 64 tokens"),
+        ("--seq 128", "24 samples of 128 tokens"),
+    ):
+        with pytest.raises(
+            PlanError, match=f"is for 24 samples of 64 tokens a step, and not for {asked}"
+        ) as refused:
+            said("--cluster", "cpu:4", "--plan", str(path), *other.split())
+        assert refused.value.hint == "--batch 24 --seq 64"
+
+
+def test_a_plan_file_for_images_leaves_tokens_to_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = replace(GRAPH, sequence=None, is_sequence_scalable=False)
+    monkeypatch.setattr(verb, "known_model", lambda *_: KnownModel(graph=images))
+    path = tmp_path / "plan.toml"
+    said("--cluster", "cpu:4", "--plan", "dp=4", "--batch", "24", "--out", str(path))
+    assert "24 samples" in said("--cluster", "cpu:4", "--plan", str(path), "--seq", "64")
+    with pytest.raises(PlanError, match="is for 24 samples a step, and not for 8 samples"):
+        said("--cluster", "cpu:4", "--plan", str(path), "--batch", "8")
+
+
 def test_explain_says_who_does_what() -> None:
     text = said("--cluster", "cpu:4", "--plan", "tp=2,pp=2", "--explain")
     for title in ("mesh     dp=1", "stages", "memory a rank", "talk a step"):

@@ -180,6 +180,21 @@ def test_bad_input_exits_with_2_and_a_hint(
     assert hint in said
 
 
+def test_a_plan_file_says_of_which_samples_the_step_is(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another ``--batch`` beside it was followed by nobody, and not mentioned."""
+    path = tmp_path / "plan.toml"
+    machine, shorthand = ("--cluster", "a100-80:2"), ("--plan", "dp=2", "--batch", "6", "--seq", "32")
+    assert run(["plan", "--model", str(config), *machine, *shorthand, "--out", str(path)]) == 0
+    assert rehearsed(config, *machine, "--plan", str(path), "--ranks", "none") == 0
+    assert "6 samples of 32 tokens" in capsys.readouterr().out
+    assert rehearsed(config, *machine, "--plan", str(path), "--batch", "8") == 2
+    said = capsys.readouterr().err
+    assert "is for 6 samples of 32 tokens a step, and not for 8 samples of 32 tokens" in said
+    assert "hint: --batch 6 --seq 32" in said
+
+
 def test_a_text_that_is_no_program_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "program.txt"
     path.write_text("not a program\n")

@@ -80,9 +80,9 @@ def test_a_plan_file_for_other_samples_is_refused_before_a_rank_starts(
     filed = replace(config, plan=str(tmp_path / "plan.toml"))
     new = tmp_path / "new"
     said = refusal(filed, new, PlanError, global_batch=8)
-    assert "is for 4 samples of 16 tokens a step, and the run has 8 samples of 16 tokens" in said
+    assert "is for 4 samples of 16 tokens a step, and not for 8 samples of 16 tokens" in said
     assert "hint: --batch 4 --seq 16" in said
-    assert "the run has 4 samples of 32 tokens" in refusal(filed, new, PlanError, **{"data.sequence": 32})
+    assert "and not for 4 samples of 32 tokens" in refusal(filed, new, PlanError, **{"data.sequence": 32})
 
 
 def test_a_model_of_whole_modules_is_not_searched_but_shared_by_data(

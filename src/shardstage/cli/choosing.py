@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from shardstage.cli.fixing import Fixed
 from shardstage.cost.readings import Readings
 from shardstage.graph.cache import Captured, cached, readings_path
-from shardstage.plan import Plan, Precision, check, complete, load_plan, parse_request
+from shardstage.plan import Plan, Precision, check, check_samples, complete, load_plan, parse_request
 from shardstage.units import format_count
 
 if TYPE_CHECKING:  # what imports torch is imported when it is needed: help comes at once
@@ -22,6 +22,7 @@ __all__ = [
     "Chosen",
     "KnownModel",
     "Question",
+    "asked_samples",
     "capture_model",
     "choose_plan",
     "chosen_mixed",
@@ -86,6 +87,19 @@ def precision_of(plan: str, dtype: str | None, machine: Cluster) -> Precision:
         asked = None if plan == "auto" else parse_request(plan).precision
     default: Precision = "bfloat16" if machine.device.kind == "cuda" else "float32"
     return asked or default
+
+
+def asked_samples(plan: str, *, batch: int | None, sequence: int | None) -> tuple[int | None, int | None]:
+    """Samples of a step and tokens of one: what was typed, which is refused beside a plan file for others; else the file's, if any."""
+    if not plan.endswith(".toml"):
+        return batch, sequence
+    planned = load_plan(plan)
+    if planned.sequence is None:  # of samples that are no text
+        tokens = None
+    else:
+        tokens = sequence = sequence or planned.sequence
+    check_samples(planned, plan, global_batch=batch or planned.global_batch, sequence=tokens)
+    return planned.global_batch, sequence
 
 
 @dataclass(frozen=True, kw_only=True)

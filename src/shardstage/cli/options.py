@@ -11,7 +11,6 @@ from typing import Annotated, Any, Final
 import typer
 
 __all__ = [
-    "Batch",
     "ClusterName",
     "Data",
     "GivenBatch",
@@ -21,7 +20,6 @@ __all__ = [
     "Model",
     "Plan",
     "RunFile",
-    "Sequence",
     "count",
     "typed",
 ]
@@ -40,17 +38,13 @@ def _at_least_one(number: int | None) -> int | None:
 
 _MODEL: Final = typer.Option(help="Built-in name, Hugging Face config or folder, or module:factory")
 _PLAN: Final = typer.Option(help='"auto", a shorthand such as "dp=2,tp=2", or a plan file')
-_BATCH: Final = count("Samples of a step, over all ranks")
-_SEQUENCE: Final = count("Tokens of a sample")
 
 Model = Annotated[str, _MODEL]
 GivenModel = Annotated[str | None, _MODEL]
 Plan = Annotated[str, _PLAN]
 GivenPlan = Annotated[str | None, _PLAN]
-Batch = Annotated[int, _BATCH]
-GivenBatch = Annotated[int | None, _BATCH]
-Sequence = Annotated[int, _SEQUENCE]
-GivenSequence = Annotated[int | None, _SEQUENCE]
+GivenBatch = Annotated[int | None, count("Samples of a step, over all ranks")]
+GivenSequence = Annotated[int | None, count("Tokens of a sample")]
 
 ClusterName = Annotated[
     str, typer.Option(help='Preset and size such as "h100:512", a cluster file, or "local"')

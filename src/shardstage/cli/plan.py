@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from shardstage.cli import options
-from shardstage.cli.choosing import Chosen, Question, headline, known_model, precision_of
+from shardstage.cli.choosing import Chosen, Question, asked_samples, headline, known_model, precision_of
 from shardstage.cli.comparison import (
     Comparison,
     Objective,
@@ -49,6 +49,9 @@ COLLECTED_OBJECTS: Final = 100_000
 """New objects after which Python looks for cycles among them. Its own number, 700, takes a tenth of a search's time, as nearly all of them
 are kept and none is part of a cycle."""
 
+DEFAULT_BATCH: Final = 16
+DEFAULT_SEQUENCE: Final = 256
+
 ENDINGS: Final = MappingProxyType({".toml": "the plan", ".html": "a page with the front"})
 
 
@@ -57,8 +60,10 @@ def plan(
     cluster: options.ClusterName = "local",
     ranks: Annotated[int | None, options.count("Ranks to plan for (default: the cluster's)")] = None,
     plan: options.Plan = "auto",
-    batch: options.Batch = 16,
-    seq: options.Sequence = 256,
+    batch: Annotated[
+        int | None, options.count("Samples of a step, over all ranks (default: a plan file's, else 16)")
+    ] = None,
+    seq: Annotated[int | None, options.count("Tokens of a sample (default: a plan file's, else 256)")] = None,
     fix: Annotated[
         str,
         typer.Option(help='What the search may not change: "tp=8,dtype=fp32", "runnable" (by this release)'),
@@ -98,13 +103,14 @@ def plan(
     require_endings(out or (), ENDINGS)
     fixed, aim = parse_fixed(fix, plan=plan), objective_named(objective)
     memory_bytes = None if memory is None else _some_bytes(memory)
+    samples, tokens = asked_samples(plan, batch=batch, sequence=seq)
     console = Console(highlight=False, emoji=False, stderr=as_json)  # the object stands alone
     machine = _machine(console, cluster, ranks)
     question = Question(
         plan=plan,
         num_ranks=ranks or machine.num_devices,
-        batch=batch,
-        sequence=seq,
+        batch=samples or DEFAULT_BATCH,
+        sequence=tokens or DEFAULT_SEQUENCE,
         precision=precision_of(plan, fixed.request.precision, machine),
         memory_bytes=memory_bytes,
         fixed=fixed,

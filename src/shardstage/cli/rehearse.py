@@ -13,7 +13,15 @@ from rich.console import Console
 from rich.markup import escape
 
 from shardstage.cli import options
-from shardstage.cli.choosing import Question, capture_model, choose_plan, headline, load_source, precision_of
+from shardstage.cli.choosing import (
+    Question,
+    asked_samples,
+    capture_model,
+    choose_plan,
+    headline,
+    load_source,
+    precision_of,
+)
 from shardstage.cli.outputs import require_endings, write_text
 from shardstage.cli.waiting import capturing
 from shardstage.cli.wrapping import say
@@ -48,10 +56,14 @@ def rehearse(
     cluster: options.ClusterName = "local",
     plan: options.Plan = "auto",
     batch: Annotated[
-        int | None, options.count("Samples of a step (default: 4 microbatches a pipeline stage)")
+        int | None,
+        options.count("Samples of a step (default: a plan file's, else 4 microbatches a pipeline stage)"),
     ] = None,
     seq: Annotated[
-        int | None, options.count("Tokens of a sample (default: as many as the model reads, at most 8192)")
+        int | None,
+        options.count(
+            "Tokens of a sample (default: a plan file's, else as many as the model reads, at most 8192)"
+        ),
     ] = None,
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or float64 (default: bfloat16 on a GPU)")
@@ -113,6 +125,7 @@ def _findings(
     from shardstage.runtime.environment import num_usable_cores
 
     asked = _asked_of(plan)
+    batch, seq = asked_samples(plan, batch=batch, sequence=seq)
     console = Console(highlight=False, emoji=False)
     with console.status("looking at the cluster"):
         machine = cluster_named(cluster, ranks=asked.num_ranks or num_default_ranks())
@@ -120,7 +133,7 @@ def _findings(
     precision = precision_of(plan, dtype, machine)
     with console.status(f"reading {model}"):
         source = load_source(model)
-    sequence = seq or asked.sequence or min(source.max_sequence or DEFAULT_SEQUENCE, LONGEST_SEQUENCE)
+    sequence = seq or min(source.max_sequence or DEFAULT_SEQUENCE, LONGEST_SEQUENCE)
     with capturing(console, model, sequence=sequence):
         graph = capture_model(source, sequence, precision)
     with console.status("choosing a plan" if plan == "auto" else "completing the plan"):
@@ -162,23 +175,18 @@ class _Asked:
     model_ranks: int = 1
     num_stages: int = 1
     microbatch: int = 1
-    global_batch: int = 0
-    sequence: int = 0
 
     def batch(self, num_ranks: int) -> int:
-        """The plan file's, or enough microbatches for the pipeline."""
+        """Enough microbatches for the pipeline."""
         microbatches = MICROBATCHES_PER_STAGE * self.num_stages
-        return self.global_batch or microbatches * self.microbatch * max(1, num_ranks // self.model_ranks)
+        return microbatches * self.microbatch * max(1, num_ranks // self.model_ranks)
 
 
 def _asked_of(text: str) -> _Asked:
     if text == "auto":
         return _Asked()
     if text.endswith(".toml"):
-        plan = load_plan(text)
-        return _Asked(
-            num_ranks=plan.mesh.world_size, global_batch=plan.global_batch, sequence=plan.sequence or 0
-        )
+        return _Asked(num_ranks=load_plan(text).mesh.world_size)
     request = parse_request(text)
     return _Asked(
         num_ranks=(request.dp or 0) * request.tp * request.pp,

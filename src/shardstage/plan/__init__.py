@@ -10,7 +10,7 @@ that anyone reads. It refuses to know how a plan is executed, and runs without t
     save_plan(plan, "plan.toml"); load_plan("plan.toml") == plan
 """
 
-from shardstage.plan.check import check
+from shardstage.plan.check import check, check_samples
 from shardstage.plan.complete import complete
 from shardstage.plan.explain import explain
 from shardstage.plan.file import load_plan, plan_from_toml, plan_to_toml, save_plan
@@ -40,6 +40,7 @@ __all__ = [
     "ScheduleName",
     "StageRange",
     "check",
+    "check_samples",
     "complete",
     "decision_named",
     "explain",

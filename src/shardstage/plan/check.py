@@ -73,6 +73,20 @@ def require_runnable(plan: Plan) -> None:
             )
 
 
+def check_samples(plan: Plan, file: str, *, global_batch: int, sequence: int | None) -> None:
+    """Refuses a plan file for other samples than are asked for: nobody would know which of the two was meant."""
+    if (plan.global_batch, plan.sequence) == (global_batch, sequence):
+        return
+    asked, planned = (
+        f"{batch} samples" + ("" if tokens is None else f" of {tokens} tokens")
+        for batch, tokens in ((global_batch, sequence), (plan.global_batch, plan.sequence))
+    )
+    raise PlanError(
+        f"the plan in {file} is for {planned} a step, and not for {asked}",
+        hint=f"--batch {plan.global_batch}" + ("" if plan.sequence is None else f" --seq {plan.sequence}"),
+    )
+
+
 def _check_model(plan: Plan, graph: ModelGraph) -> None:
     if plan.graph_fingerprint and plan.graph_fingerprint != graph.fingerprint:
         raise PlanError(

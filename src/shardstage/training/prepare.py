@@ -10,11 +10,11 @@ import torch
 from shardstage.checkpoint.export import check_export_folder
 from shardstage.cluster import Cluster
 from shardstage.data import PackedText, SampleSource
-from shardstage.errors import ConfigError, DataError, PlanError
+from shardstage.errors import ConfigError, DataError
 from shardstage.graph import ModelGraph
 from shardstage.graph.fallback import capture_or_blocks
 from shardstage.graph.source import ModelSource
-from shardstage.plan import Request, check, complete, load_plan, parse_request
+from shardstage.plan import Request, check, check_samples, complete, load_plan, parse_request
 from shardstage.plan.plan import Plan, Precision
 from shardstage.planner import search
 from shardstage.program import lower, verify
@@ -84,7 +84,7 @@ def choose_plan(config: RunConfig, graph: ModelGraph, *, num_ranks: int, cluster
         ).best
     elif config.plan.endswith(".toml"):
         plan = load_plan(config.plan)
-        _check_samples(config, plan, sequence)
+        check_samples(plan, config.plan, global_batch=config.global_batch, sequence=sequence)
     else:
         plan = complete(
             Request() if config.plan == "auto" else parse_request(config.plan),  # nothing could be compared
@@ -98,20 +98,6 @@ def choose_plan(config: RunConfig, graph: ModelGraph, *, num_ranks: int, cluster
     plan = replace(plan, graph_fingerprint=plan.graph_fingerprint or graph.fingerprint)
     check(plan, graph, num_ranks=num_ranks)
     return plan
-
-
-def _check_samples(config: RunConfig, plan: Plan, sequence: int | None) -> None:
-    """Refuses a plan file for other samples than the run's: neither of the two would know which was meant."""
-    if (plan.global_batch, plan.sequence) == (config.global_batch, sequence):
-        return
-    asked, planned = (
-        f"{batch} samples" + ("" if tokens is None else f" of {tokens} tokens")
-        for batch, tokens in ((config.global_batch, sequence), (plan.global_batch, plan.sequence))
-    )
-    raise PlanError(
-        f"the plan in {config.plan} is for {planned} a step, and the run has {asked}",
-        hint=f"--batch {plan.global_batch}" + ("" if plan.sequence is None else f" --seq {plan.sequence}"),
-    )
 
 
 def _plan_to_go_on_with(config: RunConfig, earlier: EarlierRun, graph: ModelGraph, *, num_ranks: int) -> Plan:
