@@ -14,6 +14,7 @@ from shardstage.errors import ClusterError
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.delenv("SHARDSTAGE_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     return tmp_path / "shardstage"
 
@@ -39,6 +40,20 @@ def test_this_machine_is_measured_once_for_each_number_of_ranks(cache: Path, mea
     assert cluster_named("local", ranks=3).num_devices == 3
     assert measured == [2, 3]
     assert len(list(cache.iterdir())) == 2, "no half written file stays"
+
+
+def test_it_is_kept_where_captures_are_or_not_at_all(
+    tmp_path: Path, cache: Path, measured: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SHARDSTAGE_CACHE was for captures alone: a home without room, or one that is shared by unlike machines, was written all the same."""
+    monkeypatch.setenv("SHARDSTAGE_CACHE", str(tmp_path / "mine"))
+    cluster_named("local", ranks=2)
+    assert [path.name.split("-")[0] for path in (tmp_path / "mine").iterdir()] == ["cluster"]
+    monkeypatch.setenv("SHARDSTAGE_CACHE", "off")
+    assert known_cluster("local", ranks=2) is None
+    cluster_named("local", ranks=2)
+    assert measured == [2, 2]
+    assert not cache.exists()
 
 
 def test_another_machine_is_measured_anew(

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 from pathlib import Path
 
-from shardstage.cluster import Cluster, load, save
+from shardstage.cluster import Cluster, load
 from shardstage.cluster.machine import cpu_model, memory_bytes
 from shardstage.errors import ClusterError
+from shardstage.graph.cache import cache_folder, write_whole
 
 __all__ = ["cluster_named", "known_cluster", "num_default_ranks", "probe_machine"]
 
@@ -39,19 +39,15 @@ def probe_machine(ranks: int, *, budget_s: float) -> Cluster:
 
 
 def cluster_named(spec: str, *, ranks: int) -> Cluster:
-    """A preset or file; ``local`` is this machine, measured once and remembered in the user's cache folder."""
+    """A preset or file; ``local`` is this machine, measured once and remembered where captures are, if anywhere."""
     known = known_cluster(spec, ranks=ranks)
     if known is not None:
         return known
     cluster = probe_machine(ranks, budget_s=QUICK_BUDGET_S)
     path = _measured_file(ranks)
-    with contextlib.suppress(
-        OSError, ClusterError
-    ):  # a home that cannot be written: measured again next time
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.{os.getpid()}")
-        save(cluster, partial)
-        partial.replace(path)
+    if path is not None:
+        with contextlib.suppress(OSError):  # a home that cannot be written: measured again next time
+            write_whole(path, cluster.to_toml())
     return cluster
 
 
@@ -61,17 +57,15 @@ def known_cluster(spec: str, *, ranks: int) -> Cluster | None:
         return load(spec)
     path = _measured_file(ranks)
     try:
-        return load(path) if path.exists() else None
+        return load(path) if path is not None and path.exists() else None
     except ClusterError:  # of an older version: measured anew
         return None
 
 
-def _measured_file(ranks: int) -> Path:
-    return _cache_folder() / f"cluster-{_machine_key(ranks)}.toml"
-
-
-def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "shardstage"
+def _measured_file(ranks: int) -> Path | None:
+    """None where the user wants nothing kept."""
+    folder = cache_folder()
+    return None if folder is None else folder / f"cluster-{_machine_key(ranks)}.toml"
 
 
 def _machine_key(ranks: int) -> str:

@@ -86,7 +86,7 @@ def cached(
 
 
 def cache_folder() -> Path | None:
-    """Where captures are kept; None where the user wants none."""
+    """Where captures and the measurement of this machine are kept; None where the user wants none."""
     chosen = os.environ.get("SHARDSTAGE_CACHE", "")
     if chosen.lower() in ("off", "0", "none"):
         return None
