@@ -19,6 +19,8 @@ from typing import Any
 import pytest
 from tests.training.models import TINY
 
+from shardstage.cli.stdout import EXIT_CLOSED_PIPE
+
 ROOT = Path(__file__).parents[2]
 COMMAND = (sys.executable, "-m", "shardstage", "train")
 LIMIT_S = 120.0
@@ -134,6 +136,22 @@ def test_ctrl_c_in_a_terminal_stops_all_ranks_and_says_how_to_go_on(
     common = min(len(before), last)
     assert [line["loss"] for line in lines][:common] == before[:common], "bit for bit"
     assert "peak memory, rank 1" in resumed.stdout
+
+
+def test_a_run_whose_output_nobody_reads_any_more_goes_on_to_its_end(
+    folder: Path, start: Callable[..., subprocess.Popen[bytes]]
+) -> None:
+    """``train | head`` ended it with "rank 0 ended with exit code 1", and nothing was saved."""
+    popen = start("--steps", "200", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert popen.stdout is not None and popen.stderr is not None
+    while not popen.stdout.readline().startswith(b"step 1/"):
+        assert popen.poll() is None
+    popen.stdout.close()
+    assert popen.wait(LIMIT_S) == EXIT_CLOSED_PIPE
+    with popen.stderr:
+        assert popen.stderr.read() == b""
+    assert steps_logged(folder) == 200
+    assert (folder / "out" / "summary.json").exists()
 
 
 def test_a_killed_rank_ends_the_job_with_its_name_and_sigterm_ends_it_too(

@@ -1,7 +1,8 @@
 """The command line: one file a verb.
 
 Owns flags, help and tables. In goes what the user typed, out come an exit code and text: 0 done, 1 a proof that failed or a rank that died,
-2 bad input, 130 Ctrl-C. It refuses to decide anything: every verb calls one public function of a package above.
+2 bad input, 130 Ctrl-C, 141 a pipe that nobody reads. It refuses to decide anything: every verb calls one public function of a
+package above.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from shardstage import __version__
+from shardstage.cli.stdout import guarded_stdout
 from shardstage.cli.wrapping import say
 from shardstage.errors import ParityError, RankFailedError, ShardstageError
 
@@ -90,7 +91,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
 def _run_verb(arguments: Sequence[str] | None) -> int:
     typed = list(sys.argv[1:] if arguments is None else arguments)
     verbs = VERBS if not typed or typed[0] not in VERBS else typed[:1]  # the others need not be loaded
-    code = _app(verbs)(typed, prog_name="shardstage", standalone_mode=False)
+    with guarded_stdout():
+        code = _app(verbs)(typed, prog_name="shardstage", standalone_mode=False)
     return code if isinstance(code, int) else 0
 
 

@@ -3,6 +3,7 @@
     $SHARDSTAGE_CACHE (off: none), else $XDG_CACHE_HOME/shardstage, else ~/.cache/shardstage
         captures/<key>.graph        a line of JSON about the capture, then the graph in short
         captures/<key>.readings     what the graph was read to, sharded in one way after the other (``cost.readings``)
+        cluster-<key>.toml          how this machine was measured (``cli.machine``)
 
 The key covers all that a capture depends on: the config's bytes or the built-in name, length, dtype, this package's own code and the
 versions of torch and transformers. A ``module:factory`` may depend on any code, which no key can cover: it is captured every time.

@@ -15,7 +15,7 @@ import sys
 import threading
 import traceback
 from multiprocessing import spawn
-from typing import Any
+from typing import Any, TextIO, cast
 
 from shardstage.errors import ShardstageError
 from shardstage.runtime.environment import (
@@ -26,6 +26,7 @@ from shardstage.runtime.environment import (
     leave_world,
 )
 from shardstage.runtime.failure import report_exception
+from shardstage.runtime.terminal import Lossy
 
 __all__ = ["EXIT_REFUSED", "pack_entry", "run_rank"]
 
@@ -53,6 +54,7 @@ def run_rank(packed_fd: int, report_fd: int, log_fd: int) -> None:
     faulthandler.enable(log_fd)
     faulthandler.register(signal.SIGUSR1, log_fd, all_threads=False)  # how a hung rank is asked where it is
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # a killed rank loses no whole line
+    sys.stdout = cast(TextIO, Lossy(sys.stdout))
     environment = detect_environment()
     assert environment is not None and environment.source == "shardstage"
     exit_code = _run_and_report(environment, packed_fd, report_fd, log_fd)

@@ -1,4 +1,4 @@
-"""Copies what a rank writes to the terminal into a file as well, without taking the terminal from it."""
+"""What a rank writes to the terminal: copied into a file as well, without taking the terminal from it, and lost rather than fatal."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import termios
 import threading
 import tty
 from types import TracebackType
-from typing import TextIO
+from typing import Any, TextIO
 
-__all__ = ["Tee"]
+__all__ = ["Lossy", "Tee"]
 
 _DRAIN_S = 1.0
 
@@ -72,6 +72,25 @@ class Tee:
                         OSError
                     ):  # a closed terminal or full disk must not stop the rank
                         os.write(fd, written)
+
+
+class Lossy:
+    """A stream for what a rank may lose: a reader that left or a full disk must not stop the run. Its launcher will say it."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def _copy_size(from_fd: int, to_fd: int) -> None:
