@@ -12,6 +12,7 @@ from tests.cost.machines import round_machine
 from tests.simulator.planned_cases import Planned, analytic, planned
 
 from shardstage.cluster import CAUSES, Cluster, load
+from shardstage.cluster.links import LinearCost
 from shardstage.program import Collective
 from shardstage.simulator import parse_change, simulate, step_time, what_if
 
@@ -162,11 +163,14 @@ def test_a_collective_has_the_factor_of_its_axis(axis: str) -> None:
 
 
 def test_a_message_has_the_pipeline_s_factor_and_the_update_the_memory_s() -> None:
-    plain = planned("pp=2,dp=2,mb=2,zero=1", cluster=PLAIN).prices
+    device = replace(PLAIN.device, alone_ratio=1.5, message=LinearCost(1e-4, 1e9))
+    shared = replace(PLAIN, device=device)
+    plain = planned("pp=2,dp=2,mb=2,zero=1", cluster=shared).prices
     for cause in CAUSES:
-        prices = on("pp=2,dp=2,mb=2,zero=1", {cause: 2.0}).prices
+        prices = planned("pp=2,dp=2,mb=2,zero=1", cluster=calibrated({cause: 2.0}, shared)).prices
         factor, wire = 2.0 if cause == "pp" else 1.0, plain.transfer(1000, 0, 2)
-        assert prices.transfer(1000, 0, 2) == (factor * wire.latency_s, factor * wire.bytes_s, 1.0)
+        weighed = (factor * wire.latency_s, factor * wire.bytes_s, 1.0, factor * wire.core_s)
+        assert prices.transfer(1000, 0, 2) == weighed and wire.core_s > 0
         update_s = (2.0 if cause == "memory" else 1.0) * plain.own_s(0, "STEP", None, 0)
         assert prices.own_s(0, "STEP", None, 0) == update_s > 0
 

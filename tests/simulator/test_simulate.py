@@ -85,14 +85,6 @@ def test_a_reduction_slows_down_the_backward_that_it_hides_under() -> None:
     assert [(s.start_s, s.end_s) for s in timeline.spans_of(0, "dp")] == [(11, 12), (12.5, 13.5)]
 
 
-def test_ranks_that_share_cores_take_the_time_of_their_work() -> None:
-    program = pipeline("1f1b", 4, 16)
-    assert step_time(program, prices(4, num_cores=4)) == step_time(program, prices(4))
-    assert step_time(program, prices(4, num_cores=1)) == pytest.approx(4 * 16 * 3)
-    shared = step_time(program, prices(4, num_cores=2))
-    assert 4 * 16 * 3 / 2 < shared < 4 * 16 * 3 / 2 * 1.1
-
-
 def test_alike_ranks_are_simulated_once() -> None:
     whole, one = pipeline("1f1b", 4, 8, dp=4096), pipeline("1f1b", 4, 8, dp=2)
     timeline = simulate(whole, prices(4))

@@ -1,8 +1,8 @@
 """``acts_of``: the instructions of a lane with their prices, as the small tuples that the simulation walks.
 
 Compute   seconds, then exposed_s of collectives inside, at which the lanes of ``group`` wait for each other
-Send      own_s, then the message leaves when the link to ``peer`` is free, and is there bytes_s + latency_s later
-Receive   waits for message ``key``, then own_s
+Send      core_s, then own_s, then the message leaves when the link to ``peer`` is free, and is there bytes_s + latency_s later
+Receive   waits for message ``key``, then core_s and own_s
 Talk      collectives one after the other: (group, seconds, stream); group ALONE waits for nobody
 Reduce    buckets: (position of the last backward of their stage, share of it after which they are whole, seconds)
 """
@@ -21,7 +21,19 @@ from shardstage.simulator.periods import Cut
 from shardstage.simulator.prices import Prices, Wire
 from shardstage.timeline import Stream
 
-__all__ = ["ALONE", "COMPUTE", "RECEIVE", "REDUCE", "SEND", "TALK", "Act", "Pricer", "Reduction", "Talk"]
+__all__ = [
+    "ALONE",
+    "COMPUTE",
+    "RECEIVE",
+    "REDUCE",
+    "SEND",
+    "TALK",
+    "Act",
+    "Departure",
+    "Pricer",
+    "Reduction",
+    "Talk",
+]
 
 COMPUTE: Final = 0
 SEND: Final = 1
@@ -37,6 +49,13 @@ class Talk(NamedTuple):
     group: int
     seconds: float
     stream: Stream
+
+
+class Departure(NamedTuple):
+    """The lane that a message leaves for, and what sending it takes of shared cores."""
+
+    target: int
+    core_s: float
 
 
 class Bucket(NamedTuple):
@@ -166,13 +185,15 @@ class Pricer:
         own_s = self._own_s(lane, instruction, num_bytes)
         ends = (stage, peer) if instruction.is_send else (peer, stage)
         coordinates = (lane.dp_class, lane.tp_class)
+        other = lanes.at(program.stage_ranks[peer], *coordinates)
+        source, target = (lane, other) if instruction.is_send else (other, lane)
+        wire = self._prices.transfer(num_bytes, source.rank, target.rank)
         number = self._messages.setdefault((ends, instruction.kind[-1], *coordinates), len(self._messages))
         first_key = number * program.num_microbatches
         if instruction.is_receive:
-            return (RECEIVE, own_s, 0.0, 0.0, first_key, instruction)
-        target = lanes.at(program.stage_ranks[peer], *coordinates)
-        wire = self._prices.transfer(num_bytes, lane.rank, target.rank)
-        return (SEND, own_s, wire.latency_s, wire.bytes_s, first_key, target.number)
+            return (RECEIVE, own_s, 0.0, 0.0, first_key, wire.core_s)
+        departure = Departure(target.number, wire.core_s)
+        return (SEND, own_s, wire.latency_s, wire.bytes_s, first_key, departure)
 
     def _talks(self, lane: Lane, instruction: Instruction) -> Iterator[Talk]:
         """COUNT, UNSHARD and STEP: the norm of all gradients, then the update, then what is gathered."""

@@ -55,6 +55,10 @@ class Lanes:
             for tp in self.tp_classes[lane.tp_class]
         )
 
+    def num_alike(self, lane: Lane) -> int:
+        """How many ranks a lane stands for."""
+        return len(self.dp_classes[lane.dp_class]) * len(self.tp_classes[lane.tp_class])
+
     def group(self, lane: Lane, axis: str) -> tuple[int, ...]:
         """The ranks that a collective of the lane's rank along ``axis`` (``tp``, ``dp``, ``world``, ``tie0+3``) joins."""
         mesh = self.mesh

@@ -32,19 +32,20 @@ class PlannedPrices:
     Beside compute run collectives, which slow it down as the device's kernel model says, and messages: not at all on GPUs, where they take
     a channel or two, and wholly where cores do both.
 
+    Ranks that share cores leave them to each other while they wait (``alone_ratio``, ``message`` of the device): what they compute, and
+    both ends of their messages, is priced as of a rank alone and served by as many cores as make all ranks at a time as quick as measured.
+    The update is at that pace: all ranks do it at once. Devices of several classes are taken to share nothing.
+
     Each duration is multiplied by the cluster's calibration of its cause, as the step formula's parts are; of collectives beside compute
     what does not hide, which is found before either is multiplied. How long ranks idle comes of these: the formula weighs the pipeline's
     bubble by ``pp``. ``costs`` are those of each class of devices, ``formula`` the same before the calibration.
     A host that launches slower than its GPU computes holds it up as in the formula (``launches``).
-
-    A cluster of CPU ranks has its own device for each rank: cores that ranks share are known only to those who measure them.
     """
 
     costs: tuple[StageCosts, ...]
     formula: tuple[StageCosts, ...]
     cluster: Cluster
     holdings: Holdings
-    num_cores: int | None = None
     special_ranks: tuple[int, ...] = ()
     _update_s: dict[tuple[int, int], float] = field(default_factory=dict, repr=False)
 
@@ -61,8 +62,17 @@ class PlannedPrices:
         return tuple(part.ranks for part in self.cluster.parts) if self.cluster.is_mixed else ()
 
     @property
+    def alone_ratio(self) -> float:
+        """How many times quicker a rank is while no other wants its cores."""
+        return 1.0 if self.cluster.is_mixed else self.cluster.device.alone_ratio
+
+    @property
+    def num_cores(self) -> float | None:
+        return self.mesh.world_size / self.alone_ratio if self.alone_ratio > 1 else None
+
+    @property
     def slowdown(self) -> float:
-        return 1.0 if self.cluster.device.kind == "cuda" else 2.0
+        return 1.0 if self.cluster.device.kind == "cuda" or self.num_cores else 2.0
 
     @property
     def overlap_slowdown(self) -> float:
@@ -82,7 +92,8 @@ class PlannedPrices:
     ) -> float:
         of_class = costs[self.cluster.part_of(rank)]
         cost = of_class.cost(stage, tp=self.mesh.coordinate(rank, "tp"), size=size)
-        return {"F": cost.forward_s, "B": cost.backward_s, "I": cost.input_s, "W": cost.weight_s}[kind]
+        all_busy_s = {"F": cost.forward_s, "B": cost.backward_s, "I": cost.input_s, "W": cost.weight_s}[kind]
+        return all_busy_s / self.alone_ratio
 
     def collective(self, collective: Collective, group: Sequence[int]) -> Wire:
         cost = self.cluster.collective(collective.kind, group)
@@ -91,7 +102,10 @@ class PlannedPrices:
 
     def transfer(self, num_bytes: int, source: int, target: int) -> Wire:
         cost, factor = self.cluster.collective("p2p", (source, target)), self.cluster.factors["pp"]
-        return Wire(factor * cost.latency_s, factor * (num_bytes / cost.bytes_per_s))
+        message, core_s = self.cluster.device.message, 0.0
+        if message is not None and self.num_cores:
+            core_s = factor * message.seconds(num_bytes) / self.alone_ratio
+        return Wire(factor * cost.latency_s, factor * (num_bytes / cost.bytes_per_s), core_s=core_s)
 
     def own_s(self, rank: int, kind: InstructionKind, stage: int | None, num_bytes: int) -> float:
         """STEP: the optimizer over what the rank owns."""

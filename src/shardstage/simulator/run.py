@@ -2,7 +2,8 @@
 
 A lane is a coroutine with a clock of its own. It goes on until it needs a message that has not been sent or lanes that have not come, and
 is taken up again by what it waits for. As nothing but messages and meetings joins lanes, their clocks need no common order. Where ranks
-share cores there is one: computations are then served in order of time, n of them at a rate of min(1, cores / n) each.
+share cores there is one: what they compute, and their ends of messages, are then served in order of time, n ranks at a rate of
+min(1, cores / n) each. A lane takes as much of the cores as the ranks that it stands for.
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from typing import cast
 
-from shardstage.simulator.acts import ALONE, COMPUTE, RECEIVE, SEND, TALK, Act, Reduction, Talk
+from shardstage.simulator.acts import ALONE, COMPUTE, RECEIVE, SEND, TALK, Act, Departure, Reduction, Talk
 from shardstage.simulator.periods import Cut
 from shardstage.timeline import Stream
 
 __all__ = ["Run", "run"]
 
 _Wanted = tuple[float, float] | None
-"""A coroutine asks for (seconds from, seconds of) computation on shared cores, or for nothing until it is woken."""
+"""A coroutine asks for (seconds from, seconds of) work on shared cores, or for nothing until it is woken."""
 
 _Said = tuple[int, Stream, float, float]
 
@@ -80,11 +81,20 @@ def run(
     *,
     slowdown: float = 1.0,
     overlap_slowdown: float = 0.0,
-    num_cores: int | None = None,
+    num_cores: float | None = None,
+    ranks_of_rows: Sequence[int] = (),
     keep_talks: bool = False,
 ) -> Run:
-    """Walks until nothing more can run; a row that waits for ever has fewer ends than acts."""
-    return _Walk(rows, group_sizes, slowdown, overlap_slowdown, num_cores, keep_talks).run()
+    """Walks until nothing more can run; a row that waits for ever has fewer ends than acts.
+
+    ``ranks_of_rows``: how many ranks each row stands for on the cores that all share; by default one.
+    """
+    walk = _Walk(
+        rows, group_sizes, slowdown, overlap_slowdown, is_shared=num_cores is not None, keep_talks=keep_talks
+    )
+    if num_cores is None:
+        return walk.run()
+    return walk.run_on_cores(num_cores, ranks_of_rows or [1] * len(rows))
 
 
 class _Walk:
@@ -94,14 +104,15 @@ class _Walk:
         group_sizes: Mapping[int, int],
         slowdown: float,
         overlap_slowdown: float,
-        num_cores: int | None,
+        *,
+        is_shared: bool,
         keep_talks: bool,
     ) -> None:
         self.rows = rows
         self.group_sizes = group_sizes
         self.slowdown = slowdown
         self.overlap_slowdown = overlap_slowdown
-        self.num_cores = num_cores
+        self.is_shared = is_shared
         self.keep_talks = keep_talks
         self.result = Run(starts_s=[[] for _ in rows], ends_s=[[] for _ in rows], talks=[[] for _ in rows])
         self.arrived_s: dict[int, float] = {}
@@ -112,39 +123,43 @@ class _Walk:
         self.lanes = [self._lane(number) for number in range(len(rows))]
 
     def run(self) -> Run:
-        if self.num_cores is None:
-            while self.ready:
-                next(self.lanes[self.ready.popleft()], None)
-        else:
-            self._run_on_cores(self.num_cores)
+        """Each rank has its own device."""
+        while self.ready:
+            next(self.lanes[self.ready.popleft()], None)
         return self.result
 
-    def _run_on_cores(self, num_cores: int) -> None:
-        """Computations that run at a time share the cores evenly; a message is not slowed down."""
+    def run_on_cores(self, num_cores: float, ranks_of_rows: Sequence[int]) -> Run:
+        """All that want cores at a time get as much of them, ``rate`` of one for each rank.
+
+        ``served_s`` is what a rank has got that has wanted them since they were last idle: a lane is done when that has grown by its
+        seconds.
+        """
         requests: list[tuple[float, int, float]] = []
-        left: dict[int, float] = {}
-        now = 0.0
+        running: list[tuple[float, int]] = []
         answers: dict[int, float] = {}
+        now = served_s = 0.0
+        num_ranks = 0
         while True:
             while self.ready:
                 number = self.ready.popleft()
                 wanted = _resume(self.lanes[number], answers.pop(number, None))
                 if wanted is not None:
                     heappush(requests, (wanted[0], number, wanted[1]))
-            if not requests and not left:
-                return
-            rate = min(1.0, num_cores / len(left)) if left else 1.0
-            done_s = now + min(left.values()) / rate if left else float("inf")
-            until = min(done_s, max(now, requests[0][0])) if requests else done_s
-            for number in left:
-                left[number] -= (until - now) * rate
-            now = until
-            if requests and requests[0][0] <= now and now < done_s:
-                _, number, seconds = heappop(requests)
-                left[number] = seconds
+            if not requests and not running:
+                return self.result
+            rate = min(1.0, num_cores / num_ranks) if running else 1.0
+            done_s = now + (running[0][0] - served_s) / rate if running else float("inf")
+            begins_s = max(now, requests[0][0]) if requests else float("inf")
+            if begins_s < done_s:
+                served_s = served_s + (begins_s - now) * rate if running else 0.0
+                now, number, seconds = begins_s, *heappop(requests)[1:]
+                heappush(running, (served_s + seconds, number))
+                num_ranks += ranks_of_rows[number]
                 continue
-            for number in [number for number, seconds in left.items() if seconds <= 1e-15 + 1e-12 * now]:
-                del left[number]
+            now, served_s = done_s, running[0][0]
+            while running and running[0][0] <= served_s + 1e-15 + 1e-12 * now:
+                number = heappop(running)[1]
+                num_ranks -= ranks_of_rows[number]
                 answers[number] = now
                 self.ready.append(number)
 
@@ -152,7 +167,7 @@ class _Walk:
         """The life of a lane."""
         arrived_s, waiting, ready = self.arrived_s, self.waiting, self.ready
         begin, end = self.result.starts_s[number].append, self.result.ends_s[number].append
-        is_shared, slowdown = self.num_cores is not None, self.slowdown
+        is_shared, slowdown = self.is_shared, self.slowdown
         talks = self.result.talks[number] if self.keep_talks else None
         link_free_s: dict[int, float] = {}
         counts: dict[int, int] = {}
@@ -176,10 +191,15 @@ class _Walk:
                     waiting[key] = number
                     yield None
                     when = arrived_s[key]
-                clock = max(clock, when) + own_s
-            elif kind == SEND:
+                clock = max(clock, when)
+                if core_s := cast("float", more):
+                    clock = cast("float", (yield clock, core_s)) if is_shared else clock + core_s
                 clock += own_s
-                link = cast("int", more)
+            elif kind == SEND:
+                link, core_s = cast("Departure", more)
+                if core_s:
+                    clock = cast("float", (yield clock, core_s)) if is_shared else clock + core_s
+                clock += own_s
                 departs = max(clock, link_free_s.get(link, 0.0))
                 link_free_s[link] = departs + bytes_s
                 busy_until = max(busy_until, departs + bytes_s)

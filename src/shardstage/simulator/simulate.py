@@ -99,6 +99,7 @@ def _run(program: Program, lanes: Lanes, prices: Prices, *, keep_talks: bool, is
             slowdown=prices.slowdown,
             overlap_slowdown=prices.overlap_slowdown,
             num_cores=prices.num_cores,
+            ranks_of_rows=[lanes.num_alike(lane) for lane in lanes.lanes],
             keep_talks=keep_talks,
         )
         _require_end(ran, lanes, cuts)

@@ -74,7 +74,7 @@ class ChangedPrices:
         return self.prices.overlap_slowdown
 
     @property
-    def num_cores(self) -> int | None:
+    def num_cores(self) -> float | None:
         return self.prices.num_cores
 
     @property
