@@ -8,7 +8,15 @@ from itertools import pairwise
 from random import Random
 
 import pytest
-from tests.planner.mixed.instances import CLOSE, GRAPH, PLENTY, machines, random_graph, searcher_of
+from tests.planner.mixed.instances import (
+    CLOSE,
+    GRAPH,
+    PLENTY,
+    machines,
+    random_graph,
+    random_searcher,
+    searcher_of,
+)
 
 from shardstage.cluster import Cluster
 from shardstage.errors import PlanError
@@ -130,3 +138,20 @@ def test_runners_up_are_of_other_meshes_and_no_faster() -> None:
     found = searched(replace(machines((2, 1.0), (2, 2.0)), name="other"))
     assert found.runners_up
     assert all(p.step_time_s * CLOSE >= found.prediction.step_time_s for _, p in found.runners_up)
+
+
+def test_a_search_with_more_memory_than_the_last_one_forgets_what_that_one_recomputed() -> None:
+    """What ranks of several stages must recompute was remembered without their limits: the plan was 7 % slower than the best."""
+    whole = random_searcher(Random(14))
+    peaks = [share.peak_bytes for share in whole.best([PLENTY] * len(whole.cluster.parts)).shares]
+    searcher = random_searcher(Random(14))
+    seconds = []
+    for ratio in (0.4, 0.7, 0.9):
+        limits = [int(ratio * peak) for peak in peaks]
+        try:
+            seconds.append(searcher.best(limits).prediction.step_time_s)
+        except PlanError:
+            continue
+        alone = random_searcher(Random(14)).best(limits)
+        assert seconds[-1] == alone.prediction.step_time_s
+    assert len(seconds) > 1 and all(later <= earlier for earlier, later in pairwise(seconds))

@@ -324,7 +324,7 @@ class MixedPricing:
     ) -> list[StageRecompute]:
         """What a lane may recompute at least, by what the first ranks of its classes and its last rank hold. Raises ``TooLong``
         where none of that comes below ``below_s``."""
-        key = (choice.arrangement, choice.schedule, lane)
+        key = (choice.arrangement, choice.schedule, lane, tuple(limits))
         if key not in self._ends:
             self._ends[key] = self._alike(choice, lane, setup, limits)
         alike, chain = self._ends[key], self.chain(choice, lane.classes[0], lane.size)
