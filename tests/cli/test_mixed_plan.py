@@ -69,6 +69,22 @@ def test_the_object_for_machines_has_classes_and_the_certificate() -> None:
     assert [each["name"] for each in table["classes"]] == ["class0", "class1"]
     assert table["classes"][0]["peak_bytes"] <= table["classes"][0]["limit_bytes"]
     assert table["certificate"]["gap"] == 0 and table["runners_up"]
+    assert [(each["change"], each["reason"]) for each in table["why_not"]] == [
+        (each.change, each.reason) for each in comparison.alternatives
+    ]
+
+
+def test_why_not_says_what_it_costs_to_leave_a_class_idle_and_of_each_decision_one_change() -> None:
+    chosen, comparison = chosen_by(fix="pp=5")
+    told = shown(chosen, comparison)
+    assert "why not" in told and "class0 idle" not in told  # two devices make no pipeline of five
+    chosen, comparison = chosen_by()
+    told = shown(chosen, comparison)
+    changes = [each.change for each in comparison.alternatives]
+    assert len(changes) > 12
+    assert {"class0 idle", "class1 idle"} <= {*changes}
+    for kind in {change.split()[0].split("=")[0] for change in changes}:
+        assert f"\n{kind}" in told
 
 
 def test_the_objective_memory_holds_less_and_is_a_quarter_slower_at_most() -> None:
@@ -98,7 +114,8 @@ def test_the_page_names_all_classes_and_says_that_it_was_searched() -> None:
     page = comparison_page("toy", MIXED, chosen, comparison)
     for share in chosen.mixed.shares:
         assert f"{share.num_used} × {share.name}" in page
-    assert "keeps no front" in page and "not searched" not in page and "Why not" not in page
+    assert "keeps no front" in page and "not searched" not in page
+    assert "Why not" in page and "class0 idle" in page
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from html import escape
@@ -21,7 +22,15 @@ if TYPE_CHECKING:
     from shardstage.cluster import Cluster
     from shardstage.cost import Prediction
     from shardstage.layout.mesh import Axis
-    from shardstage.planner import Alternative, Certificate, MixedResult, NamedModules, Point, SearchResult
+    from shardstage.planner import (
+        Alternative,
+        Certificate,
+        MixedResult,
+        MixedSearcher,
+        NamedModules,
+        Point,
+        SearchResult,
+    )
 
 __all__ = [
     "Comparison",
@@ -42,6 +51,7 @@ MEMORY_STEPS: Final = 64
 """The least memory is found to one part in so many."""
 
 MOST_SHOWN: Final = 6
+MOST_UNFIT_SHOWN: Final = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +89,10 @@ def choose(
         chosen = choose_plan(question, graph, machine, readings)
     if chosen.mixed is not None and objective == "memory":
         chosen = _smallest_mixed(chosen, question.limits(machine))
+    if chosen.mixed is not None and chosen.mixed_searcher is not None:
+        comparison = _mixed_comparison(chosen.mixed_searcher, chosen.mixed, _dollars(chosen, machine))
+        readings.keep()
+        return chosen, comparison
     if chosen.found is None or chosen.searcher is None:
         readings.keep()
         return chosen, Comparison(dollars=_dollars(chosen, machine))
@@ -95,6 +109,12 @@ def choose(
     )
     readings.keep()
     return chosen, comparison
+
+
+def _mixed_comparison(searcher: MixedSearcher, found: MixedResult, dollars: float | None) -> Comparison:
+    from shardstage.planner import mixed_alternatives
+
+    return Comparison(alternatives=mixed_alternatives(searcher, found), dollars=dollars)
 
 
 Result = TypeVar("Result", "SearchResult", "MixedResult")
@@ -180,19 +200,30 @@ def print_comparison(console: Console, chosen: Chosen, comparison: Comparison, m
     if comparison.dollars is not None:
         console.print(f"cost       ${comparison.dollars:,.4f} a step at the preset's hourly price")
     if chosen.mixed is not None:
-        _print_mixed(console, chosen.mixed)
-    if chosen.found is None:
+        _print_shares(console, chosen.mixed)
+    found = chosen.found or chosen.mixed
+    if found is None:
         return
-    _print_proof(console, chosen.found.certificate)
-    runners = [(c.text, c.prediction, "") for c in chosen.found.runners_up[:MOST_SHOWN]]
+    _print_proof(console, found.certificate)
+    runners = [(text, prediction, "") for text, prediction in _runners_up(chosen)[:MOST_SHOWN]]
     _print_table(console, "runners-up", "plan", runners, chosen.prediction)
-    whys = [(a.change, a.prediction, a.reason) for a in comparison.alternatives[: 2 * MOST_SHOWN]]
+    whys = [(a.change, a.prediction, a.reason) for a in _shown(comparison.alternatives)]
     _print_table(console, "why not", "change", whys, chosen.prediction)
     if comparison.modules is not None:
         console.print(f"what if    {_what_if(comparison.modules)}", soft_wrap=True)
     if len(comparison.front) > 1:
         points = [(p.text, p.prediction, "") for p in comparison.front]
         _print_table(console, "less memory", "plan", points, chosen.prediction)
+
+
+def _shown(alternatives: Sequence[Alternative]) -> list[Alternative]:
+    """The cheapest change of each decision, some that do not fit, and of the others the cheapest."""
+    firsts: dict[str, Alternative] = {}
+    for each in alternatives:
+        firsts.setdefault(re.split("[ =]", each.change)[0], each)
+    large = [each for each in alternatives if each.prediction is None][:MOST_UNFIT_SHOWN]
+    chosen = list(dict.fromkeys((*firsts.values(), *large, *alternatives)))[: 2 * MOST_SHOWN]
+    return [each for each in alternatives if each in chosen]
 
 
 def _print_proof(console: Console, proof: Certificate) -> None:
@@ -211,9 +242,9 @@ def _what_if(named: NamedModules) -> str:
     return f'{named}: {gain} faster, fits with {peak}: --plan "{named.text}"'
 
 
-def _print_mixed(console: Console, found: MixedResult) -> None:
-    """Which layers, or how many samples, each class of devices takes, and what it holds; the proof, and runners-up."""
-    by_layers = found.choice.arrangement.by == "stages"
+def _print_shares(console: Console, found: MixedResult) -> None:
+    """Which layers, or how many samples, each class of devices takes, and what it holds; which devices are idle."""
+    by_layers = found.priced.choice.arrangement.by == "stages"
     of = sum(share.num_layers if by_layers else share.num_samples for share in found.shares)
     for share in found.shares:
         takes = (
@@ -224,9 +255,6 @@ def _print_mixed(console: Console, found: MixedResult) -> None:
     idle = [f"{s.num_devices - s.num_used:,} × {s.name}" for s in found.shares if s.num_used < s.num_devices]
     if idle:
         say(console, f"idle       {', '.join(idle)}: ranks are those of --cluster {found.cluster.name}")
-    _print_proof(console, found.certificate)
-    rows = [(text, prediction, "") for text, prediction in found.runners_up]
-    _print_table(console, "runners-up", "plan", rows, found.prediction)
 
 
 def _print_table(

@@ -24,12 +24,14 @@ from shardstage.planner.fit import Fit, cheapest_fit
 from shardstage.planner.modules import NamedModules, named_modules
 from shardstage.planner.predict import predict
 from shardstage.planner.search import Candidate, Searcher, SearchResult, search, usable_bytes
+from shardstage.planner.told import Alternative, Point
 from shardstage.planner.verify import Verification, verify_certificate
-from shardstage.planner.why import Alternative, Point, alternatives, front
+from shardstage.planner.why import alternatives, front
 
 if TYPE_CHECKING:
     from shardstage.planner.mixed import ClassShare, MixedResult, MixedSearcher, class_peaks, predict_mixed
     from shardstage.planner.mixed.verify import verify_mixed
+    from shardstage.planner.mixed.why import mixed_alternatives
 
 __all__ = [
     "Alternative",
@@ -48,6 +50,7 @@ __all__ = [
     "cheapest_fit",
     "class_peaks",
     "front",
+    "mixed_alternatives",
     "named_modules",
     "predict",
     "predict_mixed",
@@ -63,6 +66,7 @@ _MIXED: Final = MappingProxyType(
         "MixedResult": "shardstage.planner.mixed",
         "MixedSearcher": "shardstage.planner.mixed",
         "class_peaks": "shardstage.planner.mixed",
+        "mixed_alternatives": "shardstage.planner.mixed.why",
         "predict_mixed": "shardstage.planner.mixed",
         "verify_mixed": "shardstage.planner.mixed.verify",
     }

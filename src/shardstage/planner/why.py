@@ -8,49 +8,29 @@ fastest one is taken and said. Its reason names the cause that grew most, or the
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Final
+from dataclasses import replace
 
-from shardstage.cost import Prediction, rank_memory, step_seconds
+from shardstage.cost import rank_memory, step_seconds
 from shardstage.cost.balance import balanced
 from shardstage.layout import AXES, Mesh
-from shardstage.plan import Plan, shorthand
+from shardstage.plan import shorthand
 from shardstage.planner.pricing import Priced
 from shardstage.planner.search import Searcher, SearchResult, pareto
-from shardstage.planner.space import Choice, Group, Schedule, Space, Zero
-from shardstage.units import format_bytes, format_ratio
+from shardstage.planner.space import Choice, Group, Schedule, Space
+from shardstage.planner.told import (
+    Alternative,
+    Point,
+    cause_text,
+    etp_change,
+    excess_text,
+    in_order,
+    leaving_text,
+    schedule_text,
+    slower_text,
+    zero_text,
+)
 
-__all__ = ["Alternative", "Point", "alternatives", "front"]
-
-CAUSES: Final = {
-    "products": "matrix products do worse",
-    "memory": "more memory traffic",
-    "host": "launches hold the device up",
-    "tp": "more waiting inside layers",
-    "dp": "gradients and parameters are waited for",
-    "pp": "a longer pipeline bubble",
-}
-
-SHOWN_RATIO: Final = 0.0005
-"""Less than this is 0.0 % as ``format_ratio`` writes it."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Alternative:
-    """A decision that was not taken: ``change`` says it (``tp 8 → 16``), ``reason`` why not; the price where it fits."""
-
-    change: str
-    reason: str
-    prediction: Prediction | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Point:
-    """A plan of the front: of those priced, nothing faster holds less."""
-
-    plan: Plan
-    text: str
-    prediction: Prediction
+__all__ = ["alternatives", "front"]
 
 
 def alternatives(searcher: Searcher, found: SearchResult) -> tuple[Alternative, ...]:
@@ -68,9 +48,7 @@ def alternatives(searcher: Searcher, found: SearchResult) -> tuple[Alternative, 
         said = f"{change}{_also(best.choice, fastest.choice)}" if len(variants) > 1 else change
         reason = _slower(searcher, best, fastest)
         told.append(Alternative(change=said, reason=reason, prediction=fastest.prediction))
-    return tuple(
-        sorted(told, key=lambda a: (a.prediction is None, a.prediction.step_time_s if a.prediction else 0.0))
-    )
+    return in_order(told)
 
 
 def front(searcher: Searcher, found: SearchResult) -> tuple[Point, ...]:
@@ -99,7 +77,7 @@ def _also(before: Choice, after: Choice) -> str:
     if before.group.tp == 1 and after.group.is_sequence_parallel:
         also += ", sp"
     if before.mesh.pp == 1 and after.schedule != before.schedule:
-        also += f", {_schedule_text(after.schedule)}"
+        also += f", {schedule_text(after.schedule)}"
     return also
 
 
@@ -137,10 +115,10 @@ def _changed_alone(searcher: Searcher, choice: Choice) -> Iterator[tuple[str, Ch
     space, mesh, group = searcher.space, choice.mesh, choice.group
     for zero in space.zeros_of(mesh):
         if zero != choice.zero:
-            yield f"zero {_zero_text(choice.zero)} → {_zero_text(zero)}", replace(choice, zero=zero)
+            yield f"zero {zero_text(choice.zero)} → {zero_text(zero)}", replace(choice, zero=zero)
     for schedule in _schedules(searcher, choice):
         yield (
-            f"schedule {_schedule_text(choice.schedule)} → {_schedule_text(schedule)}",
+            f"schedule {schedule_text(choice.schedule)} → {schedule_text(schedule)}",
             replace(choice, schedule=schedule),
         )
     for microbatch in (2 * group.microbatch, group.microbatch // 2):
@@ -154,7 +132,7 @@ def _changed_alone(searcher: Searcher, choice: Choice) -> Iterator[tuple[str, Ch
             yield ("no sp" if group.is_sequence_parallel else "sp"), replace(choice, group=flipped)
         others = group._replace(has_whole_experts=not group.has_whole_experts)
         if _is_offered(space, others) and space.takes(others, mesh, -(-space.global_batch // mesh.dp)):
-            yield f"etp {_expert_ranks(group)} → {_expert_ranks(others)}", replace(choice, group=others)
+            yield etp_change(group.tp, is_whole=group.has_whole_experts), replace(choice, group=others)
     if mesh.order == AXES and len(space.orders_of(mesh)) > 1:
         outside = replace(mesh, order=space.orders[1])
         if space.takes(group, outside, -(-space.global_batch // mesh.dp)):
@@ -164,10 +142,6 @@ def _changed_alone(searcher: Searcher, choice: Choice) -> Iterator[tuple[str, Ch
 def _is_offered(space: Space, group: Group) -> bool:
     """Whether experts may be as whole as the group has them."""
     return group.has_whole_experts in space.whole_experts_at(group.tp, is_sp=group.is_sequence_parallel)
-
-
-def _expert_ranks(group: Group) -> int:
-    return 1 if group.has_whole_experts else group.tp
 
 
 def _with_axis(searcher: Searcher, choice: Choice, axis: str, size: int) -> Choice | None:
@@ -211,21 +185,13 @@ def _schedules(searcher: Searcher, choice: Choice) -> Iterator[Schedule]:
 
 def _slower(searcher: Searcher, best: Priced, other: Priced) -> str:
     """By how much, and the cause that grew most."""
-    ratio = other.seconds / best.seconds - 1
-    if ratio < SHOWN_RATIO:
-        return "as fast"
-    if 2 * (_again_s(searcher, other) - _again_s(searcher, best)) > other.seconds - best.seconds:
-        return f"{format_ratio(ratio)} slower: to fit, more is computed again"
-    grown = {
-        cause: other.prediction.parts[cause] - best.prediction.parts[cause] for cause in best.prediction.parts
-    }
-    cause = max(grown, key=grown.__getitem__)
-    text = f"{format_ratio(ratio)} slower: {CAUSES[cause]}"
-    cluster = searcher.cluster
-    near = cluster.devices_per(cluster.levels[0])
-    if cause == "tp" and other.choice.mesh.tp > near:
-        text += f", which leaves the {cluster.levels[0].name} of {near}"
-    return text
+    why = cause_text(
+        best.prediction,
+        other.prediction,
+        again_s=_again_s(searcher, other) - _again_s(searcher, best),
+        by_tp=leaving_text(searcher.cluster, other.choice.mesh.tp),
+    )
+    return slower_text(best.prediction, other.prediction, why)
 
 
 def _again_s(searcher: Searcher, priced: Priced) -> float:
@@ -241,8 +207,8 @@ def _excess(searcher: Searcher, variants: Sequence[Choice], limit_bytes: int) ->
     """What the smallest variant's fullest rank holds where everything is recomputed."""
     peaks = min((_recomputing_peaks(searcher, choice) for choice in variants), key=max)
     fullest = peaks.index(max(peaks))
-    where = f"pipeline rank {fullest} at " if len(peaks) > 1 else ""
-    return f"does not fit: {where}{format_bytes(peaks[fullest])} of {format_bytes(limit_bytes)}"
+    who = f"pipeline rank {fullest}" if len(peaks) > 1 else ""
+    return excess_text(who, peaks[fullest], limit_bytes)
 
 
 def _recomputing_peaks(searcher: Searcher, choice: Choice) -> list[int]:
@@ -252,11 +218,3 @@ def _recomputing_peaks(searcher: Searcher, choice: Choice) -> list[int]:
     weights = [unit.forward_s + unit.backward_s for unit in profile.units]
     setup = replace(setup, starts=balanced(weights, setup.num_stages))
     return [rank_memory(profile, setup, rank).total_bytes for rank in range(setup.mesh.pp)]
-
-
-def _zero_text(zero: Zero) -> str:
-    return str(zero.level) if zero.num_ranks is None else f"{zero.level} over {zero.num_ranks}"
-
-
-def _schedule_text(schedule: Schedule) -> str:
-    return schedule.name if schedule.per_rank == 1 else f"{schedule.name} v={schedule.per_rank}"

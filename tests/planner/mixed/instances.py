@@ -11,7 +11,7 @@ from tests.cost.toy import Experts, toy_graph
 
 from shardstage.cluster import Cluster
 from shardstage.graph import ModelGraph
-from shardstage.planner.mixed.pricing import MixedPriced
+from shardstage.planner.mixed.priced import MixedPriced
 from shardstage.planner.mixed.search import MixedSearcher
 from shardstage.planner.mixed.space import Arrangement, MixedChoice
 

@@ -7,7 +7,7 @@ from random import Random
 import pytest
 from tests.planner.mixed.instances import CLOSE, PLENTY, every_choice, random_searcher
 
-from shardstage.planner.mixed.pricing import TooLong
+from shardstage.planner.mixed.priced import TooLong
 
 
 @pytest.mark.parametrize("seed", range(6))

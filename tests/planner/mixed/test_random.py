@@ -10,7 +10,7 @@ from tests.planner.mixed.instances import CLOSE, PLENTY, all_priced, random_sear
 
 from shardstage.errors import PlanError
 from shardstage.planner import predict
-from shardstage.planner.mixed.pricing import MixedPriced
+from shardstage.planner.mixed.priced import MixedPriced
 from shardstage.planner.mixed.search import MixedSearcher
 from shardstage.planner.mixed.space import MixedChoice
 

@@ -8,6 +8,7 @@ Owns the price of a plan whose pipelines lie on unlike devices, and the search f
 """
 
 from shardstage.planner.mixed.lanes import class_peaks, predict_mixed
-from shardstage.planner.mixed.search import ClassShare, MixedResult, MixedSearcher
+from shardstage.planner.mixed.search import MixedResult, MixedSearcher
+from shardstage.planner.mixed.shares import ClassShare
 
 __all__ = ["ClassShare", "MixedResult", "MixedSearcher", "class_peaks", "predict_mixed"]

@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from copy import copy
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 
 from shardstage.cluster import Cluster
-from shardstage.cost import MemoryModel, Prediction, StepSetup, step_seconds
+from shardstage.cost import MemoryModel, StepSetup, step_seconds
 from shardstage.cost.compute import moved_s
 from shardstage.cost.offload import has_host_room
 from shardstage.cost.pipeline import SPLITTING, StageTime, pipeline_s
@@ -27,36 +28,15 @@ from shardstage.planner.chain import Chain, state_bytes_of
 from shardstage.planner.mixed.balance import balanced_on
 from shardstage.planner.mixed.cuts import LaneAsStages, LanesAsStages
 from shardstage.planner.mixed.even import EvenCut, EvenLane, Sums
+from shardstage.planner.mixed.given import OnClasses
 from shardstage.planner.mixed.lanes import LaneCosts, classes_of_stages, combined
+from shardstage.planner.mixed.priced import MixedPriced, TooLong
 from shardstage.planner.mixed.space import Lane, MixedChoice, Sharding
 from shardstage.planner.pricing import fold_for
 from shardstage.planner.space import Savers
 from shardstage.planner.stages import StageCosts, best_cut
 
-__all__ = ["MixedPriced", "MixedPricing", "TooLong"]
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class MixedPriced:
-    """A choice with its plan and price; ``peaks`` are the bytes of the fullest rank of each class."""
-
-    choice: MixedChoice
-    setup: StepSetup
-    plan: Plan
-    prediction: Prediction
-    peaks: tuple[int, ...]
-
-    @property
-    def seconds(self) -> float:
-        return self.prediction.step_time_s
-
-
-class TooLong(Exception):
-    """A choice whose price is not below the best one's."""
-
-    def __init__(self, seconds: float = math.inf) -> None:
-        super().__init__(seconds)
-        self.seconds = seconds
+__all__ = ["MixedPricing"]
 
 
 class MixedPricing:
@@ -101,6 +81,7 @@ class MixedPricing:
         self._ends: dict[tuple[object, ...], Alike] = {}
         self._beside: dict[tuple[object, ...], float] = {}
         self._starts: dict[tuple[object, ...], tuple[int, ...]] = {}
+        self._known: dict[tuple[object, ...], MixedPriced | None] = {}
 
     @property
     def num_units(self) -> int:
@@ -116,12 +97,39 @@ class MixedPricing:
     def twins(self) -> list[int]:
         return self._twins
 
+    def asking(self, recompute: StageRecompute) -> MixedPricing:
+        """The same where all stages recompute so."""
+        asked = copy(self)
+        asked.asked, asked._known = recompute, {}
+        return asked
+
     def price(
-        self, choice: MixedChoice, limits: Sequence[int], below_s: float = math.inf
+        self,
+        choice: MixedChoice,
+        limits: Sequence[int],
+        below_s: float = math.inf,
+        firsts: tuple[int, ...] = (),
     ) -> MixedPriced | None:
-        """The choice at its best cut; None where it does not fit. Raises ``TooLong`` where it cannot come below ``below_s``."""
+        """The choice at its best cut; None where it does not fit. Raises ``TooLong`` where it cannot come below ``below_s``.
+
+        ``firsts`` are units at which each class begins, where these are given; a rank has one stage then. What is asked without
+        ``below_s`` is kept: explanations ask for the same choices.
+        """
+        if below_s != math.inf:
+            return self._price(choice, limits, below_s, firsts)
+        key = (choice, tuple(limits), firsts, self.savers)
+        if key not in self._known:
+            self._known[key] = self._price(choice, limits, below_s, firsts)
+        return self._known[key]
+
+    def _price(
+        self, choice: MixedChoice, limits: Sequence[int], below_s: float, firsts: tuple[int, ...]
+    ) -> MixedPriced | None:
         setup = self.setup(choice)
-        found = (self._cut if choice.schedule.per_rank == 1 else self._even)(choice, setup, limits, below_s)
+        if choice.schedule.per_rank == 1:
+            found = self._cut(choice, setup, limits, below_s, firsts)
+        else:
+            found = self._even(choice, setup, limits, below_s)
         if found is None:
             return None
         lanes, is_sp = choice.arrangement.lanes, choice.arrangement.sharding.is_sequence_parallel
@@ -146,20 +154,6 @@ class MixedPricing:
             prediction=combined(predictions, plan, used),
             peaks=tuple(peaks),
         )
-
-    def layers_by_class(self, priced: MixedPriced) -> list[int]:
-        """How many layers lie on each class: those that begin there; units, of a model without layers."""
-        setup, layers = priced.setup, self.folded.layers
-        stops, found = (*setup.starts[1:], self.num_units), [0] * len(self.costs.classes)
-        has_layers = any(layer >= 0 for layer in layers)
-        for lane in priced.choice.arrangement.lanes:
-            for number, start, stop in zip(classes_of_stages(lane, setup), setup.starts, stops, strict=True):
-                units = range(start, stop)
-                found[number] += sum(
-                    not has_layers or (layers[unit] >= 0 and (not unit or layers[unit - 1] != layers[unit]))
-                    for unit in units
-                )
-        return found
 
     def setup(self, choice: MixedChoice) -> StepSetup:
         """The choice before its stages are cut."""
@@ -201,7 +195,12 @@ class MixedPricing:
         ]
 
     def _cut(
-        self, choice: MixedChoice, setup: StepSetup, limits: Sequence[int], below_s: float
+        self,
+        choice: MixedChoice,
+        setup: StepSetup,
+        limits: Sequence[int],
+        below_s: float,
+        firsts: tuple[int, ...],
     ) -> StepSetup | None:
         """Stages and what they recompute: exact for one lane, for several by the slowest at each stage."""
         lanes = choice.arrangement.lanes
@@ -218,7 +217,7 @@ class MixedPricing:
         ]
         stages = of_lanes[0] if len(lanes) == 1 else LanesAsStages(of_lanes)
         cut = best_cut(
-            stages,
+            OnClasses(stages, lanes[0].classes, firsts) if firsts else stages,
             setup.mesh.pp,
             setup.num_microbatches,
             below_s=max(self._pipeline_below_s(choice, lane, setup, below_s) for lane in lanes)
@@ -265,8 +264,14 @@ class MixedPricing:
         """Raises ``TooLong`` where a step takes ``below_s`` or more; that is known sooner than what its ranks hold."""
         if below_s == math.inf:
             return
+        seconds = self.step_s(choice, lanes, setup)
+        if seconds >= below_s:
+            raise TooLong(seconds)
+
+    def step_s(self, choice: MixedChoice, lanes: Sequence[Lane], setup: StepSetup) -> float:
+        """Seconds of a step as the slowest of some lanes has it."""
         is_sp = choice.arrangement.sharding.is_sequence_parallel
-        seconds = max(
+        return max(
             step_seconds(
                 self.costs.lane_profile(lane, setup, is_sp),
                 replace(setup, microbatch=lane.size),
@@ -274,8 +279,6 @@ class MixedPricing:
             )
             for lane in lanes
         )
-        if seconds >= below_s:
-            raise TooLong(seconds)
 
     def _even(
         self, choice: MixedChoice, setup: StepSetup, limits: Sequence[int], below_s: float

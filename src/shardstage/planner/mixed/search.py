@@ -11,8 +11,8 @@ import heapq
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from operator import itemgetter
 from typing import Final
 
@@ -30,13 +30,16 @@ from shardstage.plan.modules import require_modules
 from shardstage.planner.certificate import Certificate, Counts, cluster_hash
 from shardstage.planner.mixed.bounds import Bounds, bounds_of
 from shardstage.planner.mixed.figures import MixedFigures
-from shardstage.planner.mixed.pricing import MixedPriced, MixedPricing, TooLong
+from shardstage.planner.mixed.priced import MixedPriced, TooLong
+from shardstage.planner.mixed.pricing import MixedPricing
+from shardstage.planner.mixed.shares import ClassShare, class_shares
 from shardstage.planner.mixed.space import Arrangement, MixedChoice, MixedSpace, Sharding
+from shardstage.planner.search import Searcher
 from shardstage.planner.space import Savers, declared_space, ladder
 from shardstage.planner.unmet import unmet
 from shardstage.units import format_bytes
 
-__all__ = ["ClassShare", "MixedResult", "MixedSearcher"]
+__all__ = ["MixedResult", "MixedSearcher"]
 
 KEPT_RUNNERS_UP: Final = 5
 TRIED_OF_MESH: Final = 2
@@ -53,22 +56,6 @@ SCOUTED_MESHES: Final = 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClassShare:
-    """What a class of devices does: ``num_layers`` of a pipeline's (units, of a model without layers), ``num_samples`` of a step.
-
-    ``peak_bytes`` are those of its fullest rank, of ``limit_bytes``; of ``num_devices`` so many are used.
-    """
-
-    name: str
-    num_devices: int
-    num_used: int
-    num_layers: int
-    num_samples: int
-    peak_bytes: int
-    limit_bytes: int
-
-
-@dataclass(frozen=True, kw_only=True)
 class MixedResult:
     """The best plan for a mixed cluster, its price, and the proof.
 
@@ -82,8 +69,13 @@ class MixedResult:
     cluster: Cluster
     shares: tuple[ClassShare, ...]
     savers: Savers
-    choice: MixedChoice
+    priced: MixedPriced = field(repr=False)
     runners_up: tuple[tuple[str, Prediction], ...] = field(repr=False)
+
+    @property
+    def limits(self) -> tuple[int, ...]:
+        """What a rank of each class may hold."""
+        return tuple(share.limit_bytes for share in self.shares)
 
 
 class MixedSearcher:
@@ -103,6 +95,17 @@ class MixedSearcher:
         readings: Readings | None = None,
     ) -> None:
         request = fix or Request()
+        self._over_one = partial(
+            Searcher,
+            graph,
+            global_batch=global_batch,
+            sequence=sequence,
+            precision=precision,
+            fix=fix,
+            fixed=fixed,
+            is_runnable=is_runnable,
+            readings=readings,
+        )
         require_modules(request.recompute_modules, graph, is_compiled=request.is_compiled)
         self.graph = graph
         self.cluster = cluster
@@ -145,6 +148,11 @@ class MixedSearcher:
     def use(self, savers: Savers) -> None:
         """From here on plans are bounded and priced with these savers."""
         self.pricing.savers = savers
+
+    def on(self, number: int) -> Searcher:
+        """The search over the devices of one class alone, with the same decisions fixed."""
+        part = replace(self.cluster.part(number), calibration=self.cluster.calibration_of(number))
+        return self._over_one(part, num_ranks=part.num_devices)
 
     def best(self, limits: Sequence[int]) -> MixedResult:
         """The fastest plan within limits for each class; ``PlanError`` where none fits, savers or not."""
@@ -306,29 +314,14 @@ class MixedSearcher:
                 without=without,
             ),
             cluster=self.cluster.with_parts(best.choice.arrangement.used),
-            shares=tuple(self._shares(best, limits)),
+            shares=tuple(class_shares(self.pricing, best, limits)),
             savers=self.pricing.savers,
-            choice=best.choice,
+            priced=best,
             runners_up=tuple(
                 (shorthand(each.plan, default_precision=self.pricing.precision), each.prediction)
                 for each in self._runners_up(found, best, limits)
             ),
         )
-
-    def _shares(self, best: MixedPriced, limits: Sequence[int]) -> Iterator[ClassShare]:
-        of = best.choice.arrangement
-        layers = self.pricing.layers_by_class(best)
-        samples = of.samples(self.pricing.global_batch)
-        for number, part in enumerate(self.cluster.parts):
-            yield ClassShare(
-                name=part.device.name,
-                num_devices=part.num_devices,
-                num_used=of.used[number],
-                num_layers=layers[number],
-                num_samples=samples[number],
-                peak_bytes=best.peaks[number],
-                limit_bytes=limits[number],
-            )
 
 
 MeshKey = tuple[str, int, int, int, int]
