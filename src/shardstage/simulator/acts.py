@@ -160,17 +160,45 @@ class Pricer:
         assert stage is not None and microbatch is not None
         seconds = self._prices.compute_s(lane.rank, stage, instruction.kind, lane.sizes[microbatch])
         calls = self._program.collectives(instruction)
-        over_tp = [self._seconds(lane, call) for call in calls if call.axis != "dp"]
-        over_dp = [self._wire(lane, call) for call in calls if call.axis == "dp"]
-        # What is gathered and reduced block by block runs beside the computation but for the first of it.
-        waits_s = sum(over_tp)
+        over_tp = [self._wire(lane, call) for call in calls if call.axis != "dp"]
+        over_dp = [call for call in calls if call.axis == "dp"]
+        talk_s = sum(wire.seconds for wire in over_tp)
+        waits_s = talk_s
         if over_dp:
             pace = self._pace(lane, instruction)
-            talks = [pace * wire.formula_s for wire in over_dp]
-            beside_s = exposed_s(sum(talks), seconds, self._prices.overlap_slowdown, talks[0])
-            waits_s += over_dp[0].factor / pace * beside_s
+            beside_s = seconds + pace * sum(wire.formula_s for wire in over_tp)
+            waits_s += self._waits_s(lane, instruction, over_dp, beside_s, pace)
         group = self._widest_group(lane, {call.axis for call in calls})
-        return (COMPUTE, seconds, waits_s, sum(over_tp), group, instruction)
+        return (COMPUTE, seconds, waits_s, talk_s, group, instruction)
+
+    def _waits_s(
+        self, lane: Lane, instruction: Instruction, calls: Sequence[Collective], beside_s: float, pace: float
+    ) -> float:
+        """Seconds that gathers and sums over dp add to the compute and the talk along tp that they run ``beside``, but for the ``bare``."""
+        talks = [pace * self._wire(lane, call).formula_s for call in calls]
+        bare_s = sum(talks[self._bare(lane, instruction, calls)])
+        added_s = exposed_s(sum(talks), beside_s, self._prices.overlap_slowdown, bare_s)
+        return self._wire(lane, calls[0]).factor / pace * added_s
+
+    def _bare(self, lane: Lane, instruction: Instruction, calls: Sequence[Collective]) -> slice:
+        """Which of a computation's ``calls`` over dp begin or end it: no compute is there to run beside.
+
+        Of a forward the first gather; that of a backward runs beside the last block of the forward before it, since FSDP2 only waits until
+        that has its parameters. Of a backward the sum of what its stage gathers first, and those behind it: of the first block, which
+        ends it, or of what several blocks use, when it is over, and then of a first block that only reads tokens (FSDP2's final callback).
+        """
+        sums = [at for at, call in enumerate(calls) if call.kind == "reduce_scatter"]
+        if not sums:
+            return slice(0, 1)
+        gathered = (
+            call.bucket
+            for other in lane.instructions
+            if other.stage == instruction.stage
+            for call in self._program.collectives(other)
+            if call.kind == "all_gather" and call.axis == "dp"
+        )
+        first = next(gathered, "")
+        return slice(next((at for at in sums if calls[at].bucket == first), sums[-1]), None)
 
     def _widest_group(self, lane: Lane, axes: Iterable[str]) -> int:
         """The group that has most lanes; ``ALONE`` if all ranks of all groups are alike."""
