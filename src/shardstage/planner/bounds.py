@@ -16,6 +16,7 @@ import numpy.typing as npt
 from shardstage.planner.even import EvenCuts
 from shardstage.planner.figures import Figures
 from shardstage.planner.lattice import Lattice, Pairs, Rows
+from shardstage.planner.room import lacks_room
 from shardstage.planner.space import MAX_STAGES_PER_RANK, Choice
 from shardstage.planner.table import LOOSE, Table
 from shardstage.planner.terms import BoundSettings, Terms
@@ -132,6 +133,12 @@ def _of_schedules(
             still_open = np.flatnonzero(uncut_s < below_s)
             row, column, per_rank = row[still_open], column[still_open], per_rank[still_open]
         if len(row):
-            found_s, found_bytes = table.at(row).of(name, per_rank)
+            of_rows = table.at(row)
+            found_s, found_bytes = of_rows.of(name, per_rank)
             seconds[row, column], least_bytes[row, column] = found_s[:, 0], found_bytes[:, 0]
+            if name == "1f1b" and below_s < math.inf:
+                is_open = (found_s < below_s) & (found_bytes <= table.settings.limit_bytes)
+                still_open = np.flatnonzero(is_open)
+                at = still_open[lacks_room(of_rows.at(still_open), below_s)]
+                seconds[row[at], column[at]] = below_s
     return seconds, least_bytes

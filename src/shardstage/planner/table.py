@@ -305,6 +305,25 @@ class Table:
         again_s = np.where(np.isfinite(seconds), seconds, 0.0)
         return terms.most_both[group] + again_s + self._summing_s(own), least_bytes
 
+    def most_stage_s(self, below_s: float) -> Any:
+        """What the slowest of stages under 1F1B may take where a step is to take less than ``below_s``."""
+        settings = self.settings
+        room_s = settings.device.alone_ratio * (below_s / settings.least_factor - self.after)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.minimum(room_s, (room_s - self.p * (self.forward + self.backward)) / (self.m - 1))
+
+    def least_of_layer(self) -> tuple[Any, Any]:
+        """Seconds and bytes of state of a unit of the kinds that take longest in all."""
+        own, experts = self.terms.most_own[self.group], self.terms.most_experts[self.group]
+        state = self._state_bytes(own, self._part_elements(own, experts))
+        return self.terms.most_both[self.group] + self._summing_s(own), state
+
+    def most_layer_bytes(self) -> Any:
+        """What a rank with such units has for their state and for what they keep."""
+        own = self.terms.most_own[self.group]
+        beside = self.rank_state_bytes(0.0, 0.0, own) + self.terms.most_passing[self.group]
+        return self.settings.limit_bytes - beside
+
     def _summing_s(self, own: Any) -> Any:
         """Of a rank with so many elements, where their gradients are added up whole."""
         return np.where(self.is_summed_whole, own * self.settings.summing_s, 0.0)
