@@ -132,6 +132,25 @@ def test_a_message_slows_nothing_down_but_by_the_cores_that_it_takes() -> None:
     assert planned("pp=4,mb=2", cluster=together).prices.slowdown == 1.0
 
 
+@pytest.mark.parametrize(
+    ("message", "wire"),
+    [
+        (None, (3e-3, 1e-3, 1.0, 0.0)),
+        (LinearCost(1e-3, 1e30), (2e-3, 1e-3, 1.0, 0.5e-3)),
+        (LinearCost(3.5e-3, 1e30), (0.0, 0.5e-3, 1.0, 1.75e-3)),
+        (LinearCost(9e-3, 1e30), (0.0, 0.0, 1.0, 4.5e-3)),
+    ],
+)
+def test_of_a_measured_message_both_ends_work_is_a_part(
+    message: LinearCost | None, wire: tuple[float, ...]
+) -> None:
+    """The probe's go there and back: 3 ms and 1 ms for these bytes from one send to the other end's receive."""
+    cluster = shared(2.0, message)
+    far = tuple(replace(level, latency_s=3e-3, bytes_per_s=1e6) for level in cluster.levels)
+    found = planned("pp=4,mb=2", cluster=replace(cluster, levels=far)).prices.transfer(1000, 0, 1)
+    assert found == pytest.approx(wire)
+
+
 @pytest.mark.parametrize("message", [None, LinearCost(2e-4, 1e10)])
 @pytest.mark.parametrize(
     "text",

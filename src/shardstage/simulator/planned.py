@@ -104,8 +104,11 @@ class PlannedPrices:
         cost, factor = self.cluster.collective("p2p", (source, target)), self.cluster.factors["pp"]
         message, core_s = self.cluster.device.message, 0.0
         if message is not None and self.num_cores:
-            core_s = factor * message.seconds(num_bytes) / self.alone_ratio
-        return Wire(factor * cost.latency_s, factor * (num_bytes / cost.bytes_per_s), core_s=core_s)
+            core_s = message.seconds(num_bytes) / self.alone_ratio
+        # A message was measured from when it is sent until it was received: both ends' work is in it.
+        on_way_s = max(0.0, cost.seconds(num_bytes) - 2 * core_s)
+        bytes_s = min(on_way_s, num_bytes / cost.bytes_per_s)
+        return Wire(factor * (on_way_s - bytes_s), factor * bytes_s, core_s=factor * core_s)
 
     def own_s(self, rank: int, kind: InstructionKind, stage: int | None, num_bytes: int) -> float:
         """STEP: the optimizer over what the rank owns."""
