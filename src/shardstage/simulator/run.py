@@ -167,7 +167,7 @@ class _Walk:
         """The life of a lane."""
         arrived_s, waiting, ready = self.arrived_s, self.waiting, self.ready
         begin, end = self.result.starts_s[number].append, self.result.ends_s[number].append
-        is_shared, slowdown = self.is_shared, self.slowdown
+        slowdown = self.slowdown
         talks = self.result.talks[number] if self.keep_talks else None
         link_free_s: dict[int, float] = {}
         counts: dict[int, int] = {}
@@ -177,7 +177,7 @@ class _Walk:
             if kind == COMPUTE:
                 if slowdown != 1.0 and busy_until > clock:
                     own_s += (slowdown - 1.0) * min(busy_until - clock, own_s)
-                clock = cast("float", (yield clock, own_s)) if is_shared else clock + own_s
+                clock = yield from self._work(clock, own_s)
                 if key != ALONE:
                     (clock,) = yield from self._meet(number, key, counts, (clock,))
                 if latency_s:
@@ -193,12 +193,12 @@ class _Walk:
                     when = arrived_s[key]
                 clock = max(clock, when)
                 if core_s := cast("float", more):
-                    clock = cast("float", (yield clock, core_s)) if is_shared else clock + core_s
+                    clock = yield from self._work(clock, core_s)
                 clock += own_s
             elif kind == SEND:
                 link, core_s = cast("Departure", more)
                 if core_s:
-                    clock = cast("float", (yield clock, core_s)) if is_shared else clock + core_s
+                    clock = yield from self._work(clock, core_s)
                 clock += own_s
                 departs = max(clock, link_free_s.get(link, 0.0))
                 link_free_s[link] = departs + bytes_s
@@ -215,6 +215,10 @@ class _Walk:
                 clock = yield from self._reduce(number, position, reduction, counts, clock)
                 clock = yield from self._talk(number, position, reduction.after, counts, clock + own_s)
             end(clock)
+
+    def _work(self, clock: float, seconds: float) -> Generator[_Wanted, float | None, float]:
+        """When work that may begin at ``clock`` is done: on the cores that ranks share, or on the rank's own device."""
+        return cast("float", (yield clock, seconds)) if self.is_shared else clock + seconds
 
     def _talk(
         self, number: int, position: int, talks: Sequence[Talk], counts: dict[int, int], clock: float
