@@ -18,9 +18,9 @@ from shardstage.cli.comparison import (
     Objective,
     as_table,
     choose,
-    comparison_page,
     print_comparison,
 )
+from shardstage.cli.plan_page import comparison_page
 from shardstage.cluster import Cluster
 from shardstage.errors import PlanError
 from shardstage.plan import shorthand

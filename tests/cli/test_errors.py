@@ -63,6 +63,8 @@ REFUSED = [
     ("plan --model lama-tiny --cluster cpu:2", "model 'lama-tiny' is not known", "--model llama-tiny"),
     ("plan --cluster h1000:8", "h1000", "h100"),
     ("plan --cluster cpu:2 --max-memory 0", "a rank that may hold nothing", "--max-memory 70GiB"),
+    ("plan --cluster cpu:2 --max-memory 0%", "a rank that may hold nothing", "--max-memory 70GiB"),
+    ("plan --cluster cpu:2 --max-memory 120%", "holds no more than its device can", "--max-memory 100%"),
     ("prove --inject-fault nonsense", "nonsense", ""),
 ]
 

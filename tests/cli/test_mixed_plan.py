@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 import json
+import math
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
 from tests.cost.toy import toy_graph
-from tests.planner.mixed.instances import machines
+from tests.planner.mixed.instances import CLOSE, machines
 
 from shardstage.cli.choosing import Chosen, KnownModel, Question
 from shardstage.cli.comparison import (
@@ -16,10 +18,11 @@ from shardstage.cli.comparison import (
     Objective,
     as_table,
     choose,
-    comparison_page,
     print_comparison,
 )
 from shardstage.cli.fixing import parse_fixed
+from shardstage.cli.plan_page import comparison_page
+from shardstage.cluster import Cluster
 from shardstage.errors import PlanError
 
 GRAPH = toy_graph(num_layers=6, width=64, hidden=256)
@@ -27,7 +30,12 @@ MIXED = machines((3, 1.0), (2, 2.0))
 
 
 def chosen_by(
-    objective: Objective = "time", *, fix: str = "", memory_bytes: int | None = None
+    objective: Objective = "time",
+    *,
+    fix: str = "",
+    memory_bytes: int | None = None,
+    memory_ratio: float = 1.0,
+    machine: Cluster = MIXED,
 ) -> tuple[Chosen, Comparison]:
     question = Question(
         plan="auto",
@@ -36,9 +44,10 @@ def chosen_by(
         sequence=64,
         precision="float32",
         memory_bytes=memory_bytes,
+        memory_ratio=memory_ratio,
         fixed=parse_fixed(fix, plan="auto"),
     )
-    return choose(question, KnownModel(graph=GRAPH), MIXED, objective)
+    return choose(question, KnownModel(graph=GRAPH), machine, objective)
 
 
 def shown(chosen: Chosen, comparison: Comparison) -> str:
@@ -114,8 +123,41 @@ def test_the_page_names_all_classes_and_says_that_it_was_searched() -> None:
     page = comparison_page("toy", MIXED, chosen, comparison)
     for share in chosen.mixed.shares:
         assert f"{share.num_used} × {share.name}" in page
-    assert "keeps no front" in page and "not searched" not in page
-    assert "Why not" in page and "class0 idle" in page
+    assert "Why not" in page and "class0 idle" in page and "not searched" not in page
+    assert page.count("<circle") == len(comparison.front) > 1
+    assert "fullest rank, of what its device can hold" in page
+    ranks = [f"node {number}, class{number}" for number in (0, 1)]
+    assert all(name in page for name in ranks)
+
+
+def test_the_front_is_printed_by_the_share_of_the_fullest_device() -> None:
+    """One class has less memory by far: its share counts, not the other's bytes."""
+    sizes = (5 * 2**20, 20 * 2**20)
+    parts = [
+        replace(part, device=replace(part.device, memory_bytes=size))
+        for part, size in zip(MIXED.joined, sizes, strict=True)
+    ]
+    cluster = Cluster.of_parts(tuple(parts), name="mixed", network=MIXED.levels[-1])
+    chosen, comparison = chosen_by(machine=cluster, fix="pp=5")
+    assert chosen.mixed_searcher is not None
+    there = chosen.mixed_searcher.capacities
+    told = shown(chosen, comparison)
+    assert "less memory: of what the fullest device can hold" in told
+    for point in comparison.front:
+        held, of_large = (peak / most for peak, most in zip(point.class_peaks, there, strict=True))
+        assert point.fill_ratio == held > of_large
+        assert f"{math.ceil(1000 * point.fill_ratio) / 10:.1f} %: " in told
+    table = json.loads(json.dumps(as_table(chosen, comparison, ())))
+    assert [each["fill_ratio"] for each in table["front"]] == [p.fill_ratio for p in comparison.front]
+    assert all(len(each["class_peak_bytes"]) == 2 for each in table["front"])
+
+
+@pytest.mark.parametrize("place", [1, -1])
+def test_a_share_of_all_devices_leads_to_a_point_of_the_front(place: int) -> None:
+    _, comparison = chosen_by(fix="pp=5,mb=1")
+    point = comparison.front[place]
+    again, _ = chosen_by(fix="pp=5,mb=1", memory_ratio=point.fill_ratio * CLOSE)
+    assert again.prediction.step_time_s == pytest.approx(point.prediction.step_time_s, rel=1e-9)
 
 
 @pytest.mark.parametrize(

@@ -106,7 +106,7 @@ def asked_samples(plan: str, *, batch: int | None, sequence: int | None) -> tupl
 class Question:
     """What somebody asks of a plan, which is ``auto``, a shorthand or a plan file.
 
-    A rank may hold ``memory_bytes``, or what its device can. Where a search answers, ``fixed`` is what it may not change.
+    A rank may hold ``memory_bytes``, or a share of what its device can. Where a search answers, ``fixed`` is what it may not change.
     """
 
     plan: str
@@ -115,6 +115,7 @@ class Question:
     sequence: int
     precision: Precision
     memory_bytes: int | None = None
+    memory_ratio: float = 1.0
     fixed: Fixed = field(default_factory=Fixed)
 
     @property
@@ -134,7 +135,9 @@ class Question:
         """What a rank may hold of a device."""
         from shardstage.planner import usable_bytes
 
-        return usable_bytes(machine) if self.memory_bytes is None else self.memory_bytes
+        if self.memory_bytes is not None:
+            return self.memory_bytes
+        return int(self.memory_ratio * usable_bytes(machine))
 
     def limits(self, machine: Cluster) -> tuple[int, ...]:
         """What a rank may hold of each class of a machine, never more than its devices have."""

@@ -6,7 +6,6 @@ import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from html import escape
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar, get_args
 
 from rich.console import Console
@@ -21,7 +20,6 @@ from shardstage.units import format_bytes, format_ratio, format_s
 if TYPE_CHECKING:
     from shardstage.cluster import Cluster
     from shardstage.cost import Prediction
-    from shardstage.layout.mesh import Axis
     from shardstage.planner import (
         Alternative,
         Certificate,
@@ -37,9 +35,12 @@ __all__ = [
     "Objective",
     "as_table",
     "choose",
-    "comparison_page",
+    "held",
+    "held_text",
     "objective_named",
     "print_comparison",
+    "share_text",
+    "what_if_text",
 ]
 
 Objective = Literal["time", "cost", "memory", "simulated"]
@@ -97,7 +98,10 @@ def choose(
         readings.keep()
         return chosen, Comparison(dollars=_dollars(chosen, machine))
     if objective == "memory":
-        found = _smallest(chosen.searcher.best, chosen.found)
+        best_within = chosen.searcher.best
+        found = _smallest(
+            lambda cap: best_within(int(cap)), chosen.found, lambda each: each.prediction.peak_bytes
+        )
         best = replace(found.best, graph_fingerprint=found.certificate.graph)
         chosen = Chosen(plan=best, prediction=found.prediction, found=found, searcher=chosen.searcher)
     assert chosen.found is not None and chosen.searcher is not None
@@ -112,31 +116,36 @@ def choose(
 
 
 def _mixed_comparison(searcher: MixedSearcher, found: MixedResult, dollars: float | None) -> Comparison:
-    from shardstage.planner import mixed_alternatives
+    from shardstage.planner import mixed_alternatives, mixed_front
 
-    return Comparison(alternatives=mixed_alternatives(searcher, found), dollars=dollars)
+    told = mixed_alternatives(searcher, found)
+    return Comparison(alternatives=told, front=mixed_front(searcher, found), dollars=dollars)
 
 
 Result = TypeVar("Result", "SearchResult", "MixedResult")
 
 
 def _smallest_mixed(chosen: Chosen, limits: Sequence[int]) -> Chosen:
-    """With as few bytes on the fullest rank of any class."""
+    """With as small a share as can be of what the fullest device can hold."""
     searcher, fastest = chosen.mixed_searcher, chosen.mixed
     assert searcher is not None and fastest is not None
-    found = _smallest(
-        lambda cap: searcher.best([min(cap, limit) for limit in limits]),
-        fastest,
-    )
+    capacities = searcher.capacities
+
+    def best_within(share: float) -> MixedResult:
+        return searcher.best([*map(min, (math.ceil(share * capacity) for capacity in capacities), limits)])
+
+    found = _smallest(best_within, fastest, lambda each: each.priced.fill_ratio(capacities))
     return chosen_mixed(found, searcher)
 
 
-def _smallest(best_within: Callable[[int], Result], fastest: Result) -> Result:
+def _smallest(
+    best_within: Callable[[float], Result], fastest: Result, held: Callable[[Result], float]
+) -> Result:
     """The plan of least memory within the slack, by halving the memory between what is too little and what is enough."""
     slowest_s = MEMORY_SLACK * fastest.prediction.step_time_s
-    best, low, high = fastest, 0, fastest.prediction.peak_bytes
-    while high - low > high // MEMORY_STEPS:
-        limit = (low + high) // 2
+    best, low, high = fastest, 0.0, held(fastest)
+    while high - low > high / MEMORY_STEPS:
+        limit = (low + high) / 2
         try:
             found = best_within(limit)
         except PlanError:
@@ -145,7 +154,7 @@ def _smallest(best_within: Callable[[int], Result], fastest: Result) -> Result:
         if found.prediction.step_time_s > slowest_s:
             low = limit
         else:
-            best, high = found, found.prediction.peak_bytes
+            best, high = found, held(found)
     return best
 
 
@@ -210,10 +219,9 @@ def print_comparison(console: Console, chosen: Chosen, comparison: Comparison, m
     whys = [(a.change, a.prediction, a.reason) for a in _shown(comparison.alternatives)]
     _print_table(console, "why not", "change", whys, chosen.prediction)
     if comparison.modules is not None:
-        console.print(f"what if    {_what_if(comparison.modules)}", soft_wrap=True)
+        console.print(f"what if    {what_if_text(comparison.modules)}", soft_wrap=True)
     if len(comparison.front) > 1:
-        points = [(p.text, p.prediction, "") for p in comparison.front]
-        _print_table(console, "less memory", "plan", points, chosen.prediction)
+        _print_front(console, comparison.front, chosen.prediction)
 
 
 def _shown(alternatives: Sequence[Alternative]) -> list[Alternative]:
@@ -237,7 +245,7 @@ def _print_proof(console: Console, proof: Certificate) -> None:
         say(console, f"needed     {proof.necessity()}")
 
 
-def _what_if(named: NamedModules) -> str:
+def what_if_text(named: NamedModules) -> str:
     gain, peak = format_ratio(named.gain), format_bytes(named.prediction.peak_bytes)
     return f'{named}: {gain} faster, fits with {peak}: --plan "{named.text}"'
 
@@ -257,6 +265,36 @@ def _print_shares(console: Console, found: MixedResult) -> None:
         say(console, f"idle       {', '.join(idle)}: ranks are those of --cluster {found.cluster.name}")
 
 
+def _print_front(console: Console, points: Sequence[Point], best: Prediction) -> None:
+    title = "less memory"
+    if len(points[0].class_peaks) > 1:
+        title += ": of what the fullest device can hold, and the fullest of each class"
+    rows = [(point.text, point.prediction, "", held_text(point)) for point in points]
+    _print_rows(console, title, "plan", rows, best)
+
+
+def held(point: Point) -> float:
+    """What counts as its memory: bytes, or of several classes the share of what the fullest device can hold."""
+    return point.prediction.peak_bytes if len(point.class_peaks) == 1 else point.fill_ratio
+
+
+def held_text(point: Point) -> str:
+    peaks = [format_bytes(peak) for peak in point.class_peaks]
+    return peaks[0] if len(peaks) == 1 else f"{share_text(point)}: {_in_one_unit(peaks)}"
+
+
+def share_text(point: Point) -> str:
+    """Rounded up, so that a search within it finds the plan."""
+    return format_ratio(math.ceil(1000 * point.fill_ratio) / 1000)
+
+
+def _in_one_unit(amounts: Sequence[str]) -> str:
+    """The unit once where all have the same."""
+    last = amounts[-1].split()[-1]
+    each = [amount.removesuffix(f" {last}") for amount in amounts[:-1]]
+    return ", ".join((*each, amounts[-1]) if not any(" " in one for one in each) else amounts)
+
+
 def _print_table(
     console: Console,
     title: str,
@@ -264,16 +302,27 @@ def _print_table(
     rows: Sequence[tuple[str, Prediction | None, str]],
     best: Prediction,
 ) -> None:
+    peaks = ("" if found is None else format_bytes(found.peak_bytes) for _, found, _ in rows)
+    _print_rows(console, title, what, [(*row, peak) for row, peak in zip(rows, peaks, strict=True)], best)
+
+
+def _print_rows(
+    console: Console,
+    title: str,
+    what: str,
+    rows: Sequence[tuple[str, Prediction | None, str, str]],
+    best: Prediction,
+) -> None:
+    """Of each row its text, price, reason and memory."""
     if not rows:
         return
     table = Table(box=None, pad_edge=False, title=title, title_justify="left")
     table.add_column(what, overflow="fold")
     table.add_column("step time", no_wrap=True)
     table.add_column("memory", no_wrap=True)
-    table.add_column("why not" if any(reason for *_, reason in rows) else "slower")
-    for text, prediction, reason in rows:
+    table.add_column("why not" if any(reason for _, _, reason, _ in rows) else "slower")
+    for text, prediction, reason, peak in rows:
         time = "" if prediction is None else format_s(prediction.step_time_s)
-        peak = "" if prediction is None else format_bytes(prediction.peak_bytes)
         if not reason and prediction is not None:
             reason = format_ratio(prediction.step_time_s / best.step_time_s - 1)
         table.add_row(PlanText(text) if what == "plan" else text, time, peak, reason)
@@ -307,14 +356,23 @@ def as_table(chosen: Chosen, comparison: Comparison, notes: Sequence[str]) -> di
         "what_if": None
         if comparison.modules is None
         else {"plan": comparison.modules.text, **_numbers(comparison.modules.prediction)},
-        "front": [{"plan": p.text, **_numbers(p.prediction)} for p in comparison.front],
+        "front": [
+            {
+                "plan": p.text,
+                **_numbers(p.prediction),
+                "class_peak_bytes": p.class_peaks,
+                "fill_ratio": p.fill_ratio,
+            }
+            for p in comparison.front
+        ],
         "notes": list(notes),
     }
 
 
 def _runners_up(chosen: Chosen) -> Sequence[tuple[str, Prediction]]:
     if chosen.mixed is not None:
-        return chosen.mixed.runners_up
+        others = chosen.mixed.runners_up
+        return [(shorthand(p.plan, default_precision=p.plan.precision), p.prediction) for p in others]
     return () if chosen.found is None else [(c.text, c.prediction) for c in chosen.found.runners_up]
 
 
@@ -322,113 +380,3 @@ def _numbers(prediction: Prediction | None) -> dict[str, float | int | None]:
     if prediction is None:
         return {"step_time_s": None, "peak_bytes": None}
     return {"step_time_s": prediction.step_time_s, "peak_bytes": prediction.peak_bytes}
-
-
-WIDTH: Final = 640
-HEIGHT: Final = 300
-MARGIN: Final = 60
-LABEL_WIDTH: Final = 56
-"""Points nearer than this to a labelled one say their figures under the pointer only."""
-
-
-def comparison_page(model: str, machine: Cluster, chosen: Chosen, comparison: Comparison) -> str:
-    """A page that stands alone: the front as a picture, the mesh on the topology, the tables."""
-    rows = "".join(
-        f"<tr><td>{escape(a.change)}</td><td>{format_s(a.prediction.step_time_s) if a.prediction else ''}</td>"
-        f"<td>{format_bytes(a.prediction.peak_bytes) if a.prediction else ''}</td><td>{escape(a.reason)}</td></tr>"
-        for a in comparison.alternatives
-    )
-    what_if = "" if comparison.modules is None else f"<p>What if: {escape(_what_if(comparison.modules))}</p>"
-    proof, found = "", chosen.found or chosen.mixed
-    if found is not None:
-        certificate = found.certificate
-        proof = f"Best of {certificate.enumerated:,} plans, gap {format_ratio(certificate.gap)}."
-    devices = f"{chosen.plan.mesh.world_size} × {machine.device.name}"
-    if chosen.mixed is not None:
-        devices = " + ".join(f"{share.num_used} × {share.name}" for share in chosen.mixed.shares)
-    front = _front_picture(comparison.front)
-    if chosen.mixed is not None:
-        front = "<p>A search over several classes of devices keeps no front.</p>"
-    why_not = f"<h2>Why not</h2><table><tr><th>change<th>step time<th>memory<th>reason</tr>{rows}</table>"
-    return (
-        f"<!doctype html><html lang=en><meta charset=utf-8><title>Shardstage: {escape(model)}</title>"
-        "<style>body{font:15px system-ui,sans-serif;max-width:46rem;margin:2rem auto;padding:0 1rem;color:#222;background:#fff}"
-        "td,th{padding:.2rem .8rem .2rem 0;text-align:left;vertical-align:top}svg{max-width:100%}</style>"
-        f"<h1>{escape(model)} on {escape(devices)}</h1>"
-        f"<p><b>{escape(shorthand(chosen.plan))}</b></p><p>{format_s(chosen.prediction.step_time_s)} a step, "
-        f"{format_bytes(chosen.prediction.peak_bytes)} a rank. {proof}</p>"
-        f"<h2>Time against memory</h2>{front}"
-        f"<h2>The mesh on the machine</h2>{_mesh_picture(machine, chosen)}"
-        f"{why_not if rows else ''}{what_if}</html>\n"
-    )
-
-
-def _front_picture(points: Sequence[Point]) -> str:
-    """Peak memory to the right, step time upwards."""
-    if not points:
-        return "<p>The plan was given, not searched.</p>"
-    most_b = max(p.prediction.peak_bytes for p in points) * 1.1
-    most_s = max(p.prediction.step_time_s for p in points) * 1.15
-
-    def at(point: Point) -> tuple[float, float]:
-        x = MARGIN + (WIDTH - 2 * MARGIN) * point.prediction.peak_bytes / most_b
-        return x, HEIGHT - MARGIN - (HEIGHT - 2 * MARGIN) * point.prediction.step_time_s / most_s
-
-    line = " ".join(f"{x:.1f},{y:.1f}" for x, y in map(at, points))
-    dots, labelled = "", math.inf
-    for point, (x, y) in ((point, at(point)) for point in points):  # by falling memory: from right to left
-        seconds, size = format_s(point.prediction.step_time_s), format_bytes(point.prediction.peak_bytes)
-        dots += f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="#2563eb"><title>{escape(point.text)}: {seconds}, {size}</title></circle>'
-        if labelled - x > LABEL_WIDTH:
-            labelled = x
-            dots += f'<text x="{x:.1f}" y="{y - 9:.1f}" font-size="11" text-anchor="middle">{seconds}</text>'
-            dots += f'<text x="{x:.1f}" y="{HEIGHT - MARGIN + 16}" font-size="11" text-anchor="middle">{size}</text>'
-    base = HEIGHT - MARGIN
-    return (
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="step time against peak memory">'
-        f'<path d="M{MARGIN} {MARGIN / 2}V{base}H{WIDTH - MARGIN / 2}" fill="none" stroke="#888"/>'
-        f'<polyline points="{line}" fill="none" stroke="#2563eb"/>{dots}'
-        f'<text x="{WIDTH / 2}" y="{HEIGHT - 12}" font-size="12" text-anchor="middle">peak memory of a rank</text>'
-        f'<text x="14" y="{HEIGHT / 2}" font-size="12" transform="rotate(-90 14 {HEIGHT / 2})" text-anchor="middle">'
-        "step time</text></svg>"
-    )
-
-
-COLOURS: Final = ("#bfdbfe", "#fde68a", "#bbf7d0", "#fecaca", "#ddd6fe", "#fed7aa", "#a5f3fc", "#e5e7eb")
-CELL: Final = 34
-MOST_NODES: Final = 8
-
-
-def _mesh_picture(machine: Cluster, chosen: Chosen) -> str:
-    """The first nodes, a box for each rank: coloured by pipeline rank, named by its coordinates."""
-    mesh = chosen.plan.mesh
-    axes: dict[Axis, str] = {
-        "pp": "pipeline rank (colour)",
-        "dp": "data-parallel rank",
-        "tp": "tensor-parallel rank",
-    }
-    if mesh.cp > 1:
-        axes["cp"] = "context-parallel rank"
-    node = machine.devices_per(machine.levels[0])
-    num_nodes = min(MOST_NODES, -(-mesh.world_size // node))
-    cells = []
-    for rank in range(min(mesh.world_size, num_nodes * node)):
-        row, column = divmod(rank, node)
-        pp = mesh.coordinate(rank, "pp")
-        name = " ".join(f"{axis[0]}{mesh.coordinate(rank, axis)}" for axis in axes)
-        x, y = 70 + column * (2 * CELL + 4), 20 + row * (CELL + 6)
-        cells.append(
-            f'<rect x="{x}" y="{y}" width="{2 * CELL}" height="{CELL}" rx="4" fill="{COLOURS[pp % len(COLOURS)]}"/>'
-            f'<text x="{x + CELL}" y="{y + 21}" font-size="10" text-anchor="middle">{name}</text>'
-        )
-    names = "".join(
-        f'<text x="4" y="{41 + n * (CELL + 6)}" font-size="11">{escape(machine.levels[0].name)} {n}</text>'
-        for n in range(num_nodes)
-    )
-    left = mesh.world_size - num_nodes * node
-    more = f"<p>… and {left:,} more ranks.</p>" if left > 0 else ""
-    width, height = 80 + node * (2 * CELL + 4), 30 + num_nodes * (CELL + 6)
-    return (
-        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="ranks on nodes">{names}{"".join(cells)}</svg>'
-        f"<p>{', '.join(f'{axis[0]}: {what}' for axis, what in axes.items())}.</p>{more}"
-    )

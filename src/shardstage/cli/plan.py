@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,12 +24,12 @@ from shardstage.cli.comparison import (
     Objective,
     as_table,
     choose,
-    comparison_page,
     objective_named,
     print_comparison,
 )
 from shardstage.cli.fixing import parse_fixed
 from shardstage.cli.outputs import require_endings, write_text
+from shardstage.cli.plan_page import comparison_page
 from shardstage.cli.short_list import Simulated, fastest, print_short_list, short_list, short_list_table
 from shardstage.cli.waiting import capturing
 from shardstage.cli.wrapping import PlanText, say
@@ -69,7 +70,8 @@ def plan(
         typer.Option(help='What the search may not change: "tp=8,dtype=fp32", "runnable" (by this release)'),
     ] = "",
     memory: Annotated[
-        str | None, typer.Option("--max-memory", "--memory", help='What a rank may hold, such as "70GiB"')
+        str | None,
+        typer.Option("--max-memory", "--memory", help='What a rank may hold: "70GiB", "80%" of what it can'),
     ] = None,
     objective: Annotated[
         str,
@@ -102,7 +104,7 @@ def plan(
     gc.set_threshold(COLLECTED_OBJECTS)
     require_endings(out or (), ENDINGS)
     fixed, aim = parse_fixed(fix, plan=plan), objective_named(objective)
-    memory_bytes = None if memory is None else _some_bytes(memory)
+    memory_bytes, memory_ratio = (None, 1.0) if memory is None else _some_memory(memory)
     samples, tokens = asked_samples(plan, batch=batch, sequence=seq)
     console = Console(highlight=False, emoji=False, stderr=as_json)  # the object stands alone
     machine = _machine(console, cluster, ranks)
@@ -113,6 +115,7 @@ def plan(
         sequence=tokens or DEFAULT_SEQUENCE,
         precision=precision_of(plan, fixed.request.precision, machine),
         memory_bytes=memory_bytes,
+        memory_ratio=memory_ratio,
         fixed=fixed,
     )
     _require_answerable(question, machine)
@@ -120,13 +123,20 @@ def plan(
     answer.show(console, as_json=as_json, is_explained=show, out=out or ())
 
 
-def _some_bytes(memory: str) -> int:
-    num_bytes = parse_bytes(memory)
-    if not num_bytes:
+def _some_memory(memory: str) -> tuple[int | None, float]:
+    """Bytes that a rank may hold, or None and the share of what its device can hold."""
+    share = re.fullmatch(r"(\d+(?:\.\d+)?) ?%", memory)
+    num_bytes = None if share else parse_bytes(memory)
+    ratio = float(share[1]) / 100 if share else 1.0
+    if not ratio or num_bytes == 0:
         raise PlanError(
             f"--max-memory {memory}: a rank that may hold nothing runs nothing", hint="--max-memory 70GiB"
         )
-    return num_bytes
+    if ratio > 1:
+        raise PlanError(
+            f"--max-memory {memory}: a rank holds no more than its device can", hint="--max-memory 100%"
+        )
+    return num_bytes, ratio
 
 
 def _machine(console: Console, cluster: str, ranks: int | None) -> Cluster:
@@ -253,6 +263,8 @@ def _run_notes(chosen: Chosen, question: Question, machine: Cluster, objective: 
 def _memory_notes(needed: int, question: Question, machine: Cluster) -> Iterator[str]:
     """Of plans that were given: a search keeps within both."""
     there, allowed = machine.device.memory_bytes, question.memory_bytes
+    if question.memory_ratio < 1 and not machine.is_mixed:
+        allowed = question.limit_bytes(machine)
     if needed > there and not machine.is_mixed:
         yield f"the plan needs {format_bytes(needed)} a rank, and a {machine.device.name} has {format_bytes(there)}: it will not fit"
     if allowed is not None and needed > allowed:

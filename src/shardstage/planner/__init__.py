@@ -30,6 +30,7 @@ from shardstage.planner.why import alternatives, front
 
 if TYPE_CHECKING:
     from shardstage.planner.mixed import ClassShare, MixedResult, MixedSearcher, class_peaks, predict_mixed
+    from shardstage.planner.mixed.front import mixed_front
     from shardstage.planner.mixed.verify import verify_mixed
     from shardstage.planner.mixed.why import mixed_alternatives
 
@@ -51,6 +52,7 @@ __all__ = [
     "class_peaks",
     "front",
     "mixed_alternatives",
+    "mixed_front",
     "named_modules",
     "predict",
     "predict_mixed",
@@ -67,6 +69,7 @@ _MIXED: Final = MappingProxyType(
         "MixedSearcher": "shardstage.planner.mixed",
         "class_peaks": "shardstage.planner.mixed",
         "mixed_alternatives": "shardstage.planner.mixed.why",
+        "mixed_front": "shardstage.planner.mixed.front",
         "predict_mixed": "shardstage.planner.mixed",
         "verify_mixed": "shardstage.planner.mixed.verify",
     }

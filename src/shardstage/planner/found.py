@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, Protocol, TypeVar
 
 import numpy as np
 
+from shardstage.cost import Prediction
 from shardstage.planner.bounds import Bounds
 from shardstage.planner.certificate import Counts
 from shardstage.planner.pricing import Priced, TooSlow
@@ -122,10 +123,26 @@ class Found:
         return heapq.nsmallest(KEPT_RUNNERS_UP, others, key=lambda priced: priced.seconds)
 
 
-def pareto(found: Iterable[Priced]) -> list[Priced]:
-    """Those that no other beats in both time and memory, fastest first."""
-    kept: list[Priced] = []
-    for priced in sorted(found, key=lambda p: (p.seconds, p.prediction.peak_bytes)):
-        if not kept or priced.prediction.peak_bytes < kept[-1].prediction.peak_bytes:
+class _IsPriced(Protocol):
+    """A choice with its price."""
+
+    @property
+    def seconds(self) -> float: ...
+    @property
+    def prediction(self) -> Prediction: ...
+
+
+def _peak_bytes(priced: _IsPriced) -> float:
+    return priced.prediction.peak_bytes
+
+
+AnyPriced = TypeVar("AnyPriced", bound=_IsPriced)
+
+
+def pareto(found: Iterable[AnyPriced], held: Callable[[AnyPriced], float] = _peak_bytes) -> list[AnyPriced]:
+    """Those that no other beats in both time and memory, fastest first. ``held`` is what counts as memory."""
+    kept: list[AnyPriced] = []
+    for priced in sorted(found, key=lambda each: (each.seconds, held(each))):
+        if not kept or held(priced) < held(kept[-1]):
             kept.append(priced)
     return kept

@@ -54,11 +54,17 @@ class Alternative:
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """A plan of the front: of those priced, nothing faster holds less."""
+    """A plan of the front: of those priced, nothing faster holds less.
+
+    ``class_peaks`` are the bytes of the fullest rank of each class of devices, ``fill_ratio`` is the largest share of what a device can
+    hold.
+    """
 
     plan: Plan
     text: str
     prediction: Prediction
+    class_peaks: tuple[int, ...]
+    fill_ratio: float
 
 
 def in_order(told: Iterable[Alternative]) -> tuple[Alternative, ...]:

@@ -15,7 +15,7 @@ from shardstage.cost.balance import balanced
 from shardstage.layout import AXES, Mesh
 from shardstage.plan import shorthand
 from shardstage.planner.pricing import Priced
-from shardstage.planner.search import Searcher, SearchResult, pareto
+from shardstage.planner.search import Searcher, SearchResult, pareto, usable_bytes
 from shardstage.planner.space import Choice, Group, Schedule, Space
 from shardstage.planner.told import (
     Alternative,
@@ -57,12 +57,18 @@ def front(searcher: Searcher, found: SearchResult) -> tuple[Point, ...]:
     searcher.use(found.savers)
     for _, variants in _changed(searcher, found.priced):
         priced += _priced(searcher, variants, found.limit_bytes)
-    points = []
-    for each in pareto(priced):
-        plan = searcher.as_plan(each)
-        text = shorthand(plan, default_precision=searcher.precision)
-        points.append(Point(plan=plan, text=text, prediction=each.prediction))
-    return tuple(points)
+    return tuple(_point(searcher, each) for each in pareto(priced))
+
+
+def _point(searcher: Searcher, priced: Priced) -> Point:
+    plan, peak_bytes = searcher.as_plan(priced), priced.prediction.peak_bytes
+    return Point(
+        plan=plan,
+        text=shorthand(plan, default_precision=searcher.precision),
+        prediction=priced.prediction,
+        class_peaks=(peak_bytes,),
+        fill_ratio=peak_bytes / usable_bytes(searcher.cluster),
+    )
 
 
 def _priced(searcher: Searcher, variants: Sequence[Choice], limit_bytes: int) -> list[Priced]:

@@ -137,7 +137,7 @@ def test_savers_are_a_last_resort() -> None:
 def test_runners_up_are_of_other_meshes_and_no_faster() -> None:
     found = searched(replace(machines((2, 1.0), (2, 2.0)), name="other"))
     assert found.runners_up
-    assert all(p.step_time_s * CLOSE >= found.prediction.step_time_s for _, p in found.runners_up)
+    assert all(p.seconds * CLOSE >= found.prediction.step_time_s for p in found.runners_up)
 
 
 def test_a_search_with_more_memory_than_the_last_one_forgets_what_that_one_recomputed() -> None:

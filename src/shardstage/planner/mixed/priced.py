@@ -28,7 +28,7 @@ class MixedPriced:
         return self.prediction.step_time_s
 
     def fill_ratio(self, limits: Sequence[int]) -> float:
-        """The share of its class's limit that the fullest rank holds."""
+        """The share that the fullest rank holds of what one of its class may."""
         return max(peak / limit for peak, limit in zip(self.peaks, limits, strict=True))
 
 

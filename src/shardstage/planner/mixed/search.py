@@ -25,7 +25,7 @@ from shardstage.cost.offload import host_of
 from shardstage.cost.readings import Readings
 from shardstage.errors import PlanError
 from shardstage.graph import ModelGraph
-from shardstage.plan import Plan, Precision, Request, shorthand
+from shardstage.plan import Plan, Precision, Request
 from shardstage.plan.modules import require_modules
 from shardstage.planner.certificate import Certificate, Counts, cluster_hash
 from shardstage.planner.mixed.bounds import Bounds, bounds_of
@@ -34,7 +34,7 @@ from shardstage.planner.mixed.priced import MixedPriced, TooLong
 from shardstage.planner.mixed.pricing import MixedPricing
 from shardstage.planner.mixed.shares import ClassShare, class_shares
 from shardstage.planner.mixed.space import Arrangement, MixedChoice, MixedSpace, Sharding
-from shardstage.planner.search import Searcher
+from shardstage.planner.search import Searcher, usable_bytes
 from shardstage.planner.space import Savers, declared_space, ladder
 from shardstage.planner.unmet import unmet
 from shardstage.units import format_bytes
@@ -60,7 +60,7 @@ class MixedResult:
     """The best plan for a mixed cluster, its price, and the proof.
 
     The plan's ranks count through ``cluster``, the devices that compute. ``shares`` say what each class does; ``runners_up`` are the best
-    of other meshes that were priced.
+    of other meshes that were priced, ``fitting`` all that were priced to the end and fit.
     """
 
     best: Plan
@@ -70,7 +70,8 @@ class MixedResult:
     shares: tuple[ClassShare, ...]
     savers: Savers
     priced: MixedPriced = field(repr=False)
-    runners_up: tuple[tuple[str, Prediction], ...] = field(repr=False)
+    runners_up: tuple[MixedPriced, ...] = field(repr=False)
+    fitting: tuple[MixedPriced, ...] = field(repr=False)
 
     @property
     def limits(self) -> tuple[int, ...]:
@@ -148,6 +149,11 @@ class MixedSearcher:
     def use(self, savers: Savers) -> None:
         """From here on plans are bounded and priced with these savers."""
         self.pricing.savers = savers
+
+    @cached_property
+    def capacities(self) -> tuple[int, ...]:
+        """What the tensors of a step may take on a device of each class."""
+        return tuple(usable_bytes(self.cluster.part(number)) for number in range(len(self.cluster.parts)))
 
     def on(self, number: int) -> Searcher:
         """The search over the devices of one class alone, with the same decisions fixed."""
@@ -317,10 +323,8 @@ class MixedSearcher:
             shares=tuple(class_shares(self.pricing, best, limits)),
             savers=self.pricing.savers,
             priced=best,
-            runners_up=tuple(
-                (shorthand(each.plan, default_precision=self.pricing.precision), each.prediction)
-                for each in self._runners_up(found, best, limits)
-            ),
+            runners_up=tuple(self._runners_up(found, best, limits)),
+            fitting=tuple(found.fitting),
         )
 
 
@@ -383,6 +387,7 @@ class _Found:
     best: MixedPriced | None = None
     counts: Counts = field(default_factory=Counts)
     least_pruned_s: float = math.inf
+    fitting: list[MixedPriced] = field(default_factory=list)
     by_mesh: dict[MeshKey, MixedPriced] = field(default_factory=dict)
     slower: dict[MeshKey, tuple[float, MixedChoice]] = field(default_factory=dict)
     order: _Order | None = None
@@ -406,6 +411,7 @@ class _Found:
         """One that fits."""
         if priced is None:
             return
+        self.fitting.append(priced)
         key = _key(priced.choice)
         if priced.seconds < self.seconds_of(key):
             self.by_mesh[key] = priced
