@@ -16,8 +16,10 @@ from torch import Tensor, nn
 
 from shardstage.errors import CaptureError
 from shardstage.graph import ModelGraph, Ref
+from shardstage.graph import capture as capture_module
 from shardstage.graph.capture import capture
-from shardstage.graph.tasks import InputSpec, batch_task
+from shardstage.graph.capture_loops import loops_over_tokens
+from shardstage.graph.tasks import InputSpec, batch_task, causal_task
 
 GraphOf = Callable[[str], ModelGraph]
 MICROBATCH, SEQUENCE = 2, 12
@@ -239,3 +241,55 @@ def test_a_model_that_ignores_its_length_is_captured_at_the_length_asked_for() -
     graph = capture(Halves, sequence=16)
     assert (graph.is_scalable, graph.is_sequence_scalable, graph.sequence) == (True, False, 16)
     assert graph.at(microbatch=3).values["input_ids"].shape == (3, 16)
+
+
+class Scan(nn.Module):
+    """Writes its loop over tokens out, as slow paths of state space models do; and keeps what it last made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(20, 8)
+        self.head = nn.Linear(8, 20)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.embed(input_ids)
+        self.calls = self.calls + 1
+        state, states = torch.zeros_like(x[:, 0]), []
+        for t in range(x.shape[1]):
+            state = 0.5 * state + x[:, t]
+            states.append(state)
+        return self.head(torch.stack(states, 1))
+
+
+def test_a_long_loop_over_tokens_is_exported_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was first exported at a length near, of which all that came was that the graph holds for no other."""
+    exported = []
+
+    def watched(module: nn.Module, batch: dict[str, Tensor]) -> torch.export.ExportedProgram:
+        exported.append(tuple(batch["input_ids"].shape))
+        return original(module, batch)
+
+    original = capture_module._exported
+    monkeypatch.setattr(capture_module, "_exported", watched)
+    model = Scan()
+    graph = capture(model, task=causal_task(20), sequence=200)
+    assert exported == [(graph.microbatch, 200)]
+    assert (graph.is_scalable, graph.is_sequence_scalable, graph.sequence) == (True, False, 200)
+    assert graph.at(microbatch=3).values["input_ids"].shape == (3, 200)
+    assert type(model.calls) is Tensor and model.calls == 0
+    exported.clear()
+    assert capture(Scan, task=causal_task(20), sequence=100).sequence == 100
+    assert [length for _, length in exported] == [101, 100], "a short one is not worth asking"
+
+
+def test_calls_grow_with_tokens_in_a_loop_only() -> None:
+    def running(model: nn.Module) -> Callable[[int], object]:
+        return lambda length: model(torch.zeros(1, length, dtype=torch.int64))
+
+    scan, plain = Scan(), nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 20))
+    assert loops_over_tokens(scan, running(scan))
+    assert scan.calls == 0, "a buffer that the forward replaces is back"
+    assert not loops_over_tokens(plain, running(plain))
+    assert not loops_over_tokens(plain, lambda length: [plain(torch.zeros(1)) for _ in range(length // 16)])
+    assert not loops_over_tokens(plain, lambda _: plain(torch.zeros(1))), "what cannot be run says nothing"

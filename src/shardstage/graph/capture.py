@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from shardstage.compat import FakeTensorMode
 from shardstage.errors import CaptureError
 from shardstage.graph.capture_depth import find_repeats, shallow
+from shardstage.graph.capture_loops import loops_over_tokens
 from shardstage.graph.capture_program import StoredNames, graph_of
 from shardstage.graph.capture_replay import contiguous, replay
 from shardstage.graph.capture_transformers import as_untraced
@@ -33,6 +34,8 @@ __all__ = ["capture", "capture_short", "model_sizes"]
 _DEFAULT_SEQUENCE = 128
 # Torch knows the shapes of a recurrent layer only by running it step by step.
 _UNROLLED_SEQUENCE = 31
+# From here on a capture that finds out that a graph holds for one length only is worth sparing.
+_LONG_SEQUENCE = 192
 # Sizes at which a graph must still fit together to be called scalable: coprime to each other and unlike any marker.
 _OTHER_MICROBATCH, _OTHER_SEQUENCE = 2, 48
 _PREFIX = "model"
@@ -117,15 +120,26 @@ def _capture_scalable(model: nn.Module, source: ModelSource, sequence: int, dtyp
         sequence=wanted if has_sequence else None,
         max_sequence=limit,
     )
+    if length is not None and length > _LONG_SEQUENCE and _is_unrolled(model, source, dtype):
+        length = None
     graph = _capture_at(model, source, microbatch, length if length is not None else wanted, dtype)
     is_scalable = _fits(replace(graph, is_scalable=True), _OTHER_MICROBATCH, graph.sequence)
     is_sequence_scalable = length is not None and _fits(
         replace(graph, is_sequence_scalable=True), microbatch, min(_OTHER_SEQUENCE, length // 2 + 1)
     )
-    if not is_scalable or (has_sequence and not is_sequence_scalable):
+    if not is_scalable or (length is not None and not is_sequence_scalable):
         length = length if is_sequence_scalable else wanted
         graph = _capture_at(model, source, microbatch if is_scalable else 1, length, dtype)
     return replace(graph, is_scalable=is_scalable, is_sequence_scalable=is_sequence_scalable)
+
+
+def _is_unrolled(model: nn.Module, source: ModelSource, dtype: str) -> bool:
+    def run(sequence: int) -> None:
+        faked = _faked(model, source, _OTHER_MICROBATCH, sequence, dtype)
+        with faked as (batch, mode), _quiet(), mode, torch.no_grad():
+            source.task.loss(model, batch)
+
+    return loops_over_tokens(model, run)
 
 
 def _source(model: nn.Module | Callable[[], nn.Module] | ModelSource, task: Task | None) -> ModelSource:
@@ -163,17 +177,25 @@ def _fits(graph: ModelGraph, microbatch: int, sequence: int | None) -> bool:
 def _capture_at(
     model: nn.Module, source: ModelSource, microbatch: int, sequence: int | None, dtype: str
 ) -> ModelGraph:
-    task, mode = source.task, FakeTensorMode(allow_non_fake_inputs=True)
-    torch_dtype: torch.dtype = getattr(torch, dtype)
-    if not task.has_sequence:
+    if not source.task.has_sequence:
         sequence = None
-    batch = _fake_batch(task.example_batch(microbatch, sequence), mode, torch_dtype)
     stored = StoredNames.of(model)
-    with _training(model), fake_parameters(model, mode, torch_dtype), as_untraced(model, batch):
-        program = _exported(_WithLoss(model, task), batch)
+    with _faked(model, source, microbatch, sequence, dtype) as (batch, _):
+        program = _exported(_WithLoss(model, source.task), batch)
         return graph_of(
             program, stored, model, batch, prefix=_PREFIX, microbatch=microbatch, sequence=sequence
         )
+
+
+@contextmanager
+def _faked(
+    model: nn.Module, source: ModelSource, microbatch: int, sequence: int | None, dtype: str
+) -> Iterator[tuple[dict[str, Tensor], FakeTensorMode]]:
+    """A batch without data, and its mode; while entered the model trains, and its parameters have no data either."""
+    mode, torch_dtype = FakeTensorMode(allow_non_fake_inputs=True), getattr(torch, dtype)
+    batch = _fake_batch(source.task.example_batch(microbatch, sequence), mode, torch_dtype)
+    with _training(model), fake_parameters(model, mode, torch_dtype), as_untraced(model, batch):
+        yield batch, mode
 
 
 def _fake_batch(batch: Mapping[str, Tensor], mode: FakeTensorMode, dtype: torch.dtype) -> dict[str, Tensor]:
