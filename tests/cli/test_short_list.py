@@ -21,7 +21,6 @@ from shardstage.cli.short_list import (
     short_list_table,
 )
 from shardstage.cluster import Cluster, load
-from shardstage.errors import PlanError
 from shardstage.graph import ModelGraph
 from shardstage.plan import parse_request
 from shardstage.program import lower
@@ -31,16 +30,16 @@ GRAPH: ModelGraph = toy_graph(num_layers=7, width=256, hidden=1024)
 MACHINE: Cluster = load("a100-80:4")
 
 
-def chosen(fix: str = "runnable", *, plan: str = "auto") -> Chosen:
+def chosen(fix: str = "runnable", *, plan: str = "auto", machine: Cluster = MACHINE) -> Chosen:
     question = Question(
         plan=plan,
-        num_ranks=4,
+        num_ranks=machine.num_devices,
         batch=15,
         sequence=64,
         precision="float32",
         fixed=parse_fixed(fix, plan=plan),
     )
-    return choose(question, KnownModel(graph=GRAPH), MACHINE, "time")[0]
+    return choose(question, KnownModel(graph=GRAPH), machine, "time")[0]
 
 
 def printed(found: tuple[Simulated, ...]) -> str:
@@ -86,10 +85,31 @@ def test_what_this_release_does_not_run_is_not_simulated() -> None:
     assert short_list_table((found,))[0]["simulated_step_time_s"] is None
 
 
-def test_several_classes_of_devices_are_refused_before_anything_is_simulated() -> None:
-    with pytest.raises(PlanError, match="keeps no plans to be simulated") as refused:
-        short_list(chosen(), GRAPH, load("a100-80:2+h100:2"), 2)
-    assert refused.value.hint == "--objective time"
+def test_plans_for_several_classes_are_simulated_on_the_devices_that_compute() -> None:
+    machine = load("a100-80:2+h100:3")
+    best = chosen("tp=2,cp=1,zero=1", machine=machine)
+    found = short_list(best, GRAPH, machine)
+    assert best.mixed is not None and best.mixed.cluster.num_devices == 4 and len(found) > 1
+    listed = (best.mixed.priced, *best.mixed.runners_up)
+    for each, priced in zip(found, listed, strict=False):
+        assert each.formula_s == priced.seconds
+        devices = machine.with_parts(priced.choice.arrangement.used)
+        timeline = simulate(lower(GRAPH, each.plan), planned_prices(GRAPH, each.plan, devices))
+        assert each.simulated_s == pytest.approx(timeline.step_time_s)
+
+
+def test_what_classes_do_is_said_of_the_plan_that_the_simulation_chose() -> None:
+    machine = load("a100-80:2+h100:2")
+    best = chosen(machine=machine)
+    first, second = (replace(each, simulated_s=1.0) for each in short_list(best, GRAPH, machine, 2))
+    picked = fastest(best, (first, replace(second, simulated_s=0.9)))
+    assert best.mixed is not None and picked.mixed is not None
+    other = best.mixed.runners_up[0]
+    assert picked.mixed.priced is other and picked.mixed.certificate is best.mixed.certificate
+    assert picked.plan == replace(other.plan, graph_fingerprint=best.plan.graph_fingerprint)
+    assert tuple(share.peak_bytes for share in picked.mixed.shares) == other.peaks
+    kept = fastest(best, (first, second))
+    assert kept.plan == best.plan and kept.mixed == best.mixed
 
 
 def test_the_plan_that_the_simulation_finds_faster_is_chosen_and_said_to_be() -> None:

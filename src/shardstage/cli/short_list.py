@@ -52,20 +52,12 @@ def short_list(
     number: int = SHORT_LIST,
     progress: Callable[[str], None] = lambda _: None,
 ) -> tuple[Simulated, ...]:
-    """The chosen plan and those that come after it, ``number`` in all, each simulated.
-
-    Raises ``PlanError`` for a cluster of several classes, whose search keeps no other plan than the best.
-    """
-    if machine.is_mixed:
-        raise PlanError(
-            "--objective simulated: the search over several classes of devices keeps no plans to be simulated beside the best",
-            hint="--objective time",
-        )
-    plans = list(_plans(chosen))[:number]
+    """The chosen plan and those that come after it, ``number`` in all, each simulated."""
+    plans = list(_plans(chosen, machine))[:number]
     found = []
-    for place, (plan, prediction) in enumerate(plans, start=1):
+    for place, (plan, prediction, devices) in enumerate(plans, start=1):
         progress(f"simulating {place} of {len(plans)}: {shorthand(plan)}")
-        simulated_s = _simulated_s(plan, graph, machine)
+        simulated_s = _simulated_s(plan, graph, devices)
         found.append(Simulated(plan=plan, prediction=prediction, simulated_s=simulated_s))
     return tuple(found)
 
@@ -74,7 +66,10 @@ def fastest(chosen: Chosen, found: Sequence[Simulated]) -> Chosen:
     """With the plan whose simulated step is shortest; the proof stays that of the formula's choice."""
     best = _fastest_of(found)
     plan = replace(best.plan, graph_fingerprint=chosen.plan.graph_fingerprint)
-    return replace(chosen, plan=plan, prediction=best.prediction)
+    mixed = chosen.mixed
+    if mixed is not None and chosen.mixed_searcher is not None:
+        mixed = chosen.mixed_searcher.taking((mixed.priced, *mixed.runners_up)[found.index(best)], mixed)
+    return replace(chosen, plan=plan, prediction=best.prediction, mixed=mixed)
 
 
 def _fastest_of(found: Sequence[Simulated]) -> Simulated:
@@ -85,10 +80,13 @@ def _fastest_of(found: Sequence[Simulated]) -> Simulated:
     return min(ran, key=lambda each: each.simulated_s or 0.0)
 
 
-def _plans(chosen: Chosen) -> Iterator[tuple[Plan, Prediction]]:
-    yield chosen.plan, chosen.prediction
+def _plans(chosen: Chosen, machine: Cluster) -> Iterator[tuple[Plan, Prediction, Cluster]]:
+    """With the devices that compute."""
+    yield chosen.plan, chosen.prediction, machine if chosen.mixed is None else chosen.mixed.cluster
     for candidate in chosen.found.runners_up if chosen.found else ():
-        yield candidate.plan, candidate.prediction
+        yield candidate.plan, candidate.prediction, machine
+    for priced in chosen.mixed.runners_up if chosen.mixed else ():
+        yield priced.plan, priced.prediction, machine.with_parts(priced.choice.arrangement.used)
 
 
 def _simulated_s(plan: Plan, graph: ModelGraph, machine: Cluster) -> float | None:

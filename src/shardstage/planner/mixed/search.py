@@ -160,6 +160,17 @@ class MixedSearcher:
         part = replace(self.cluster.part(number), calibration=self.cluster.calibration_of(number))
         return self._over_one(part, num_ranks=part.num_devices)
 
+    def taking(self, priced: MixedPriced, found: MixedResult) -> MixedResult:
+        """What was found, with another plan than the best; the proof stays that of the best."""
+        return replace(
+            found,
+            best=priced.plan,
+            prediction=priced.prediction,
+            cluster=self.cluster.with_parts(priced.choice.arrangement.used),
+            shares=tuple(class_shares(self.pricing, priced, found.limits)),
+            priced=priced,
+        )
+
     def best(self, limits: Sequence[int]) -> MixedResult:
         """The fastest plan within limits for each class; ``PlanError`` where none fits, savers or not."""
         without = 0
