@@ -13,6 +13,7 @@ from tests.cost.toy import toy_graph
 
 from shardstage.cluster import Cluster, LinearCost, load
 from shardstage.cost import Execution, Links, Prediction, Profile, fold, least_step_s, predict_step, profile
+from shardstage.cost.links import exposed_s
 from shardstage.cost.stages import stage_costs
 from shardstage.cost.step import CALIBRATIONS
 from shardstage.graph.recompute import PartialRecompute
@@ -155,6 +156,54 @@ def test_what_one_unit_of_a_stage_shares_with_another_stage_goes_with_the_unit(z
             once_s, each_s = (gathers_s, 0.0) if zero == 2 else (0.0, gathers_s)
             assert found.unshard_s == pytest.approx(several_s + once_s)
             assert found.time.forward_s - without.time.forward_s == pytest.approx(each_s)
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_ranks_that_own_a_part_sum_that_part_between_tied_stages(zero: int) -> None:
+    """Under ZeRO the sum between stages was once priced whole: 6 % of a GPT's step on four CPU ranks."""
+    cluster = round_machine(8, latency_s=1e-3)
+    units = profile(fold(toy_graph(num_layers=4, is_tied=True)), cluster, tp=1, microbatch=2, sequence=16)
+    (tied,) = units.shared_elements.values()
+    *others, head = units.units
+    apart = replace(units, units=(*others, replace(head, shared=())))
+    links = Links(cluster, Mesh(pp=2, dp=4))
+
+    def tie_s(execution: Execution) -> float:
+        case = setup(mesh=links.mesh, starts=(0, 3), zero=zero, execution=execution)
+        whole, less = (stage_costs(each, case, links)[0].reduction_s for each in (units, apart))
+        return whole - less
+
+    assert tie_s(Execution()) == pytest.approx(links.tie_s(4 * tied / (4 if zero else 1)))
+    assert tie_s(Execution(sums_whole=True)) == pytest.approx(links.tie_s(4 * tied))
+
+
+def test_the_first_gather_that_nothing_hides_is_that_of_the_first_unit_with_parameters_of_its_own() -> None:
+    """The embedding of a tied model on one stage has none: it is gathered before, once a step."""
+    cluster = round_machine(4, latency_s=1e-6)
+    units = profile(fold(toy_graph(num_layers=4, is_tied=True)), cluster, tp=1, microbatch=2, sequence=16)
+    embedding, layer, *_ = units.units
+    assert (embedding.own_elements, layer.own_elements) == (0, 512)
+    links = Links(cluster, Mesh(dp=4))
+    sharded, plain = (stage_costs(units, setup(zero=zero), links)[0].time for zero in (3, 0))
+    each_s = gather_s(cluster, 512)
+    expected_s = exposed_s(4 * each_s, plain.forward_s, links.overlap_slowdown, each_s)
+    assert sharded.forward_s - plain.forward_s == pytest.approx(expected_s)
+
+
+def test_what_both_ends_of_a_message_work_on_shared_cores_is_counted_once() -> None:
+    """It was once in the time that a first microbatch travels, too."""
+    cluster = round_machine(2, latency_s=1e-2)
+    case = setup(mesh=Mesh(pp=2), starts=(0, 3), num_microbatches=8)
+
+    def seconds(message_s: float) -> float:
+        device = replace(cluster.device, alone_ratio=1.5, message=LinearCost(message_s, 1e12))
+        shared = replace(cluster, device=device)
+        return sum(predict_step(priced(shared), case, Links(shared, case.mesh)).parts.values())
+
+    more_s = seconds(3e-3) - seconds(2e-3)
+    assert more_s == pytest.approx(
+        4 * 8 * 1e-3 / 2 - 4 * 1e-3 / 1.5
+    )  # four ends for each microbatch, less those of the first
 
 
 def test_tensor_parallelism_waits_for_its_talk() -> None:

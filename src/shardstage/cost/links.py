@@ -149,6 +149,10 @@ class Links:
         """Seconds from one stage to the next."""
         return self._group("p2p", min(2, self.mesh.pp), self.mesh.stride("pp")).seconds(num_bytes)
 
+    def least_travel_s(self, num_bytes: int) -> float:
+        """The same where it is surely waited for: the ends' work on cores that ranks share is counted with the rest of these."""
+        return self.transfer_s(num_bytes) if self.cluster.device.alone_ratio == 1 else 0.0
+
     def message_s(self, num_bytes: float) -> float:
         """Seconds that sending or receiving so many bytes takes of the cores that ranks share; 0 where each has its device."""
         message = self.cluster.device.message

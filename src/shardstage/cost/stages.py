@@ -202,7 +202,7 @@ def _zero_s(
         copies_s = sum(counts) * setup.num_shards * dispatch_s(links.cluster.device)
         copied_again = sum(map(mul, times_again, counts)) / sum(counts)
     return unshard_s, (
-        copies_s + exposed_s(sum(gathers), plain[0], slowdown, gathers[0]),
+        copies_s + exposed_s(sum(gathers), plain[0], slowdown, next(filter(None, gathers), 0.0)),
         (copied_again + 1) * copies_s
         + exposed_s(again_s + sum(sums) + last_s, backward_s, slowdown, sums[0] + last_s),
     )
@@ -257,7 +257,10 @@ def _reduction_s(
     elements: int, experts: int, tied: int, time: StageTime, setup: StepSetup, links: Links
 ) -> float:
     """Seconds after the last backward until a stage's gradients are summed over dp and ties."""
-    waited = links.tie_s(tied * setup.wire_bytes)
+    has_parts = (
+        setup.sharding_level and not setup.execution.sums_whole
+    )  # between stages, too, ranks then sum what they own
+    waited = links.tie_s(tied * setup.wire_bytes / (setup.num_shards if has_parts else 1))
     holders = max(setup.mesh.num_replicas, links.expert_replicas.count if links.deals_out_experts else 1)
     if holders == 1 or setup.sharding_level >= 2:
         return waited

@@ -165,7 +165,12 @@ def _pipeline_s(setup: StepSetup, links: Links, stages: Sequence[StageCost]) -> 
     p, m = setup.mesh.pp, setup.num_microbatches
     num_cores = p / links.cluster.device.alone_ratio
     idle_s = 0.0 if setup.custom else idle_cores_s(setup.schedule, alone, p, m, num_cores)
-    travel_s = 2 * sum(stage.receive_s for stage in alone[1:p])
+    ends_s = [
+        2 * stage.message_s / links.cluster.device.alone_ratio for stage in stages
+    ]  # work, and in receive_s
+    travel_s = 2 * sum(
+        max(0.0, stage.receive_s - own_s) for stage, own_s in zip(alone[1:p], ends_s[1:p], strict=True)
+    )
     return max(alone_s, _shared_s(setup, links, stages) + idle_s + _messages_s(setup, stages) + travel_s)
 
 

@@ -160,21 +160,26 @@ class ShardingWaits:
         units = [Gathered(unit.own_elements, unit.expert_elements) for unit in chain.profile.units]
         self._gather, self._scatter = self._talk_s(units)
         self._gathers, self._scatters = ([0.0, *accumulate(each)] for each in (self._gather, self._scatter))
+        self._first_gathered = list(range(len(units) + 1))  # from each unit on
+        for unit in reversed(range(len(units))):
+            if not self._gather[unit]:
+                self._first_gathered[unit] = self._first_gathered[unit + 1]
         self._slowdown = links.overlap_slowdown
         self._known: dict[tuple[int | None, int], tuple[float, float]] = {}
 
     def __call__(self, start: int, stop: int, again_s: float) -> float:
         """Of a run that recomputes for so long."""
-        first, more = (self._gather[start], self._scatter[start]), (0.0, 0.0)
         several, alone = self._chain.gathered_together(start, stop)
+        first_gathered = min((self._first_gathered[start], *alone))
+        first = self._gather[first_gathered] if first_gathered < stop else 0.0, self._scatter[start]
+        more = 0.0, 0.0
         if several:
             _, last_s = self._of_shared(None, several)
             first, more = (first[0], first[1] + last_s), (0.0, last_s)
         for unit, elements in alone.items():
             gather_s, scatter_s = self._of_shared(unit, elements)
             more = more[0] + gather_s, more[1] + scatter_s
-            if unit == start:
-                first = first[0] + gather_s, first[1] + scatter_s
+            first = first[0] + gather_s * (unit == first_gathered), first[1] + scatter_s * (unit == start)
         return self._exposed_s(start, stop, again_s, first, more)
 
     def _of_shared(self, unit: int | None, elements: int) -> tuple[float, float]:

@@ -302,7 +302,7 @@ class Pricing:
         """What a step takes at least beside what ``best_cut`` counts: transfers, the optimizer, the norm's sum, and the least bubble
         where schedules cut backwards."""
         p, n = setup.mesh.pp, chain.num_units
-        beside_s = links.norm_s() + 2 * (p - 1) * links.transfer_s(min(chain.received[1:], default=0))
+        beside_s = links.norm_s() + 2 * (p - 1) * links.least_travel_s(min(chain.received[1:], default=0))
         shards = setup.num_shards if setup.sharding_level else 1
         part = (chain.own[n] - chain.experts[n]) / shards + chain.experts[n] / setup.expert_shards
         beside_s += least_update_s(chain.own[n] / p, chain.experts[n] / p, part / p, setup, links)

@@ -82,15 +82,10 @@ class Table:
         )
         self.forward, self.backward = self.stage_s(0.0)
         self._weight = self._most_weight_s()
-        travel = 2 * (p - 1) * _seconds_of(talk.transfer[mesh], terms.figures.received[self.group], 1.0)
+        late = self._late_s(replicated, terms.gathers[self.group])
         after = self._after_s((replicated + shared) / p, self._plain_b * p + self._accumulation)
-        self.after = (
-            self._late_s(replicated, terms.gathers[self.group])
-            + after
-            + self._update_s(part)
-            + self._of_meshes(talk.norm_s)
-            + travel
-        )
+        update = self._update_s(part) + self._of_meshes(talk.norm_s)
+        self.after = late + after + update + self._least_travel_s()
         self.state_bytes = self._state_bytes(elements / p, part)
 
     def at(self, rows: Any, names: Sequence[str] = ()) -> Table:
@@ -232,6 +227,13 @@ class Table:
         if settings.is_offloaded:
             return part * offloaded_update_s(1, device, down_bytes=g, up_bytes=min(c, g), element_bytes=w)
         return part * optimizer_s(1, w, 0, device)
+
+    def _least_travel_s(self) -> Any:
+        """Of the first microbatch and of the last one's gradient (``Links.least_travel_s``)."""
+        if self.settings.device.alone_ratio > 1:
+            return 0.0
+        received = self.terms.figures.received[self.group]
+        return 2 * (self.p - 1) * _seconds_of(self._talk.transfer[self._mesh], received, 1.0)
 
     def _after_s(self, own: Any, backward: Any) -> Any:
         """After the pipeline: ZeRO-1's new parameters, and without a pipeline the reduction that the last backward does not hide."""

@@ -368,14 +368,14 @@ class _OfZero:
         elements, first = f.number @ f.replicated, f.replicated[f.first]
         part = self._part_elements(own, elements, f.number @ f.experts) / p
         received = f.received[lanes.size[0]]
-        transfer = talk.transfer[own, 0] + received * talk.transfer[own, 1]
+        transfer = (talk.transfer[own, 0] + received * talk.transfer[own, 1]) * (reference.alone_ratio == 1)
         update = 0.0 if setup.is_offloaded else part * optimizer_s(1, setup.master_bytes, 0, reference)
         gather = self._gather[own, 0] + elements / p * setup.compute_bytes * self._gather[own, 1]
         sums = np.where((level == 1)[:, None], self._scatter[own], talk.reduce[own])
         least = np.where(p == 1, elements, first) * setup.wire_bytes * sums[:, 1]
         exposed = overlap_slowdown(reference) * least * ((level < 2) & (rows.replicas[own] > 1))
-        is_gathered = (level == 1) | ((level == 2) & (p == 1))  # a pipeline may hide it under level 2
-        found: Array = 2 * (p - 1) * transfer + update + is_gathered * gather + exposed + talk.norm_s[own]
+        gather *= (level == 1) | ((level == 2) & (p == 1))  # a pipeline may hide it under level 2
+        found: Array = 2 * (p - 1) * transfer + update + gather + exposed + talk.norm_s[own]
         return found
 
     def _of_lane(self, schedule: Schedule, own: Any, costs: _Costs, slowest: Array) -> Array:

@@ -253,7 +253,7 @@ class MixedPricing:
         experts, received = chain.experts[-1], min(chain.received[1:], default=0)
         part = (chain.own[-1] - experts) / (setup.num_shards if setup.sharding_level else 1)
         part += experts / setup.expert_shards
-        travel_s = 2 * (p - 1) * links.transfer_s(received)
+        travel_s = 2 * (p - 1) * links.least_travel_s(received)
         return (
             links.norm_s() + travel_s + least_update_s(chain.own[-1] / p, experts / p, part / p, setup, links)
         )
