@@ -111,6 +111,7 @@ def notes(text: str, *, ranks: int = 4, batch: int = 16, cluster: str = "") -> s
         ("dp=4,mb=64", "mb=64 is more than the 4 samples of a data-parallel rank"),
         ("dp=4,schedule=zb-h1", "schedule=zb-h1 changes nothing with pp=1"),
         ("dp=4,sp", "sp changes nothing with tp=1"),
+        ("dp=4,zero=2,mb=2", "zero=2 reduces gradients 2 times a step, once for each microbatch"),
         ("dp=4,zero=3,mb=2", "zero=3 gathers parameters and reduces gradients 2 times a step"),
     ],
 )

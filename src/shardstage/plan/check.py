@@ -356,10 +356,8 @@ def _note_schedule(plan: Plan, _graph: ModelGraph, _cluster: Cluster | None) -> 
 
 def _note_zero_pipeline(plan: Plan, _graph: ModelGraph, _cluster: Cluster | None) -> str:
     if plan.zero >= 2 and plan.mesh.dp > 1 and plan.num_microbatches > 1:
-        return (
-            f"zero={plan.zero} gathers parameters and reduces gradients {plan.num_microbatches} times a step, "
-            "once for each microbatch"
-        )
+        what = "gathers parameters and reduces gradients" if plan.zero == 3 else "reduces gradients"
+        return f"zero={plan.zero} {what} {plan.num_microbatches} times a step, once for each microbatch"
     return ""
 
 
