@@ -24,6 +24,7 @@ from shardstage.cli.fixing import parse_fixed
 from shardstage.cli.plan_page import comparison_page
 from shardstage.cluster import Cluster
 from shardstage.errors import PlanError
+from shardstage.units import parse_bytes
 
 GRAPH = toy_graph(num_layers=6, width=64, hidden=256)
 MIXED = machines((3, 1.0), (2, 2.0))
@@ -171,3 +172,13 @@ def test_what_cannot_be_is_said(fix: str, why: str) -> None:
     with pytest.raises(PlanError, match=why) as caught:
         chosen_by(fix=fix)
     assert "out of --fix" in str(caught.value.hint)
+
+
+def test_a_request_that_nothing_fits_is_refused_with_memory_that_would_do() -> None:
+    with pytest.raises(PlanError, match=r"none of .* would hold [\d.]+ MiB and [\d.]+ MiB") as caught:
+        chosen_by(fix="pp=5,offload=none", memory_bytes=2**19)
+    assert caught.value.hint is not None
+    with_it, _ = chosen_by(
+        fix="pp=5,offload=none", memory_bytes=parse_bytes(caught.value.hint.removeprefix("--max-memory "))
+    )
+    assert with_it.mixed is not None

@@ -191,7 +191,7 @@ def _search(question: Question, graph: ModelGraph, machine: Cluster, readings: R
 def _search_mixed(
     question: Question, graph: ModelGraph, machine: Cluster, readings: Readings | None
 ) -> Chosen:
-    from shardstage.planner import MixedSearcher
+    from shardstage.planner import MixedSearcher, nothing_fits
 
     searcher = MixedSearcher(
         graph,
@@ -204,7 +204,11 @@ def _search_mixed(
         is_runnable=question.fixed.is_runnable,
         readings=readings,
     )
-    return chosen_mixed(searcher.best(question.limits(machine)), searcher)
+    limits = question.limits(machine)
+    found = searcher.find(limits)
+    if found is None:
+        raise nothing_fits(searcher, limits)
+    return chosen_mixed(found, searcher)
 
 
 def chosen_mixed(found: MixedResult, searcher: MixedSearcher) -> Chosen:

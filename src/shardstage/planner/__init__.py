@@ -31,6 +31,7 @@ from shardstage.planner.why import alternatives, front
 if TYPE_CHECKING:
     from shardstage.planner.mixed import ClassShare, MixedResult, MixedSearcher, class_peaks, predict_mixed
     from shardstage.planner.mixed.front import mixed_front
+    from shardstage.planner.mixed.unfit import nothing_fits
     from shardstage.planner.mixed.verify import verify_mixed
     from shardstage.planner.mixed.why import mixed_alternatives
 
@@ -54,6 +55,7 @@ __all__ = [
     "mixed_alternatives",
     "mixed_front",
     "named_modules",
+    "nothing_fits",
     "predict",
     "predict_mixed",
     "search",
@@ -70,6 +72,7 @@ _MIXED: Final = MappingProxyType(
         "class_peaks": "shardstage.planner.mixed",
         "mixed_alternatives": "shardstage.planner.mixed.why",
         "mixed_front": "shardstage.planner.mixed.front",
+        "nothing_fits": "shardstage.planner.mixed.unfit",
         "predict_mixed": "shardstage.planner.mixed",
         "verify_mixed": "shardstage.planner.mixed.verify",
     }

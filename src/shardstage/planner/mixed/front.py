@@ -20,7 +20,7 @@ from shardstage.planner.mixed.search import MixedResult, MixedSearcher
 from shardstage.planner.mixed.space import MixedChoice
 from shardstage.planner.told import Point
 
-__all__ = ["mixed_front"]
+__all__ = ["best_near", "mixed_front"]
 
 PARTS: Final = (0.75, 0.5, 0.25)
 """Of the share that the best plan holds."""
@@ -43,7 +43,7 @@ def mixed_front(searcher: MixedSearcher, found: MixedResult) -> tuple[Point, ...
         smaller = min((each for each in points if share_of(each) <= share), key=_seconds, default=best)
         starts = (best, smaller, *found.runners_up)
         within = [math.ceil(share * capacity) for capacity in capacities]
-        best = _best_near(searcher, starts, [*map(min, within, found.limits)]) or best
+        best = best_near(searcher, starts, [*map(min, within, found.limits)]) or best
         points.append(best)
     return tuple(
         Point(
@@ -71,7 +71,7 @@ def _changed(searcher: MixedSearcher, best: MixedPriced, limits: Sequence[int]) 
                 yield priced
 
 
-def _best_near(
+def best_near(
     searcher: MixedSearcher, starts: Sequence[MixedPriced], limits: Sequence[int]
 ) -> MixedPriced | None:
     """The best plan within limits that is cut freely and a few changes away from the best of some."""

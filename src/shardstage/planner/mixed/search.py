@@ -12,9 +12,9 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from operator import itemgetter
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -96,17 +96,14 @@ class MixedSearcher:
         readings: Readings | None = None,
     ) -> None:
         request = fix or Request()
-        self._over_one = partial(
-            Searcher,
-            graph,
-            global_batch=global_batch,
-            sequence=sequence,
-            precision=precision,
-            fix=fix,
-            fixed=fixed,
-            is_runnable=is_runnable,
-            readings=readings,
-        )
+        self._asked: dict[str, Any] = {
+            "global_batch": global_batch,
+            "sequence": sequence,
+            "precision": precision,
+            "fix": fix,
+            "is_runnable": is_runnable,
+            "readings": readings,
+        }
         require_modules(request.recompute_modules, graph, is_compiled=request.is_compiled)
         self.graph = graph
         self.cluster = cluster
@@ -140,7 +137,7 @@ class MixedSearcher:
             is_scalable=graph.is_scalable,
         )
         has_host = all(host_of(part.device) is not None for part in cluster.parts)
-        self._fixed = fixed
+        self.fixed = fixed
         self._ladder = ladder(precision, request, fixed, has_host=has_host)
         self._figures: dict[Sharding, MixedFigures] = {}
         self._arrangements: dict[Sharding, list[Arrangement]] = {}
@@ -158,7 +155,7 @@ class MixedSearcher:
     def on(self, number: int) -> Searcher:
         """The search over the devices of one class alone, with the same decisions fixed."""
         part = replace(self.cluster.part(number), calibration=self.cluster.calibration_of(number))
-        return self._over_one(part, num_ranks=part.num_devices)
+        return Searcher(self.graph, part, num_ranks=part.num_devices, fixed=self.fixed, **self._asked)
 
     def taking(self, priced: MixedPriced, found: MixedResult) -> MixedResult:
         """What was found, with another plan than the best; the proof stays that of the best."""
@@ -171,8 +168,28 @@ class MixedSearcher:
             priced=priced,
         )
 
+    def without(self, name: str) -> MixedSearcher:
+        """The search where one decision is no longer fixed."""
+        return MixedSearcher(self.graph, self.cluster, fixed=self.fixed - {name}, **self._asked)
+
     def best(self, limits: Sequence[int]) -> MixedResult:
         """The fastest plan within limits for each class; ``PlanError`` where none fits, savers or not."""
+        found = self.find(limits)
+        if found is None:
+            raise self.refusal(limits)
+        return found
+
+    def refusal(self, limits: Sequence[int]) -> PlanError:
+        """That no plan fits into the limits."""
+        there = " and ".join(map(format_bytes, limits))
+        tried = sum(self.space.num_choices(self.arrangements(each))[0] for each in self.space.shardings)
+        return PlanError(
+            f"none of {len(self._ladder) * tried:,} plans for {self.cluster.name} fits into {there} a rank",
+            hint="--max-memory with more, a larger cluster, or fewer --fix",
+        )
+
+    def find(self, limits: Sequence[int]) -> MixedResult | None:
+        """The fastest plan within limits for each class; None where none fits, savers or not. ``PlanError`` where there is none at all."""
         without = 0
         for savers in self._ladder:
             self.use(savers)
@@ -181,15 +198,14 @@ class MixedSearcher:
             if found.best is not None:
                 return self._result(found, found.best, limits, without)
             without += found.counts.enumerated
-        if not without and self._fixed:
-            raise unmet(self.cluster.name, self.space.declared, self._fixed, self.space.num_units)
+        if without:
+            return None
+        if self.fixed:
+            raise unmet(self.cluster.name, self.space.declared, self.fixed, self.space.num_units)
+        batch = self.space.declared.global_batch
         raise PlanError(
-            f"none of {without:,} plans for {self.cluster.name} fits into {' and '.join(format_bytes(b) for b in limits)} a rank"
-            if without
-            else f"a batch of {self.space.declared.global_batch} samples cannot be shared by {self.cluster.name} in any way",
-            hint="--max-memory with more, a larger cluster, or fewer --fix"
-            if without
-            else "--batch with more",
+            f"a batch of {batch} samples cannot be shared by {self.cluster.name} in any way",
+            hint="--batch with more",
         )
 
     def figures(self, sharding: Sharding) -> MixedFigures:
