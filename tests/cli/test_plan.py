@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 import typer
 from click.testing import Result
-from tests.cost.toy import toy_graph
+from tests.cost.machines import round_machine
+from tests.cost.toy import Experts, toy_graph
 from typer.testing import CliRunner
 
 from shardstage.cli import plan as verb
 from shardstage.cli.choosing import KnownModel
+from shardstage.cluster import save
 from shardstage.errors import PlanError
 from shardstage.plan import load_plan
 
@@ -266,6 +268,27 @@ def test_an_objective_that_is_none_is_refused_with_those_that_are() -> None:
     with pytest.raises(PlanError, match="'speed' is not one of time, cost, memory") as caught:
         said("--cluster", "cpu:4", "--objective", "speed")
     assert caught.value.hint == "--objective time"
+
+
+def test_a_search_in_parts_of_blocks_says_what_the_plan_costs_in_whole_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``--plan`` with the plan that a search had found said another time, and that it would not fit."""
+    experts = Experts(number=2, hidden=64, chosen=1)
+    graph = toy_graph(num_layers=2, width=64, hidden=1024, vocab=128, experts=experts)
+    monkeypatch.setattr(verb, "known_model", lambda *_: KnownModel(graph=graph, max_sequence=1024))
+    save(round_machine(16, latency_s=1e-4, op_latency_s=1e-4), tmp_path / "machine.toml")
+    asked = ("--cluster", str(tmp_path / "machine.toml"), "--batch", "32", "--seq", "32")
+    limit = "3740432B"
+    search = ("--fix", "tp=1,zero=3,dtype=fp32", "--max-memory", limit, "--out", str(tmp_path / "plan.toml"))
+    (note,) = (line for line in said(*asked, *search).splitlines() if "few blocks" in line)
+    alone = said(*asked, "--plan", str(tmp_path / "plan.toml"), "--max-memory", limit)
+    step_s = _line(alone, "step time").split("   ")[0].removeprefix("step time").strip()
+    needed = _line(alone, "memory").removeprefix("memory").strip().split(" a rank")[0]
+    assert f"takes {step_s} and needs {needed} a rank, more than the 3.57 MiB it may" in note
+    assert "few blocks" not in said("--cluster", "cpu:4", "--plan", "dp=4")
+    monkeypatch.setattr(verb, "known_model", lambda *_: KnownModel(graph=GRAPH, max_sequence=1024))
+    assert "few blocks" not in said("--cluster", "cpu:4"), "blocks are enough"
 
 
 def test_a_runnable_plan_has_no_note_that_it_does_not_run() -> None:

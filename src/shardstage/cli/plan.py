@@ -50,6 +50,9 @@ COLLECTED_OBJECTS: Final = 100_000
 """New objects after which Python looks for cycles among them. Its own number, 700, takes a tenth of a search's time, as nearly all of them
 are kept and none is part of a cycle."""
 
+WORTH_TELLING: Final = 0.01
+"""Of a price: by less, what a search says and what the plan costs by itself may differ without a word."""
+
 DEFAULT_BATCH: Final = 16
 DEFAULT_SEQUENCE: Final = 256
 
@@ -181,7 +184,10 @@ def _answer(
             max_sequence=known.max_sequence,
             is_searched=question.is_open,
         )
-    run_notes = _run_notes(chosen, question, machine, objective)
+    run_notes = (
+        *_run_notes(chosen, question, machine, objective),
+        *_parts_note(chosen, question, known.graph, machine),
+    )
     return _Answer(
         model=model,
         graph=known.graph,
@@ -269,6 +275,25 @@ def _memory_notes(needed: int, question: Question, machine: Cluster) -> Iterator
         yield f"the plan needs {format_bytes(needed)} a rank, and a {machine.device.name} has {format_bytes(there)}: it will not fit"
     if allowed is not None and needed > allowed:
         yield f"the plan needs {format_bytes(needed)} a rank, more than the {format_bytes(allowed)} of --max-memory"
+
+
+def _parts_note(chosen: Chosen, question: Question, graph: ModelGraph, machine: Cluster) -> Iterator[str]:
+    """What ``--plan`` will say of a plan that was searched in parts of blocks (``planner.pricing.fold_for``), where that differs."""
+    searcher = chosen.searcher or chosen.mixed_searcher
+    if searcher is None or searcher.pricing.num_units <= len(graph.blocks):
+        return
+    from shardstage.planner import predict
+
+    used, said = chosen.mixed.cluster if chosen.mixed else machine, chosen.prediction
+    whole = predict(graph, chosen.plan, used)
+    is_over = not machine.is_mixed and whole.peak_bytes > question.limit_bytes(machine)
+    ratios = whole.step_time_s / said.step_time_s, whole.peak_bytes / said.peak_bytes
+    if is_over or any(abs(ratio - 1) >= WORTH_TELLING for ratio in ratios):
+        beyond = f", more than the {format_bytes(question.limit_bytes(machine))} it may" if is_over else ""
+        yield (
+            "a model of few blocks is searched in parts of them; in whole blocks, as it runs, the plan takes "
+            f"{format_s(whole.step_time_s)} and needs {format_bytes(whole.peak_bytes)} a rank{beyond}"
+        )
 
 
 def _chosen_table(plan: Plan, prediction: Prediction) -> Table:
