@@ -143,6 +143,14 @@ def test_a_short_capture_unfolds_to_the_graph_of_the_whole_model(
     assert short.unfold() == graph
 
 
+def test_the_values_of_an_unfolded_graph_lie_in_the_order_of_its_ops() -> None:
+    """Those after the layers lay in the order of a set: two captures of one model were two different texts."""
+    graph = capture_short(Alternating, task=causal_task(_VOCABULARY), sequence=16).unfold()
+    made = [graph.producer[name] for name, value in graph.values.items() if value.kind == "activation"]
+    assert len(made) > 20
+    assert made == sorted(made)
+
+
 @pytest.mark.parametrize("factory", [Collecting, Dense, Numbered])
 def test_a_model_whose_layers_reach_further_is_captured_whole(
     factory: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch

@@ -249,7 +249,7 @@ class _Unfolding:
         for names in tables:
             for value in own:
                 yield _called(value, names[value.name], names.get(value.alias_of, value.alias_of))
-        for name in self._after & values.keys():
+        for name in filter(self._after.__contains__, values):
             alias = values[name].alias_of
             yield _called(
                 values[name],
