@@ -287,7 +287,7 @@ class _Findings:
         return usable_bytes(self._part_of(rank))
 
     def _print_misfit(self, rank: RankRehearsal) -> None:
-        from shardstage.planner import cheapest_fit
+        from shardstage.planner import cheapest_fit, cheapest_mixed_fit
 
         device, limit = self._part_of(rank).device, self._limit_of(rank)
         self.console.print(
@@ -296,7 +296,10 @@ class _Findings:
             soft_wrap=True,
         )
         with self.console.status("looking for a plan that fits"):
-            fit = cheapest_fit(self.graph, self.machine, self.found.plan, limit_bytes=limit)
+            if self.machine.is_mixed:
+                fit = cheapest_mixed_fit(self.graph, self.machine, self.found.plan)
+            else:
+                fit = cheapest_fit(self.graph, self.machine, self.found.plan, limit_bytes=limit)
         if fit is None:
             self._print(
                 "no plan for so many ranks fits; a larger --cluster, or a smaller --batch or --seq, may"
@@ -306,7 +309,7 @@ class _Findings:
         self._print(
             f"cheapest change that fits: {', '.join(fit.changes)}\n"
             f"  {format_bytes(fit.peak_bytes)} a rank, {format_s(fit.prediction.step_time_s)} a step, {_compared(slower)}\n"
-            f'  --plan "{fit.text}"'
+            f"  {fit.asked}"
         )
 
     def _changed(self, changes: list[Change]) -> Iterator[str]:

@@ -30,6 +30,7 @@ from shardstage.planner.why import alternatives, front
 
 if TYPE_CHECKING:
     from shardstage.planner.mixed import ClassShare, MixedResult, MixedSearcher, class_peaks, predict_mixed
+    from shardstage.planner.mixed.fit import cheapest_mixed_fit
     from shardstage.planner.mixed.front import mixed_front
     from shardstage.planner.mixed.unfit import nothing_fits
     from shardstage.planner.mixed.verify import verify_mixed
@@ -50,6 +51,7 @@ __all__ = [
     "Verification",
     "alternatives",
     "cheapest_fit",
+    "cheapest_mixed_fit",
     "class_peaks",
     "front",
     "mixed_alternatives",
@@ -69,6 +71,7 @@ _MIXED: Final = MappingProxyType(
         "ClassShare": "shardstage.planner.mixed",
         "MixedResult": "shardstage.planner.mixed",
         "MixedSearcher": "shardstage.planner.mixed",
+        "cheapest_mixed_fit": "shardstage.planner.mixed.fit",
         "class_peaks": "shardstage.planner.mixed",
         "mixed_alternatives": "shardstage.planner.mixed.why",
         "mixed_front": "shardstage.planner.mixed.front",

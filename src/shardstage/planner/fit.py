@@ -14,7 +14,7 @@ from shardstage.graph import ModelGraph
 from shardstage.plan import Plan, Request, shorthand
 from shardstage.planner.search import Searcher
 
-__all__ = ["Fit", "cheapest_fit"]
+__all__ = ["MOST_SIMULATED", "Fit", "attempts", "cheapest_fit", "differences"]
 
 MOST_SIMULATED: Final = 4
 """So many plans are lowered to see their memory instruction by instruction, each under a limit that is lower by the last one's excess."""
@@ -22,10 +22,14 @@ MOST_SIMULATED: Final = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Fit:
-    """A plan that fits, how it differs (``zero 0 → 1``), and what it costs: ``peak_bytes`` of its fullest rank, simulated."""
+    """A plan that fits, how it differs (``zero 0 → 1``), and what it costs: ``peak_bytes`` of its fullest rank, simulated.
+
+    ``text`` is its shorthand, ``asked`` what one types for it.
+    """
 
     plan: Plan
     text: str
+    asked: str
     changes: tuple[str, ...]
     prediction: Prediction
     peak_bytes: int
@@ -57,10 +61,12 @@ def cheapest_fit(graph: ModelGraph, cluster: Cluster, plan: Plan, *, limit_bytes
             made = replace(found.best, replicate=plan.replicate)
             peak = _simulated_peak(graph, made, cluster)
             if peak <= limit_bytes:
+                text = shorthand(made, default_precision=plan.precision)
                 return Fit(
                     plan=made,
-                    text=shorthand(made, default_precision=plan.precision),
-                    changes=tuple(_changes(plan, made)),
+                    text=text,
+                    asked=f'--plan "{text}"',
+                    changes=tuple(differences(plan, made)),
                     prediction=found.prediction,
                     peak_bytes=peak,
                 )
@@ -94,7 +100,8 @@ def _simulated_peak(graph: ModelGraph, plan: Plan, cluster: Cluster) -> int:
     return max(peak_bytes(program, rank, holdings) for rank in ranks)
 
 
-def _changes(before: Plan, after: Plan) -> Iterator[str]:
+def differences(before: Plan, after: Plan) -> Iterator[str]:
+    """Each decision of two plans for the same ranks that differs, as ``zero 0 → 1``."""
     for axis in ("dp", "tp", "pp"):
         old, new = getattr(before.mesh, axis), getattr(after.mesh, axis)
         if old != new:
