@@ -118,7 +118,10 @@ def test_modules_that_would_be_faster_are_told_with_the_plan_to_paste() -> None:
     chosen, comparison = chosen_by("time")
     assert comparison.modules is None and "what if" not in printed(chosen, comparison)
     plan = replace(chosen.plan, recompute="selective", recompute_modules=("*.up", "*.down"))
-    told = NamedModules(plan=plan, text=shorthand(plan), prediction=chosen.prediction, gain=0.021)
+    text = shorthand(plan)
+    told = NamedModules(
+        plan=plan, text=text, asked=f'--plan "{text}"', prediction=chosen.prediction, gain=0.021
+    )
     comparison = replace(comparison, modules=told)
     said = "recompute=selective,modules=*.up/*.down: 2.1 % faster, fits with "
     assert said in printed(chosen, comparison) and f'--plan "{told.text}"' in printed(chosen, comparison)

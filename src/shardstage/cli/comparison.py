@@ -116,10 +116,14 @@ def choose(
 
 
 def _mixed_comparison(searcher: MixedSearcher, found: MixedResult, dollars: float | None) -> Comparison:
-    from shardstage.planner import mixed_alternatives, mixed_front
+    from shardstage.planner import mixed_alternatives, mixed_front, mixed_named_modules
 
-    told = mixed_alternatives(searcher, found)
-    return Comparison(alternatives=told, front=mixed_front(searcher, found), dollars=dollars)
+    return Comparison(
+        alternatives=mixed_alternatives(searcher, found),
+        front=mixed_front(searcher, found),
+        modules=mixed_named_modules(searcher, found),
+        dollars=dollars,
+    )
 
 
 Result = TypeVar("Result", "SearchResult", "MixedResult")
@@ -247,7 +251,7 @@ def _print_proof(console: Console, proof: Certificate) -> None:
 
 def what_if_text(named: NamedModules) -> str:
     gain, peak = format_ratio(named.gain), format_bytes(named.prediction.peak_bytes)
-    return f'{named}: {gain} faster, fits with {peak}: --plan "{named.text}"'
+    return f"{named}: {gain} faster, fits with {peak}: {named.asked}"
 
 
 def _print_shares(console: Console, found: MixedResult) -> None:

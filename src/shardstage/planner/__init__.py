@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from shardstage.planner.mixed import ClassShare, MixedResult, MixedSearcher, class_peaks, predict_mixed
     from shardstage.planner.mixed.fit import cheapest_mixed_fit
     from shardstage.planner.mixed.front import mixed_front
+    from shardstage.planner.mixed.modules import mixed_named_modules
     from shardstage.planner.mixed.unfit import nothing_fits
     from shardstage.planner.mixed.verify import verify_mixed
     from shardstage.planner.mixed.why import mixed_alternatives
@@ -56,6 +57,7 @@ __all__ = [
     "front",
     "mixed_alternatives",
     "mixed_front",
+    "mixed_named_modules",
     "named_modules",
     "nothing_fits",
     "predict",
@@ -75,6 +77,7 @@ _MIXED: Final = MappingProxyType(
         "class_peaks": "shardstage.planner.mixed",
         "mixed_alternatives": "shardstage.planner.mixed.why",
         "mixed_front": "shardstage.planner.mixed.front",
+        "mixed_named_modules": "shardstage.planner.mixed.modules",
         "nothing_fits": "shardstage.planner.mixed.unfit",
         "predict_mixed": "shardstage.planner.mixed",
         "verify_mixed": "shardstage.planner.mixed.verify",

@@ -7,9 +7,9 @@ no other set is better; the search itself knows the three modes only.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Final, Protocol, TypeAlias, TypeVar
 
 from shardstage.cost import Prediction
 from shardstage.graph import ModelGraph
@@ -20,7 +20,7 @@ from shardstage.planner.pricing import Priced, TooSlow
 from shardstage.planner.search import Searcher, SearchResult
 from shardstage.planner.space import Choice
 
-__all__ = ["NamedModules", "module_sets", "named_modules"]
+__all__ = ["NamedModules", "module_sets", "named_modules", "quickest"]
 
 LEAST_GAIN: Final = 0.001
 """What is told spares at least so much of a step, beyond what was told before it."""
@@ -28,10 +28,12 @@ LEAST_GAIN: Final = 0.001
 
 @dataclass(frozen=True, kw_only=True)
 class NamedModules:
-    """The best plan with modules named; ``text`` is its shorthand, ``gain`` the share of a step that it spares."""
+    """The best plan with modules named; ``text`` is its shorthand, ``gain`` the share of a step that it spares, ``asked`` what one
+    types for it."""
 
     plan: Plan
     text: str
+    asked: str
     prediction: Prediction
     gain: float
 
@@ -50,13 +52,38 @@ def named_modules(searcher: Searcher, found: SearchResult) -> NamedModules | Non
     if not (is_open and recomputes) or searcher.recompute_modules or searcher.is_compiled:
         return None
     searcher.use(found.savers)
-    told = None
-    for modules in module_sets(searcher.pricing.folded.graph):
-        below_s = (1 - LEAST_GAIN) * (best if told is None else told[1]).seconds
-        priced = _priced(searcher, best.choice, modules, found.limit_bytes, below_s)
-        if priced is not None and priced.seconds < below_s:
-            told = modules, priced
+    sets = module_sets(searcher.pricing.folded.graph)
+
+    def priced(modules: tuple[str, ...], below_s: float) -> Priced | None:
+        return _priced(searcher, best.choice, modules, found.limit_bytes, below_s)
+
+    told = quickest(sets, best.seconds, priced)
     return None if told is None else _told(searcher, best, *told)
+
+
+Modules: TypeAlias = tuple[str, ...]
+
+
+class _Timed(Protocol):
+    @property
+    def seconds(self) -> float: ...
+
+
+AnyTimed = TypeVar("AnyTimed", bound=_Timed)
+
+
+def quickest(
+    sets: Iterable[Modules], best_s: float, priced: Callable[[Modules, float], AnyTimed | None]
+) -> tuple[Modules, AnyTimed] | None:
+    """The set under which a plan takes least, with its price, where that is less than ``best_s`` by what is worth telling. ``priced`` is
+    told below what it need not look."""
+    told: tuple[Modules, AnyTimed] | None = None
+    for modules in sets:
+        below_s = (1 - LEAST_GAIN) * (best_s if told is None else told[1].seconds)
+        found = priced(modules, below_s)
+        if found is not None and found.seconds < below_s:
+            told = modules, found
+    return told
 
 
 def module_sets(graph: ModelGraph) -> tuple[tuple[str, ...], ...]:
@@ -99,9 +126,11 @@ def _told(searcher: Searcher, best: Priced, modules: tuple[str, ...], priced: Pr
     plan = replace(searcher.as_plan(priced), recompute_modules=modules)
     if not plan.is_selective:
         return None
+    text = shorthand(plan, default_precision=searcher.precision)
     return NamedModules(
         plan=plan,
-        text=shorthand(plan, default_precision=searcher.precision),
+        text=text,
+        asked=f'--plan "{text}"',
         prediction=priced.prediction,
         gain=1 - priced.seconds / best.seconds,
     )

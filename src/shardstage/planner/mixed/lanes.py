@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from copy import copy
 from dataclasses import replace
 
 from shardstage.cluster import Cluster
@@ -174,6 +175,15 @@ class LaneCosts:
         self._profiles: dict[tuple[Sharding, int, int], Profile] = {}
         self._unit_links: dict[tuple[Sharding, int], Links] = {}
         self._cases: dict[tuple[Sharding, int, int], tuple[list[UnitCosts], int]] = {}
+
+    def naming(self, modules: tuple[str, ...], of: Sharding) -> LaneCosts:
+        """The same where selective recomputation means these modules, for this sharding alone."""
+        named = copy(self)
+        named._profiles, named._cases, named._profilers = {}, {}, {}
+        for number in range(len(self.classes)):
+            key = (of.tp, of.is_sequence_parallel, of.has_whole_experts, number)
+            named._profilers[key] = self.profiler(of, number).naming(modules)
+        return named
 
     def profiler(self, of: Sharding, number: int) -> Profiler:
         """Of one class: the model is sharded once for all of them, and for any ranks that share sequences or experts."""

@@ -62,7 +62,7 @@ class MixedPricing:
         self.precision: Precision = precision
         self.is_compiled = is_compiled
         self.asked = asked
-        self._modules = modules
+        self.modules = modules
         self.savers = Savers()
         self.folded = fold_for(graph, cluster.num_devices, modules)
         self.costs = LaneCosts(
@@ -73,6 +73,10 @@ class MixedPricing:
         self.least_factor = min([1.0, *factors])
         self.least_ratio = self.least_factor / max(part.device.alone_ratio for part in self.costs.classes)
         self._twins = [unit.twin for unit in self.folded.units]
+        self._forget()
+
+    def _forget(self) -> None:
+        """Nothing was asked so far."""
         self._chains: dict[tuple[Sharding, int, int], Chain] = {}
         self._pipelines: dict[tuple[object, ...], float] = {}
         self._sums: dict[tuple[Sharding, int, int], Sums] = {}
@@ -102,6 +106,13 @@ class MixedPricing:
         asked = copy(self)
         asked.asked, asked._known = recompute, {}
         return asked
+
+    def naming(self, modules: tuple[str, ...], of: Sharding) -> MixedPricing:
+        """The same where selective recomputation means these modules, for choices of this sharding."""
+        named = copy(self)
+        named.costs, named.modules = self.costs.naming(modules, of), modules
+        named._forget()
+        return named
 
     def price(
         self,
@@ -464,7 +475,7 @@ class MixedPricing:
             gradient_dtype=self.savers.gradient_dtype,
             offload=self.savers.offload,
         )
-        return replace(plan, recompute_modules=self._modules) if plan.is_selective else plan
+        return replace(plan, recompute_modules=self.modules) if plan.is_selective else plan
 
 
 def _apart_s(stages: StageCosts, of_lanes: Sequence[StageCosts], num_stages: int) -> float:
