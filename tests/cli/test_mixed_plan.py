@@ -109,6 +109,23 @@ def test_the_objective_cost_takes_no_more_device_seconds() -> None:
     assert seconds[0] <= seconds[1]
 
 
+def test_the_objective_cost_leaves_a_class_out_where_that_is_cheaper() -> None:
+    """Only the whole cluster and halves of each class were compared: slow devices were paid for in vain."""
+    slow, fast = machines((3, 1.0), (2, 50.0)).joined
+    parts = [
+        replace(part, device=replace(part.device, price_per_hour=price))
+        for part, price in ((slow, 1.0), (fast, 2.0))
+    ]
+    cluster = Cluster.of_parts(tuple(parts), name="mixed", network=MIXED.levels[-1])
+    chosen, comparison = chosen_by("cost", machine=cluster)
+    assert chosen.alone is not None and chosen.alone.name == "class1" and chosen.mixed is None
+    assert chosen.plan.mesh.world_size == chosen.alone.num_devices
+    hours = chosen.prediction.step_time_s / 3600
+    assert comparison.dollars == pytest.approx(2.0 * chosen.alone.num_devices * hours)
+    fastest = chosen_by(machine=cluster)[1]
+    assert fastest.dollars is not None and comparison.dollars < fastest.dollars
+
+
 def test_the_memory_that_a_rank_may_hold_is_that_of_its_device_at_most() -> None:
     chosen, _ = chosen_by(memory_bytes=2**60)
     assert chosen.mixed is not None

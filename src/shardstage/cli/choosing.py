@@ -147,7 +147,10 @@ class Question:
 
 @dataclass(frozen=True, kw_only=True)
 class Chosen:
-    """A plan with its price, and the search that found it where there was one."""
+    """A plan with its price, and the search that found it where there was one.
+
+    ``alone`` are the devices of the one class that it is for, where others of the machine are left out.
+    """
 
     plan: Plan
     prediction: Prediction
@@ -155,6 +158,7 @@ class Chosen:
     searcher: Searcher | None = None
     mixed: MixedResult | None = None
     mixed_searcher: MixedSearcher | None = None
+    alone: Cluster | None = None
 
 
 def choose_plan(

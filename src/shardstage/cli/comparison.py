@@ -86,6 +86,7 @@ def choose(
 
     if objective == "cost" and question.is_open:
         chosen = _cheapest(question, known, machine)
+        machine = chosen.alone or machine
     else:
         chosen = choose_plan(question, graph, machine, readings)
     if chosen.mixed is not None and objective == "memory":
@@ -163,33 +164,46 @@ def _smallest(
 
 
 def _cheapest(question: Question, known: KnownModel, machine: Cluster) -> Chosen:
-    """The plan whose step takes fewest device-seconds, over all ranks, half of them, a quarter, …, or half of each class."""
+    """The plan whose step costs least, or takes fewest device-seconds where the price of any device is not known."""
     best: Chosen | None = None
     least, error = math.inf, None
-    for fewer in _halves(question.num_ranks, machine):
-        try:
-            chosen = choose_plan(
-                replace(question, num_ranks=fewer.num_devices), known.graph, fewer, known.readings
-            )
-        except PlanError as raised:
-            error = error or raised
-            break
-        cost = _dollars(chosen, machine) or _device_s(chosen)
-        if cost < least:
-            best, least = chosen, cost
+    for halved in _halved(question.num_ranks, machine):
+        for fewer in halved:
+            try:
+                asked = replace(question, num_ranks=fewer.num_devices)
+                chosen = choose_plan(asked, known.graph, fewer, known.readings)
+            except PlanError as raised:
+                error = error or raised
+                break
+            if machine.is_mixed and not fewer.is_mixed:
+                chosen = replace(chosen, alone=fewer)
+            dollars = None if machine.price_per_hour is None else _dollars(chosen, fewer)
+            cost = _device_s(chosen) if dollars is None else dollars
+            if cost < least:
+                best, least = chosen, cost
     if best is None:
         assert error is not None
         raise error
     return best
 
 
-def _halves(num_ranks: int, machine: Cluster) -> Iterator[Cluster]:
-    """A machine with so many devices, with half of them, a quarter, …; of several classes, of each."""
+def _halved(num_ranks: int, machine: Cluster) -> Iterator[Iterator[Cluster]]:
+    """A machine with so many devices, with half of them, a quarter, …; of several classes with as many of each, and each class alone."""
     if not machine.is_mixed:
-        while num_ranks:
-            yield machine.with_devices(num_ranks)
-            num_ranks //= 2
+        yield _halves(machine, num_ranks)
         return
+    yield _halves_of_each(machine)
+    for number, part in enumerate(machine.parts):
+        yield _halves(machine.part(number), part.num_devices)
+
+
+def _halves(machine: Cluster, num_devices: int) -> Iterator[Cluster]:
+    while num_devices:
+        yield machine.with_devices(num_devices)
+        num_devices //= 2
+
+
+def _halves_of_each(machine: Cluster) -> Iterator[Cluster]:
     counts = [part.num_devices for part in machine.parts]
     while all(counts):
         yield machine.with_parts(counts)

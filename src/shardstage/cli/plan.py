@@ -170,6 +170,7 @@ def _answer(
         known = known_model(model, question.sequence, question.precision)
     with console.status("pricing plans"):
         chosen, comparison = choose(question, known, machine, objective)
+    machine = chosen.alone or machine
     simulated: tuple[Simulated, ...] = ()
     if objective == "simulated":
         with console.status("simulating") as status:
@@ -192,7 +193,7 @@ def _answer(
         model=model,
         graph=known.graph,
         machine=machine,
-        num_ranks=question.num_ranks,
+        num_ranks=question.num_ranks if chosen.alone is None else machine.num_devices,
         chosen=chosen,
         comparison=comparison,
         notes=(*known.notes, *machine.notes, *notes, *run_notes),
@@ -258,7 +259,13 @@ def _run_notes(chosen: Chosen, question: Question, machine: Cluster, objective: 
         yield f"--objective {objective} says how to choose, and this plan was given"
     idle = question.num_ranks - chosen.plan.mesh.world_size
     if idle and chosen.mixed is None:  # whose idle devices are named with the shares
-        yield f"{idle} of {question.num_ranks} ranks stay idle: with them the step would be no faster"
+        why = "a step would cost more" if objective == "cost" else "the step would be no faster"
+        whose = (
+            ""
+            if chosen.alone is None
+            else f"; ranks are those of --cluster {chosen.alone.name}:{chosen.alone.num_devices}"
+        )
+        yield f"{idle} of {question.num_ranks} ranks stay idle: with them {why}{whose}"
     try:
         require_runnable(chosen.plan)
     except PlanError as error:
