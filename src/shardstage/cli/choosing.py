@@ -173,7 +173,7 @@ def choose_plan(
 
 
 def _search(question: Question, graph: ModelGraph, machine: Cluster, readings: Readings | None) -> Chosen:
-    from shardstage.planner import Searcher
+    from shardstage.planner import Searcher, best_in_whole_blocks
 
     searcher = Searcher(
         graph,
@@ -187,7 +187,7 @@ def _search(question: Question, graph: ModelGraph, machine: Cluster, readings: R
         is_runnable=question.fixed.is_runnable,
         readings=readings,
     )
-    found = searcher.best(question.limit_bytes(machine))
+    found = best_in_whole_blocks(searcher, question.limit_bytes(machine))
     best = replace(found.best, graph_fingerprint=found.certificate.graph)
     return Chosen(plan=best, prediction=found.prediction, found=found, searcher=searcher)
 

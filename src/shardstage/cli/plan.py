@@ -293,13 +293,16 @@ def _parts_note(chosen: Chosen, question: Question, graph: ModelGraph, machine: 
 
     used, said = chosen.mixed.cluster if chosen.mixed else machine, chosen.prediction
     whole = predict(graph, chosen.plan, used)
-    is_over = not machine.is_mixed and whole.peak_bytes > question.limit_bytes(machine)
+    limit, fit = question.limit_bytes(machine), ""
+    if chosen.found is not None and whole.peak_bytes > limit:
+        fit = f", more than the {format_bytes(limit)} it may"
+    elif chosen.found is not None and chosen.found.limit_bytes < limit:
+        fit = f": to fit, it was searched for within {format_bytes(chosen.found.limit_bytes)}"
     ratios = whole.step_time_s / said.step_time_s, whole.peak_bytes / said.peak_bytes
-    if is_over or any(abs(ratio - 1) >= WORTH_TELLING for ratio in ratios):
-        beyond = f", more than the {format_bytes(question.limit_bytes(machine))} it may" if is_over else ""
+    if fit or any(abs(ratio - 1) >= WORTH_TELLING for ratio in ratios):
         yield (
             "a model of few blocks is searched in parts of them; in whole blocks, as it runs, the plan takes "
-            f"{format_s(whole.step_time_s)} and needs {format_bytes(whole.peak_bytes)} a rank{beyond}"
+            f"{format_s(whole.step_time_s)} and needs {format_bytes(whole.peak_bytes)} a rank{fit}"
         )
 
 

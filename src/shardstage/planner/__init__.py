@@ -19,11 +19,12 @@ from importlib import import_module
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
+from shardstage.planner.best import best_in_whole_blocks, search
 from shardstage.planner.certificate import Certificate
 from shardstage.planner.fit import Fit, cheapest_fit
 from shardstage.planner.modules import NamedModules, named_modules
 from shardstage.planner.predict import predict
-from shardstage.planner.search import Candidate, Searcher, SearchResult, search, usable_bytes
+from shardstage.planner.search import Candidate, Searcher, SearchResult, usable_bytes
 from shardstage.planner.told import Alternative, Point
 from shardstage.planner.verify import Verification, verify_certificate
 from shardstage.planner.why import alternatives, front
@@ -51,6 +52,7 @@ __all__ = [
     "Searcher",
     "Verification",
     "alternatives",
+    "best_in_whole_blocks",
     "cheapest_fit",
     "cheapest_mixed_fit",
     "class_peaks",

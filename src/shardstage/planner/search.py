@@ -1,4 +1,4 @@
-"""``search``: the fastest plan of the declared space that fits, with a certificate.
+"""``Searcher``: the fastest plan of the declared space that fits, with a certificate.
 
     1  every group of choices whose units cost the same gets a bound (``bounds``), and groups are taken in its order
     2  in a group every choice gets a bound; choices are taken in its order until no bound beats the best price so far
@@ -43,7 +43,7 @@ from shardstage.planner.terms import BoundSettings
 from shardstage.planner.unmet import unmet
 from shardstage.units import dtype_bytes, format_bytes
 
-__all__ = ["Candidate", "SearchResult", "Searcher", "as_plan", "pareto", "search", "usable_bytes"]
+__all__ = ["Candidate", "SearchResult", "Searcher", "as_plan", "pareto", "usable_bytes"]
 
 USABLE_MEMORY_RATIO: Final = MappingProxyType({"cuda": 0.92})
 """What a device's memory holds beside tensors of a step: CUDA's context, NCCL's buffers and what the allocator cannot use; our estimate."""
@@ -96,38 +96,6 @@ class SearchResult:
     savers: Savers
     priced: Priced = field(repr=False)
     front: tuple[Priced, ...] = field(repr=False)
-
-
-def search(
-    graph: ModelGraph,
-    cluster: Cluster,
-    *,
-    num_ranks: int,
-    global_batch: int,
-    sequence: int | None,
-    precision: Precision = "float32",
-    memory_bytes: int | None = None,
-    fix: Request | None = None,
-    fixed: frozenset[str] = frozenset(),
-    is_runnable: bool = True,
-) -> SearchResult:
-    """The fastest plan for ``num_ranks`` ranks that holds at most ``memory_bytes`` a rank.
-
-    ``fixed`` names decisions that ``fix`` has taken (``tp``, ``zero``, ``microbatch``, …). ``is_runnable`` leaves out what this release
-    prices but does not run. Raises ``PlanError`` if the cluster is too small, or nothing fits.
-    """
-    searcher = Searcher(
-        graph,
-        cluster,
-        num_ranks=num_ranks,
-        global_batch=global_batch,
-        sequence=sequence,
-        precision=precision,
-        fix=fix,
-        fixed=fixed,
-        is_runnable=is_runnable,
-    )
-    return searcher.best(memory_bytes or usable_bytes(cluster))
 
 
 def usable_bytes(cluster: Cluster) -> int:
