@@ -122,8 +122,12 @@ def test_the_best_of_all_deals_of_layers_is_the_one_that_is_cut_freely() -> None
     for ratio, least in ((10.0, 2), (0.9, 1)):
         found = tight(searcher, ratio)
         firsts = [(0, unit) for unit in range(2, searcher.pricing.num_units - 1)]
-        dealt = (searcher.pricing.price(found.priced.choice, found.limits, firsts=each) for each in firsts)
-        seconds = {each.setup.starts[2]: each.seconds for each in dealt if each is not None}
+        seconds = {}
+        for each in firsts:
+            priced = searcher.pricing.price(found.priced.choice, found.limits, firsts=each)
+            if priced is not None:
+                assert priced.setup.starts[2] == each[1]
+                seconds[each[1]] = priced.seconds
         assert len(seconds) >= least
         assert min(seconds.values()) == pytest.approx(found.prediction.step_time_s, rel=1e-9)
         assert found.priced.setup.starts[2] in seconds
