@@ -181,7 +181,8 @@ def _zero_s(
     backward, for the first gather, the last reduction, and what does not hide."""
     if setup.sharding_level < 2:
         return 0.0, (0.0, 0.0)
-    how, several, own = setup.execution, *_gathered(profile, units)
+    how = setup.execution
+    several, own = _gathered(profile, units)
     gathered = [
         Gathered(elements, unit.expert_elements, min(unit.num_parameters, how.gathers_apart) or 1)
         for unit, elements in zip(units, own, strict=True)
