@@ -59,6 +59,18 @@ DEFAULT_SEQUENCE: Final = 256
 ENDINGS: Final = MappingProxyType({".toml": "the plan", ".html": "a page with the front"})
 
 
+MaxMemory = Annotated[
+    str | None,
+    typer.Option("--max-memory", "--memory", help='What a rank may hold: "70GiB", "80%" of what it can'),
+]
+ObjectiveName = Annotated[
+    str,
+    typer.Option(
+        help="time, cost (of a step), memory (a quarter slower at most), simulated (time, short list)"
+    ),
+]
+
+
 def plan(
     model: options.Model = "llama-tiny",
     cluster: options.ClusterName = "local",
@@ -72,16 +84,8 @@ def plan(
         str,
         typer.Option(help='What the search may not change: "tp=8,dtype=fp32", "runnable" (by this release)'),
     ] = "",
-    memory: Annotated[
-        str | None,
-        typer.Option("--max-memory", "--memory", help='What a rank may hold: "70GiB", "80%" of what it can'),
-    ] = None,
-    objective: Annotated[
-        str,
-        typer.Option(
-            help="time, cost (of a step), memory (a quarter slower at most), simulated (time, short list)"
-        ),
-    ] = "time",
+    memory: MaxMemory = None,
+    objective: ObjectiveName = "time",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, for machines")] = False,
     out: Annotated[
         list[Path] | None,

@@ -51,6 +51,14 @@ DEFAULT_SEQUENCE = 256
 ENDINGS = {".html": "the page", ".json": "the trace", ".txt": "the program"}
 
 
+Tokens = Annotated[
+    int | None,
+    options.count(
+        "Tokens of a sample (default: a plan file's, else as many as the model reads, at most 8192)"
+    ),
+]
+
+
 def rehearse(
     model: options.Model = "llama-tiny",
     cluster: options.ClusterName = "local",
@@ -59,12 +67,7 @@ def rehearse(
         int | None,
         options.count("Samples of a step (default: a plan file's, else 4 microbatches a pipeline stage)"),
     ] = None,
-    seq: Annotated[
-        int | None,
-        options.count(
-            "Tokens of a sample (default: a plan file's, else as many as the model reads, at most 8192)"
-        ),
-    ] = None,
+    seq: Tokens = None,
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or float64 (default: bfloat16 on a GPU)")
     ] = None,
