@@ -47,6 +47,24 @@ def test_a_closed_pipe_ends_quietly(command: str, buffered: str) -> None:
     assert (said.returncode, said.stderr) == (EXIT_CLOSED_PIPE, "")
 
 
+def test_a_plan_is_written_whether_or_not_all_is_read_that_is_printed(tmp_path: Path) -> None:
+    """``shardstage plan --out plan.toml | head`` once left no plan."""
+    out = tmp_path / "plan.toml"
+    typed = [*"plan --cluster cpu:2 --plan dp=2 --seq 16 --batch 4 --out".split(), str(out)]
+    variables = os.environ | {"PYTHONPATH": str(SOURCE), "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(
+        [sys.executable, "-m", "shardstage", *typed],
+        env=variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    ) as running:
+        assert running.stdout is not None
+        assert running.stdout.readline()
+        running.stdout.close()
+        assert running.wait(timeout=60) == EXIT_CLOSED_PIPE
+    assert out.stat().st_size > 0
+
+
 class Full(io.StringIO):
     """Holds what it is given until it is to be written: as a buffered file on a full disk."""
 

@@ -219,6 +219,7 @@ class _Answer:
     simulated: tuple[Simulated, ...] = ()
 
     def show(self, console: Console, *, as_json: bool, is_explained: bool, out: Sequence[Path]) -> None:
+        written = [self._written(path) for path in out]  # first: whoever reads what is printed may leave
         if as_json:
             table = as_table(self.chosen, self.comparison, self.notes)
             table["simulated"] = short_list_table(self.simulated)
@@ -228,8 +229,8 @@ class _Answer:
         if is_explained:
             text = explain(self.chosen.plan, self.graph, prediction=self.chosen.prediction)
             console.print(text, soft_wrap=True, markup=False)
-        for path in out:
-            self._write(console, path)
+        for said in written:
+            console.print(said, soft_wrap=True)
 
     def _print(self, console: Console) -> None:
         console.print(headline(self.model, self.graph, self.machine, self.num_ranks))
@@ -239,23 +240,21 @@ class _Answer:
         for note in self.notes:
             say(console, f"[yellow]note[/]  {escape(note)}")
 
-    def _write(self, console: Console, path: Path) -> None:
-        """The page, where the path ends so; else the plan."""
+    def _written(self, path: Path) -> str:
+        """Writes the page, where the path ends so, else the plan; returns what to say of it."""
         if path.suffix == ".html":
             page = comparison_page(self.model, self.machine, self.chosen, self.comparison)
             write_text(path, page)
-            said = f"page written to {path}"
-        else:
-            plan = self.chosen.plan
-            save_plan(plan, path)
-            samples = f"--batch {plan.global_batch}" + (
-                "" if plan.sequence is None else f" --seq {plan.sequence}"
-            )
-            said = (
-                f"written to {path}: shardstage train --model {self.model} --plan {path} "
-                f"--ranks {plan.mesh.world_size} {samples}"
-            )
-        console.print(said, soft_wrap=True)
+            return f"page written to {path}"
+        plan = self.chosen.plan
+        save_plan(plan, path)
+        samples = f"--batch {plan.global_batch}" + (
+            "" if plan.sequence is None else f" --seq {plan.sequence}"
+        )
+        return (
+            f"written to {path}: shardstage train --model {self.model} --plan {path} "
+            f"--ranks {plan.mesh.world_size} {samples}"
+        )
 
 
 def _run_notes(chosen: Chosen, question: Question, machine: Cluster, objective: Objective) -> Iterator[str]:

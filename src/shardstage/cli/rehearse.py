@@ -259,6 +259,8 @@ class _Findings:
         from shardstage.rehearsal.text import rehearsal_text
 
         found = self.found
+        for path in out:  # first: whoever reads what is printed may leave
+            self._write(path)
         self._print(
             rehearsal_text(found, mfu=self._mfu, limit_of=self._limit_of, calibrated_s=self._calibrated_s)
         )
@@ -273,7 +275,7 @@ class _Findings:
 
             self._print("\n" + report_text(self._about(), [found.timeline]).rstrip())
         for path in out:
-            self._write(path)
+            self._print(f"written to {path}: {ENDINGS[path.suffix]}")
         return 0 if is_fitting and not found.differences else 1
 
     def _print(self, text: str) -> None:
@@ -385,7 +387,6 @@ class _Findings:
         else:
             text = format_program(self.found.program)
         write_text(path, text)
-        self._print(f"written to {path}: {ENDINGS[path.suffix]}")
 
 
 def _and_others(num_alike: int) -> str:
