@@ -174,7 +174,7 @@ def test_ranks_that_own_a_part_sum_that_part_between_tied_stages(zero: int) -> N
         return whole - less
 
     assert tie_s(Execution()) == pytest.approx(links.tie_s(4 * tied / (4 if zero else 1)))
-    assert tie_s(Execution(sums_whole=True)) == pytest.approx(links.tie_s(4 * tied))
+    assert tie_s(Execution(sums_ties_whole=True)) == pytest.approx(links.tie_s(4 * tied))
 
 
 def test_the_first_gather_that_nothing_hides_is_that_of_the_first_unit_with_parameters_of_its_own() -> None:

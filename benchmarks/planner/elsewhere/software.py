@@ -27,6 +27,7 @@ MEGATRON_CORE = Execution(
     wire_bytes=4.0,
     overlaps_gradients=True,  # overlap_grad_sync
     overlaps_sends=True,  # overlap_p2p_comm, batch_p2p_comm: False
+    sums_ties_whole=True,  # core/distributed/finalize_model_grads.py
 )
 """github.com/NVIDIA/NeMo-Framework-Launcher launcher_scripts/conf/training: nemotron, llama and gpt3 configurations. What attention is
 computed with: NVTE_FUSED_ATTN (cuDNN) is 1 for Nemotron 4 15B and Llama 3.1, 0 for Nemotron 4 340B and GPT-3 (github.com/NVIDIA/dgxc-
@@ -48,6 +49,7 @@ NANOTRON = Framework(
         accumulation_bytes=10.0,  # accumulate_grad_in_fp32: bfloat16 gradients into float32 sums
         wire_bytes=4.0,
         overlaps_sends=False,  # 1F1B: P2P.recv_tensors and send_tensors wait
+        sums_ties_whole=True,
         sums_whole=True,  # optim/gradient_accumulator.py, get_fp32_accum_hook
     ),
     loss_bytes=MEGATRON_LOSS_BYTES,  # parallel/tensor_parallel/functional.py, sharded_cross_entropy

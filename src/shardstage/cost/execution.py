@@ -21,6 +21,7 @@ class Execution:
 
     ``overlaps_gradients``: the reduction of gradients runs beside the last backward. ``overlaps_sends``: a stage computes while its
     results travel. ``scatters_sends``: tensor-parallel ranks send a part each over the network and gather it inside the node.
+    ``sums_ties_whole``: whatever the ZeRO, all of a tied parameter's gradient is summed between its stages.
 
     ZeRO-1: ``sums_whole``, gradients are all-reduced though a rank needs but its part; ``packing_bytes`` are moved for each of their
     elements to pack them for that and to unpack the sums; ``broadcasts_parameters``, each rank's new ones in a broadcast of their own.
@@ -35,6 +36,7 @@ class Execution:
     overlaps_gradients: bool = True
     overlaps_sends: bool = True
     scatters_sends: bool = False
+    sums_ties_whole: bool = False
     sums_whole: bool = False
     packing_bytes: float = 0.0
     broadcasts_parameters: bool = False

@@ -258,9 +258,7 @@ def _reduction_s(
     elements: int, experts: int, tied: int, time: StageTime, setup: StepSetup, links: Links
 ) -> float:
     """Seconds after the last backward until a stage's gradients are summed over dp and ties."""
-    has_parts = (
-        setup.sharding_level and not setup.execution.sums_whole
-    )  # between stages, too, ranks then sum what they own
+    has_parts = setup.sharding_level and not setup.execution.sums_ties_whole
     waited = links.tie_s(tied * setup.wire_bytes / (setup.num_shards if has_parts else 1))
     holders = max(setup.mesh.num_replicas, links.expert_replicas.count if links.deals_out_experts else 1)
     if holders == 1 or setup.sharding_level >= 2:
