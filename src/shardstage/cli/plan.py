@@ -290,10 +290,12 @@ def _memory_notes(needed: int, question: Question, machine: Cluster) -> Iterator
 def _parts_note(chosen: Chosen, question: Question, graph: ModelGraph, machine: Cluster) -> Iterator[str]:
     """What ``--plan`` will say of a plan that was searched in parts of blocks (``planner.pricing.fold_for``), where that differs."""
     searcher = chosen.searcher or chosen.mixed_searcher
-    if searcher is None or searcher.pricing.num_units <= len(graph.blocks):
+    if searcher is None:
         return
-    from shardstage.planner import predict
+    from shardstage.planner import is_in_parts, predict
 
+    if not is_in_parts(searcher.pricing.folded, graph):
+        return
     used, said = chosen.mixed.cluster if chosen.mixed else machine, chosen.prediction
     whole = predict(graph, chosen.plan, used)
     limit, fit = question.limit_bytes(machine), ""

@@ -24,6 +24,7 @@ from shardstage.planner.certificate import Certificate
 from shardstage.planner.fit import Fit, cheapest_fit
 from shardstage.planner.modules import NamedModules, named_modules
 from shardstage.planner.predict import predict
+from shardstage.planner.pricing import is_in_parts
 from shardstage.planner.search import Candidate, Searcher, SearchResult, usable_bytes
 from shardstage.planner.told import Alternative, Point
 from shardstage.planner.verify import Verification, verify_certificate
@@ -57,6 +58,7 @@ __all__ = [
     "cheapest_mixed_fit",
     "class_peaks",
     "front",
+    "is_in_parts",
     "mixed_alternatives",
     "mixed_front",
     "mixed_named_modules",

@@ -14,6 +14,7 @@ from shardstage.errors import PlanError
 from shardstage.graph import ModelGraph
 from shardstage.plan import Precision, Request
 from shardstage.planner.predict import predict
+from shardstage.planner.pricing import is_in_parts
 from shardstage.planner.search import Searcher, SearchResult, usable_bytes
 
 __all__ = ["best_in_whole_blocks", "search"]
@@ -60,7 +61,7 @@ def best_in_whole_blocks(searcher: Searcher, limit_bytes: int) -> SearchResult:
     The first one found where nothing does. Raises ``PlanError`` where nothing fits in parts.
     """
     first = found = searcher.best(limit_bytes)
-    if searcher.pricing.num_units <= len(searcher.graph.blocks):
+    if not is_in_parts(searcher.pricing.folded, searcher.graph):
         return first
     for _ in range(MOST_SEARCHED):
         excess = predict(searcher.graph, found.best, searcher.cluster).peak_bytes - limit_bytes

@@ -47,7 +47,7 @@ from shardstage.planner.stages import best_cut
 
 Array = npt.NDArray[np.float64]
 
-__all__ = ["Priced", "Pricing", "TooSlow", "fold_for"]
+__all__ = ["Priced", "Pricing", "TooSlow", "fold_for", "is_in_parts"]
 
 ENOUGH_UNITS: Final = 16
 """With so many blocks, stages of whole blocks are balanced well enough."""
@@ -436,3 +436,8 @@ def fold_for(graph: ModelGraph, num_ranks: int, modules: tuple[str, ...]) -> Fol
     if len(folded.units) >= min(num_ranks, ENOUGH_UNITS):
         return folded
     return fold(graph, boundaries=good_positions(graph), modules=modules)
+
+
+def is_in_parts(folded: Folded, graph: ModelGraph) -> bool:
+    """Whether ``fold_for`` made units of parts of the graph's blocks."""
+    return len(folded.units) > len(graph.blocks)
