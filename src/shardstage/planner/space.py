@@ -3,7 +3,7 @@
     tp × sp × cp × ep × microbatch      a *group*: what a unit of the model costs one rank; tp divides a node, or the ranks
     etp                                 of a group: experts cut over tp, or whole where sequences are parallel, too
     pp, schedule, stages a rank         how the units lie in a pipeline
-    dp                                  the ranks that are left, or the fewest that run as few microbatches
+    dp                                  the ranks that are left, those of whole nodes or of one, or the fewest that run as few microbatches
     ZeRO level, ranks that it cuts over how parameters, gradients and optimizer state lie over the replicas
     order of the axes                   pipeline outside data parallelism, or inside
     savers                              dtype of gradients, offloading: a space each, searched only where nothing fits without (``ladder``)
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, Literal, NamedTuple
 
 import numpy as np
@@ -43,6 +43,9 @@ __all__ = [
 
 MAX_MICROBATCH_TOKENS: Final = 65_536
 """A larger microbatch is not tried: products of this many rows reach the best rate of every device we know."""
+
+MAX_EVERY_SIZE: Final = 8
+"""Microbatches of up to so many samples are all tried; of larger ones two sizes to a doubling, and those that shares are cut into."""
 
 MAX_STAGES_PER_RANK: Final = 8
 """More stages a rank send more often than any pipeline gains: its bubble is already an eighth of 1F1B's."""
@@ -163,9 +166,10 @@ class Space:
         )
 
     def meshes(self, tp: int, cp: int) -> Iterator[Mesh]:
-        """Meshes without their orders: as many data-parallel ranks as are left, or the fewest with as small a share."""
+        """Meshes without their orders: as many data-parallel ranks as are left, as whole nodes or one node have, or the fewest with as
+        small a share."""
         for pp in self.pps:
-            for dp in self._dps(self.num_ranks // (tp * cp * pp)):
+            for dp in self._dps(tp * cp * pp):
                 mesh = Mesh(pp=pp, dp=dp, tp=tp, cp=cp)
                 if not self.uses_all_ranks or mesh.world_size == self.num_ranks:
                     yield mesh
@@ -224,14 +228,26 @@ class Space:
             return self.orders[:1]
         return tuple(order for order in self.orders if mesh.cp == 1 or order == AXES)
 
-    def _dps(self, most: int) -> tuple[int, ...]:
+    def shares(self) -> Iterator[int]:
+        """The largest share of a data-parallel rank, for the meshes with the shortest pipeline."""
+        for tp in self.tps:
+            for cp in self.cps:
+                for dp in self._dps(tp * cp * self.pps[0]):
+                    yield -(-self.global_batch // dp)
+
+    def _dps(self, num_together: int) -> tuple[int, ...]:
+        """How many times so many ranks there may be."""
+        most = min(self.num_ranks // num_together, self.global_batch)
         if self.dps:
-            return tuple(dp for dp in self.dps if dp <= min(most, self.global_batch))
-        most = min(most, self.global_batch)
+            return tuple(dp for dp in self.dps if dp <= most)
         if most < 1:
             return ()
+        if self.uses_all_ranks:
+            return (most,)
         fewest = -(-self.global_batch // (-(-self.global_batch // most)))
-        return (most,) if fewest == most or self.uses_all_ranks else (most, fewest)
+        in_nodes = (self.num_ranks - self.num_ranks % self.node_size) // num_together
+        fewer = (fewest, min(most, in_nodes), min(most, self.node_size // num_together))
+        return tuple(dict.fromkeys((most, *(dp for dp in fewer if dp))))
 
 
 def are_near(mesh: Mesh) -> bool:
@@ -277,7 +293,7 @@ def declared_space(
         whole_experts = (False, True)
     if "etp" in fixed and request.etp is not None:
         tps, whole_experts = _of_expert_ranks(request.etp, tps, whole_experts)
-    return Space(
+    space = Space(
         num_ranks=num_ranks,
         global_batch=global_batch,
         tps=tps,
@@ -297,6 +313,8 @@ def declared_space(
         savers=savers,
         recompute_modules=request.recompute_modules,
     )
+    is_open = "microbatch" not in fixed and graph.is_scalable
+    return replace(space, microbatches=_with_whole_shares(space)) if is_open else space
 
 
 def ladder(
@@ -384,10 +402,24 @@ def _schedules(request: Request, fixed: frozenset[str]) -> Iterator[Schedule]:
 
 
 def _microbatches(graph: ModelGraph, global_batch: int, sequence: int | None) -> Iterator[int]:
-    """One to eight samples, then two steps to each doubling (12, 16, 24, …), as far as a microbatch's tokens go."""
+    """One to eight samples, then two steps to each doubling (12, 16, 24, …), as far as a microbatch's tokens go; what else shares are cut
+    into evenly is added to them (``_with_whole_shares``)."""
     if not graph.is_scalable:
         yield graph.microbatch
         return
     limit = min(global_batch, max(1, MAX_MICROBATCH_TOKENS // (sequence or 1)))
-    sizes = {*range(1, 9), *(step << power for power in range(limit.bit_length()) for step in (2, 3)), limit}
+    sizes = {
+        *range(1, MAX_EVERY_SIZE + 1),
+        *(step << power for power in range(limit.bit_length()) for step in (2, 3)),
+        limit,
+    }
     yield from sorted(size for size in sizes if size <= limit)
+
+
+def _with_whole_shares(space: Space) -> tuple[int, ...]:
+    """The sizes of a space, and what shares are cut into evenly by the fewest microbatches of at most 16, 32, … samples: 13 samples are one
+    of 13, 25 are one of 25 or two of 13."""
+    most = space.microbatches[-1]
+    caps = (*(1 << power for power in range(MAX_EVERY_SIZE.bit_length(), most.bit_length())), most)
+    even = (-(-share // (-(-share // cap))) for share in {*space.shares()} for cap in caps)
+    return tuple(sorted({*space.microbatches, *even}))
