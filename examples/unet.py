@@ -65,7 +65,8 @@ class UNet(nn.Module):
         x = self.bottom(x)
         for rise, up in zip(self.rises, self.ups, strict=True):
             x = up(torch.cat([kept.pop(), rise(x)], dim=1))
-        return self.head(x)
+        scores: Tensor = self.head(x)
+        return scores
 
 
 def loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:

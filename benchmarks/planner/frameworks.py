@@ -47,7 +47,7 @@ MEGATRON_2021 = Execution(
     overlaps_gradients=False,  # DDP "local": all_reduce after the last microbatch
     overlaps_sends=False,  # send_forward_recv_backward waits
     scatters_sends=True,  # SC21 §4.1, scatter/gather optimisation
-    sums_ties_whole=True,  # allreduce of the shared embedding's gradient; DeepSpeed: allreduce_tied_weight_gradients in runtime/pipe/module.py
+    sums_ties_whole=True,  # allreduce of the shared embedding's gradient; DeepSpeed: pipe/module.py, allreduce_tied_weight_gradients
 )
 MEGATRON_LOSS_BYTES = 24.0
 """core/tensor_parallel/cross_entropy.py: maximum (4), subtraction (8), exponentials (8), their sum (4), division (8), where one kernel

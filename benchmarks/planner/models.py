@@ -81,7 +81,8 @@ class Decoder(nn.Module):
             ahead = torch.ones(len(places), len(places), dtype=torch.bool, device=places.device).triu(1)
         for layer in self.layers:
             x = layer(x, angles, ahead)
-        return self.head(self.norm(x))  # [b, s, v]
+        logits: Tensor = self.head(self.norm(x))  # [b, s, v]
+        return logits
 
 
 class _Layer(nn.Module):
@@ -127,7 +128,8 @@ class _Attention(nn.Module):
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.per_group > 1)
         else:
             y = self._written_out(q, k, v, ahead)
-        return self.out(y.transpose(1, 2).reshape(b, s, -1))
+        mixed: Tensor = self.out(y.transpose(1, 2).reshape(b, s, -1))
+        return mixed
 
     def _written_out(self, q: Tensor, k: Tensor, v: Tensor, ahead: Tensor | None) -> Tensor:
         if self.per_group > 1:
@@ -150,7 +152,8 @@ class _Plain(nn.Module):
         self.down = nn.Linear(shape.ffn_hidden, shape.hidden, bias=kernels.has_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x), approximate="tanh"))
+        made: Tensor = self.down(F.gelu(self.up(x), approximate="tanh"))
+        return made
 
 
 class _Gated(nn.Module):
@@ -161,7 +164,8 @@ class _Gated(nn.Module):
         self.down = nn.Linear(shape.ffn_hidden, shape.hidden, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.silu(self.gate(x)) * self.up(x))
+        made: Tensor = self.down(F.silu(self.gate(x)) * self.up(x))
+        return made
 
 
 class _EagerRms(nn.Module):
@@ -198,15 +202,16 @@ def _rotated(x: Tensor, angles: Tensor) -> Tensor:
 
 def mixtral(shape: Shape) -> nn.Module:
     """A decoder of gated experts, as ``transformers`` has it."""
-    sizes = {
-        "hidden_size": shape.hidden,
-        "intermediate_size": shape.ffn_hidden,
-        "num_attention_heads": shape.heads,
-        "num_key_value_heads": shape.kv_heads,
-        "head_dim": shape.head_dim,
-        "num_hidden_layers": shape.layers,
-        "num_local_experts": shape.experts,
-        "num_experts_per_tok": shape.per_token,
-        "vocab_size": shape.vocab,
-    }
-    return MixtralForCausalLM(MixtralConfig(**sizes, use_cache=False))
+    config = MixtralConfig(
+        hidden_size=shape.hidden,
+        intermediate_size=shape.ffn_hidden,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        num_hidden_layers=shape.layers,
+        num_local_experts=shape.experts,
+        num_experts_per_tok=shape.per_token,
+        vocab_size=shape.vocab,
+        use_cache=False,
+    )
+    return MixtralForCausalLM(config)

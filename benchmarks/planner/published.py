@@ -40,6 +40,7 @@ __all__ = [
     "DATA",
     "Job",
     "cluster_of_gpu",
+    "group_of",
     "is_ours",
     "job_of",
     "measured_s",
@@ -55,6 +56,15 @@ DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 CAPTURED_LAYERS = 3
 PRESETS = {"A100-80GB": "a100-80", "A100-40GB": "a100-40", "H100-80GB": "h100"}
 TORCHTITAN_RECOMPUTE = "every-second-product"
+SECTIONS_AFTER_REPAIR = (
+    "GBS Variations",
+    "Another round of NHEADS",
+    "Batchsize Warmup",
+    "Re-do",
+    "Rebalancing layers",
+)
+"""Of chronicles-prequel.md, whose "GBS Variations" begins: "A100s PCI-Express/NUMA was improved today so all TFLOPs have changed for the
+better (1-5%) - thus do not compare today's numbers to yesterday's."."""
 
 
 def rows(group: str | None = None) -> Iterator[dict[str, Any]]:
@@ -80,6 +90,19 @@ def is_ours(row: dict[str, Any]) -> bool:
         and plan["recompute"] in ("none", "full", None)
         and not math.isnan(measured_s(row))
     )
+
+
+def group_of(row: dict[str, Any]) -> str:
+    """The runs that share software, devices and kernels."""
+    name = f"{row['group']} {row['hardware']['gpu']}"
+    if row["group"] == "megatron-sc21":
+        return f"{name} {'ZeRO-3' if row['plan']['zero'] == 3 else 'PTD-P'}"
+    if row["group"] == "bloom-prequel":
+        is_late = any(section in row["source"] for section in SECTIONS_AFTER_REPAIR)
+        return f"{name} {'after' if is_late else 'before'} the repair"
+    if row["group"] == "hagemann-2023":
+        return f"{name} {row['model']['family'][:9]} {row['plan']['attention_kernel']}"
+    return name
 
 
 def measured_s(row: dict[str, Any]) -> float:

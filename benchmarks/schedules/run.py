@@ -25,9 +25,9 @@ from shardstage.schedule import (
     StageBytes,
     StageTimes,
     make_schedule,
-    optimal,
     run_schedule,
 )
+from shardstage.schedule.search import optimal
 
 RANKS = (4, 5, 7, 8, 12, 16, 24, 32, 48, 64)
 TIMES = ((1.0, 1.0, 1.0), (2.0, 2.0, 1.0), (3.0, 4.0, 2.0), (1.0, 2.0, 1.0))
@@ -211,7 +211,7 @@ def formulas() -> None:
         cases = differ = 0
         worst = 0.0
         for p in RANKS:
-            for m in filter(lambda m, p=p, claim=claim: claim.fits(p, m), microbatches(p)):
+            for m in (m for m in microbatches(p) if claim.fits(p, m)):
                 made = make_schedule(
                     claim.schedule, num_stages=p * claim.stages_per_rank, num_ranks=p, num_microbatches=m
                 )

@@ -12,7 +12,7 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
@@ -61,15 +61,21 @@ def main() -> None:
     os._exit(0)
 
 
-def measured_steps(plan: Plan, asked: dict[str, Any], rank: int) -> list[tuple[Any, Any]]:
-    """The spans of all ranks in every round, of a step that is silent and of one over the network."""
+class Round(NamedTuple):
+    """The spans of all ranks, of a step that is silent and of one over the network."""
+
+    silent: list[tuple[Any, ...]]
+    real: list[tuple[Any, ...]]
+
+
+def measured_steps(plan: Plan, asked: dict[str, Any], rank: int) -> list[Round]:
     silent, real = engine_of(plan, asked, rank, is_silent=True), engine_of(plan, asked, rank, is_silent=False)
     batches = batches_of(real, asked["sequence"], asked["vocabulary"])
     rounds = []
     for number in range(NUM_WARM_UPS + asked["num_steps"]):
-        pair = tuple(recorded(engine, batches, number) for engine in (silent, real))
+        spans = Round(*(recorded(engine, batches, number) for engine in (silent, real)))
         if number >= NUM_WARM_UPS:
-            rounds.append(pair)
+            rounds.append(spans)
     return rounds
 
 
@@ -128,10 +134,12 @@ def measured_links(rank: int) -> dict[str, list[tuple[int, float]]]:
     def exchange(tensor: torch.Tensor) -> None:
         dist.send(tensor, 1) if rank == 0 else dist.recv(tensor, 0)
 
+    everyone = dist.group.WORLD
+    assert everyone is not None
     calls: dict[str, Callable[[torch.Tensor], object]] = {
         "all_reduce": dist.all_reduce,
-        "all_gather": lambda t: all_gather_single(t, t[: t.numel() // 2].clone(), dist.group.WORLD),
-        "reduce_scatter": lambda t: reduce_scatter_single(t[: t.numel() // 2].clone(), t, dist.group.WORLD),
+        "all_gather": lambda t: all_gather_single(t, t[: t.numel() // 2].clone(), everyone),
+        "reduce_scatter": lambda t: reduce_scatter_single(t[: t.numel() // 2].clone(), t, everyone),
         "p2p": exchange,
     }
     return {name: [(size, _seconds(call, size)) for size in SIZES] for name, call in calls.items()}

@@ -49,10 +49,14 @@ class NetworkPrices:
     num_cores: int | None = None
     special_ranks: tuple[int, ...] = ()
     classes: tuple[range, ...] = ()
+    levels: tuple[str, ...] = ()
 
     @property
     def overlap_slowdown(self) -> float:
         return self.slowdown - 1.0
+
+    def level_of(self, group: Sequence[int]) -> str:
+        return ""
 
     def compute_s(self, rank: int, stage: int, kind: InstructionKind, size: int) -> float:
         return self.silent.compute_s(rank, stage, kind, size)

@@ -45,7 +45,7 @@ def main() -> None:
     options = parser.parse_args()
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     arguments = (options.ranks, store.port, options.rounds, options.max_bytes)
-    multiprocessing.spawn(measure, arguments, nprocs=options.ranks)
+    multiprocessing.spawn(measure, arguments, nprocs=options.ranks)  # type: ignore[no-untyped-call]  # torch's is untyped
 
 
 def measure(rank: int, size: int, port: int, rounds: int, max_bytes: int) -> None:
@@ -80,6 +80,7 @@ def operations(
     buffer = allocate_shared(numel * size, torch.float32)
     shared = Tensors(whole=buffer, part=buffer[rank * numel : (rank + 1) * numel])
     ours = dist.group.WORLD
+    assert ours is not None
     cases = {"gloo": (gloo, private), "ours": (ours, private), "ours_shared": (ours, shared)}
     yield "all_reduce", {name: reducing(*case) for name, case in cases.items()}
     yield "all_gather", {name: gathering(*case) for name, case in cases.items()}
@@ -105,10 +106,13 @@ def sending(group: dist.ProcessGroup, tensors: Tensors, rank: int) -> Call:
 
     def exchange() -> None:
         for source in (0, 1):
+            work = None
             if rank == source:
-                dist.isend(tensors.whole, 1 - source, group=group).wait()
+                work = dist.isend(tensors.whole, 1 - source, group=group)
             elif rank < 2:
-                dist.irecv(tensors.whole, source, group=group).wait()
+                work = dist.irecv(tensors.whole, source, group=group)
+            if work is not None:
+                work.wait()
 
     return exchange
 

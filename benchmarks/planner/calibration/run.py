@@ -15,10 +15,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "step_time"))
 
-from published import DATA, job_of, measured_s, predict, rows
-from run import group_of, is_ours
+from published import DATA, group_of, is_ours, job_of, measured_s, predict, rows
 
 from shardstage.cluster import Calibration, load
 from shardstage.cost.calibrate import Observation, calibrate

@@ -86,7 +86,7 @@ class Layer(nn.Module):
         b, s, _ = x.shape
         projected = F.linear(x, self.query_key_value)
         projected = projected.view(b, s, self.shape.heads, -1).transpose(0, 1)  # [s, b, heads, 3 d]
-        query, key, value = projected.split(self.shape.head_dim, dim=-1)
+        query, key, value = torch.split(projected, self.shape.head_dim, dim=-1)
         query, key = _rotated(query), _rotated(key)
         if self.shape.attention.startswith("flash"):
             made = _flash(query, key, value, self.shape)  # [b heads, s, d]
@@ -129,7 +129,7 @@ class Head(nn.Module):
 
     def _projected(self, x: Tensor) -> Tensor:
         part = F.linear(x, self.weight)
-        return _Concatenated.apply(part, self.shape.tp, self.communicated) if self.shape.tp > 1 else part
+        return _applied(_Concatenated, part, self.shape.tp, self.communicated) if self.shape.tp > 1 else part
 
     def _loss(self, logits: Tensor) -> Tensor:
         """Of every token; the hit rate is counted while the logits in float32 are there."""
@@ -147,11 +147,11 @@ def _weight(*sizes: int) -> nn.Parameter:
 def _norm(x: Tensor, weight: Tensor, shape: LocalShape) -> Tensor:
     """As LLaMA's code computes it, or FlashAttention's kernel for it; sequence parallelism gathers the positions of what it gives."""
     if shape.has_fused_norm:
-        made = _FusedNorm.apply(x, weight)
+        made = _applied(_FusedNorm, x, weight)
     else:
         wide = x.float()
         made = (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5)).type_as(x) * weight
-    return _Gathered.apply(made, shape.tp) if shape.is_sequence_parallel else made
+    return _applied(_Gathered, made, shape.tp) if shape.is_sequence_parallel else made
 
 
 def _rotated(x: Tensor) -> Tensor:
@@ -171,7 +171,7 @@ def _written_out(query: Tensor, key: Tensor, value: Tensor, shape: LocalShape) -
     by_head = scores.view(b, heads, s, s)
     mask = _mask(b, s)
     if shape.attention == "fused":
-        weights = _FusedSoftmax.apply(by_head)
+        weights = _applied(_FusedSoftmax, by_head)
     else:
         weights = _masked_softmax(by_head, mask)
     weights = weights.view(b * heads, s, s)
@@ -195,12 +195,16 @@ def _masked_softmax(scores: Tensor, mask: Tensor) -> Tensor:
 def _flash(query: Tensor, key: Tensor, value: Tensor, shape: LocalShape) -> Tensor:
     s, b, heads, d = query.shape
     q, k, v = (each.transpose(0, 1).reshape(b * s, heads, d) for each in (query, key, value))
-    made = _Flash.apply(q, k, v, shape.attention == "flash-1")
+    made = _applied(_Flash, q, k, v, shape.attention == "flash-1")
     return made.view(b, s, heads, d).transpose(1, 2).reshape(b * heads, s, d)
 
 
 def _scattered(x: Tensor, shape: LocalShape) -> Tensor:
-    made: Tensor = _Scattered.apply(x.contiguous(), shape.tp)
+    return _applied(_Scattered, x.contiguous(), shape.tp)
+
+
+def _applied(function: type[torch.autograd.Function], *given: object) -> Tensor:
+    made: Tensor = function.apply(*given)  # type: ignore[no-untyped-call]  # torch has no types for it
     return made
 
 

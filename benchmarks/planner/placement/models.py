@@ -19,9 +19,9 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from shardstage import capture
 from shardstage.cluster import load
 from shardstage.graph import ModelGraph
+from shardstage.graph.capture import capture
 from shardstage.graph.tasks import batch_task
 from shardstage.planner.placement import place_model
 

@@ -14,7 +14,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from errors import print_run, print_table
-from published import DATA, is_ours, job_of, measured_s, predict, rows
+from published import DATA, group_of, is_ours, job_of, measured_s, predict, rows
 
 
 def main() -> None:
@@ -42,30 +42,6 @@ def _source_of(row: dict[str, Any]) -> str:
     """All of a source's runs where it is cut into several groups; what is not alike is not summed up."""
     is_cut = row["group"] in ("mosaic-llm-foundry", "hagemann-2023", "bloom-prequel")
     return f"{row['group']}, all" if is_cut else group_of(row)
-
-
-SECTIONS_AFTER_REPAIR = (
-    "GBS Variations",
-    "Another round of NHEADS",
-    "Batchsize Warmup",
-    "Re-do",
-    "Rebalancing layers",
-)
-"""Of chronicles-prequel.md, whose "GBS Variations" begins: "A100s PCI-Express/NUMA was improved today so all TFLOPs have changed for the
-better (1-5%) - thus do not compare today's numbers to yesterday's."."""
-
-
-def group_of(row: dict[str, Any]) -> str:
-    """The runs that share software, devices and kernels."""
-    name = f"{row['group']} {row['hardware']['gpu']}"
-    if row["group"] == "megatron-sc21":
-        return f"{name} {'ZeRO-3' if row['plan']['zero'] == 3 else 'PTD-P'}"
-    if row["group"] == "bloom-prequel":
-        is_late = any(section in row["source"] for section in SECTIONS_AFTER_REPAIR)
-        return f"{name} {'after' if is_late else 'before'} the repair"
-    if row["group"] == "hagemann-2023":
-        return f"{name} {row['model']['family'][:9]} {row['plan']['attention_kernel']}"
-    return name
 
 
 if __name__ == "__main__":
