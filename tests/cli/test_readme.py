@@ -50,7 +50,8 @@ def test_every_verb_that_is_shown_exists(capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_every_link_leads_somewhere() -> None:
-    for page in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")):
+    folders = (ROOT / "docs", ROOT / "benchmarks")
+    for page in (ROOT / "README.md", *(page for folder in folders for page in folder.rglob("*.md"))):
         for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
             assert target.startswith("https://") or (page.parent / target).exists(), f"{page}: {target}"
 
