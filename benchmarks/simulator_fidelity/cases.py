@@ -121,7 +121,7 @@ def half_split(plan: Plan) -> Plan:
         acts: list[Action] = []
         for action in row:
             if action.kind == "B" and action.microbatch % 2:
-                acts += [replace(action, kind="I"), replace(action, kind="W")]
+                acts += [action._replace(kind="I"), action._replace(kind="W")]
             else:
                 acts.append(action)
         rows.append(" ".join(map(str, acts)))

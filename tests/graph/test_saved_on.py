@@ -6,13 +6,14 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from tests.graph.attention_models import attention_graph, kept_of_attention
 from tests.graph.norm_models import kept_bytes, norm_graph
 from tests.graph.small_graphs import call, graph, value
 
 from shardstage.graph import ModelGraph
 from shardstage.graph.recompute import Recompute
 from shardstage.graph.saved import peak_extra_bytes, saved_bytes
-from shardstage.graph.saved_on import is_fused, saved_on
+from shardstage.graph.saved_on import is_fused, saved_on, takes_heads
 from shardstage.graph.saved_trace import trace_saved
 
 
@@ -107,3 +108,111 @@ def test_asking_twice_is_asking_once() -> None:
     once = saved_on(norm_graph("float32"), "cuda")
     twice = saved_on(once, "cuda")
     assert (twice.ops, twice.values) == (once.ops, once.values)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_values_of_fewer_features_are_attended_to_by_a_kernel(dtype: str) -> None:
+    """DeepSeek's attention was priced on GPUs with its scores in float32, which only a CPU writes down."""
+    found = attention_graph(dtype).at(microbatch=2, sequence=64)
+    on_gpu, on_cpu = (
+        saved_bytes(saved_on(found, kind), 0, len(found.ops), "none") for kind in ("cuda", "cpu")
+    )
+    assert on_gpu == kept_of_attention(dtype, num_rows=128)
+    scores = 2 * 2 * 2 * 64 * 64 * 4
+    assert on_cpu > on_gpu + 0.9 * scores
+
+
+def test_what_a_kernel_of_attention_keeps_grows_with_the_tokens_not_with_their_square() -> None:
+    found = attention_graph("bfloat16")
+    short, long = (
+        saved_bytes(saved_on(found, "cuda").at(microbatch=2, sequence=s), 0, len(found.ops), "none")
+        for s in (8, 80)
+    )
+    assert long == 10 * short
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_attention_scales_before_and_after_alike(recompute: Recompute) -> None:
+    whole = attention_graph("bfloat16")
+    before, after = (
+        saved_on(whole, "cuda").at(microbatch=3, sequence=5),
+        saved_on(whole.at(microbatch=3, sequence=5), "cuda"),
+    )
+    assert (before.values, before.ops) == (after.values, after.ops)
+    assert saved_bytes(before, 0, len(before.ops), recompute) > 0
+
+
+def test_heads_that_lie_side_by_side_are_not_copied() -> None:
+    cpu = attention_graph("bfloat16")
+    gpu = saved_on(cpu, "cuda")
+    flat = [
+        op.outputs[0] for op in cpu.ops if op.target == "aten.flatten.using_ints" and "layers" in op.module
+    ]
+    assert len(flat) == 2
+    assert [cpu.values[name].alias_of for name in flat if name] == ["", ""]
+    assert all(gpu.values[name].alias_of for name in flat if name)
+
+
+def attention_of(
+    *,
+    query: int = 24,
+    value_: int = 16,
+    key_heads: int = 2,
+    dtype: str = "bfloat16",
+    mask: Any = None,
+    **keywords: Any,
+) -> ModelGraph:
+    shapes = {"q": (2, 2, 6, query), "k": (2, key_heads, 6, query), "v": (2, key_heads, 6, value_)}
+    values = [
+        value(name, shape, kind="input", requires_grad=True, dtype=dtype) for name, shape in shapes.items()
+    ]
+    values.append(value("y", (2, 2, 6, value_), requires_grad=True, dtype=dtype))
+    if mask is not None:
+        values.append(mask)
+    op = call(
+        "y",
+        "aten.scaled_dot_product_attention.default",
+        "q",
+        "k",
+        "v",
+        *(["mask"] if mask is not None else []),
+    )
+    return trace_saved(graph([replace(op, kwargs=tuple(keywords.items()))], values, output="y"))
+
+
+def test_of_unlike_heads_inputs_result_and_a_number_a_row_are_kept() -> None:
+    found = saved_on(attention_of(), "cuda")
+    assert found.ops[0].saved == ("q", "k", "v", "y", "y#logsumexp")
+    assert found.values["y#logsumexp"].shape == (2, 2, 6)
+    assert [name for name, each in found.values.items() if each.kind == "saved"] == ["y#logsumexp"]
+
+
+def test_a_mask_of_numbers_is_kept_itself_one_of_truth_values_as_numbers() -> None:
+    numbers = attention_of(mask=value("mask", (6, 6), kind="input", dtype="bfloat16"))
+    assert saved_on(numbers, "cuda").ops[0].saved == ("q", "k", "v", "mask", "y", "y#logsumexp")
+    truths = saved_on(attention_of(mask=value("mask", (6, 6), kind="input", dtype="bool")), "cuda")
+    assert truths.ops[0].saved == ("q", "k", "v", "y#bias", "y", "y#logsumexp")
+    assert (truths.values["y#bias"].shape, truths.values["y#bias"].dtype) == ((6, 6), "bfloat16")
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"value_": 24},  # as on a CPU, by its own kernel
+        {"query": 20},  # no multiple of 8
+        {"key_heads": 1, "enable_gqa": True},
+        {"dtype": "float64"},
+        {"mask": value("mask", (6, 6), kind="input", requires_grad=True, dtype="bfloat16")},
+    ],
+)
+def test_attention_that_the_kernel_does_not_take_is_as_on_a_cpu(asked: dict[str, Any]) -> None:
+    found = attention_of(**asked)
+    assert saved_on(found, "cuda") is found
+
+
+def test_float32_asks_for_multiples_of_four() -> None:
+    shapes = (2, 2, 6, 20), (2, 2, 6, 20), (2, 2, 6, 12)
+    assert takes_heads(*shapes, "float32") and not takes_heads(*shapes, "bfloat16")
+    assert not takes_heads(
+        (2, 6, 20), (2, 6, 20), (2, 6, 12), "float32"
+    )  # without a dim of heads there is no kernel

@@ -12,48 +12,76 @@
     embedding            indices                                  the same
     dropout              a mask in x's dtype                      a mask of bytes; ours (``shardstage.dropout``) keeps bytes on both
     attention, flash     q, k, v, result, a float32 a row         the same, and 16 bytes of random state; heads padded to multiples of 8
-    attention, efficient -                                        the same, rows padded to multiples of 32; the mask where there is one
     attention, cuDNN     -                                        as flash
+    attention of unlike  what the written-out form keeps, scores  q, k, v, mask, result, a float32 a row (the efficient kernel, rows
+      heads              [.., s, t] in float32 among it           padded to multiples of 32), where it takes them (``takes_heads``)
 
-Read from ``derivatives.yaml`` and ``native_functions.yaml`` of torch (``torchgen/packaged``), and ``ATen/native/layer_norm.cpp``:
-``rms_norm`` calls ``_fused_rms_norm``, which has a kernel for CUDA and is composed of its parts on a CPU (on either for images in
-channels-last order, which a graph does not tell). Told apart here is only what differs by tensors of the input's size: ``rms_norm``.
-The rest is a few bytes a row. oneDNN's LSTM workspace (``saved_trace``) stands for cuDNN's, too, whose size torch does not tell.
+Read from ``derivatives.yaml`` and ``native_functions.yaml`` of torch (``torchgen/packaged``), ``ATen/native/layer_norm.cpp`` and
+``ATen/native/transformers/cuda/sdp_utils.cpp``: ``rms_norm`` calls ``_fused_rms_norm``, which has a kernel for CUDA and is composed of its
+parts on a CPU (on either for images in channels-last order, which a graph does not tell). A CPU has one kernel for attention, of queries,
+keys and values with equally many features; CUDA has another, for values with fewer, as DeepSeek's latent attention has them. Told apart
+here is only what differs by tensors of the input's size or more: ``rms_norm`` and such attention. The rest is a few bytes a row. oneDNN's
+LSTM workspace (``saved_trace``) stands for cuDNN's, too, whose size torch does not tell. In float32, CUDA writes attention with grouped
+queries out, which a CPU does not; it is taken as on a CPU.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Final
 
-from shardstage.graph.model_graph import ModelGraph, Op, Value
+from shardstage.graph.model_graph import ModelGraph, Op, Ref, Value
 
-__all__ = ["is_fused", "saved_on"]
+__all__ = ["ATTENTION", "is_fused", "saved_on", "takes_heads"]
+
+ATTENTION: Final = "aten.scaled_dot_product_attention.default"
+HEAD_ALIGNMENT: Final = {"float16": 8, "bfloat16": 8, "float32": 4}
+"""Features of a head of which the efficient kernel wants multiples: 128 bits (``minimum_gemm_alignment``, compute capability 8 and up)."""
 
 
 def saved_on(graph: ModelGraph, device_kind: str) -> ModelGraph:
     """The graph, whole or of a rank or stage, with ``Op.saved`` as on devices of this kind; the very graph where nothing differs."""
     if device_kind != "cuda":
         return graph
-    norms = [
-        op for op in graph.ops if op.saved and op.target == "aten.rms_norm.default" and _has_kernel(graph, op)
-    ]
-    if not norms:
+    kept = {op.name: found for op in graph.ops if op.saved and (found := _kept(graph, op))}
+    if not kept:
         return graph
     values = dict(graph.values)
-    for name in (name for op in norms for name in op.saved if graph.values[name].kind == "saved"):
-        del values[name]
-    statistics = {op.name: _statistics(graph, op) for op in norms}
-    values.update({value.name: value for value in statistics.values()})
-    ops = (
-        replace(op, saved=(*op.inputs, statistics[op.name].name)) if op.name in statistics else op
+    for op in graph.ops:
+        if op.name in kept:
+            for name in (name for name in op.saved if graph.values[name].kind == "saved"):
+                del values[name]
+            values.update({each.name: each for each in kept[op.name] if each.kind == "saved"})
+    ops = tuple(
+        replace(op, saved=tuple(each.name for each in kept[op.name])) if op.name in kept else op
         for op in graph.ops
     )
-    return replace(graph, ops=tuple(ops), values=values)
+    values.update(_views_of_attention(ops, values, kept))
+    return replace(graph, ops=ops, values=values)
 
 
 def is_fused(x_dtype: str, weight_dtype: str) -> bool:
     """Whether CUDA's kernel takes x [.., h] with its weight [h]: not where their dtypes differ or are complex."""
     return x_dtype == weight_dtype and not x_dtype.startswith("complex")
+
+
+def takes_heads(query: Sequence[int], key: Sequence[int], value: Sequence[int], dtype: str) -> bool:
+    """Whether CUDA's efficient kernel takes attention of these shapes [.., heads, tokens, features], with as many heads of each and
+    features of the value unlike those of the query and the key."""
+    alignment = HEAD_ALIGNMENT.get(dtype)
+    is_aligned = alignment is not None and query[-1] % alignment == 0 == value[-1] % alignment
+    has_like_heads = len({tuple(each[:-2]) for each in (query, key, value)}) == 1
+    return len(query) == 4 and has_like_heads and query[-1] == key[-1] != value[-1] and is_aligned
+
+
+def _kept(graph: ModelGraph, op: Op) -> tuple[Value, ...]:
+    """What CUDA keeps of an op; nothing where that is what a CPU keeps."""
+    if op.target == "aten.rms_norm.default" and _has_kernel(graph, op):
+        return (*(graph.values[name] for name in op.inputs), _statistics(graph, op))
+    if op.target == ATTENTION:
+        return _kept_of_attention(graph, op)
+    return ()
 
 
 def _has_kernel(graph: ModelGraph, op: Op) -> bool:
@@ -70,3 +98,45 @@ def _statistics(graph: ModelGraph, op: Op) -> Value:
         dtype="float64" if x.dtype == "float64" else "float32",
         kind="saved",
     )
+
+
+def _kept_of_attention(graph: ModelGraph, op: Op) -> tuple[Value, ...]:
+    """Inputs and result, and the logarithm of each row's sum; a mask of truth values is kept as the numbers that are added to scores."""
+    names = ("query", "key", "value", "attn_mask", "dropout_p")
+    named = dict(zip(names, op.args, strict=False)) | dict(op.kwargs)
+    operands = {name: graph.values[given.name] for name, given in named.items() if isinstance(given, Ref)}
+    query, key, value = (operands[name] for name in ("query", "key", "value"))
+    bias = operands.get("attn_mask")
+    is_taken = takes_heads(query.shape, key.shape, value.shape, query.dtype) and not named.get("dropout_p")
+    if not is_taken or (bias is not None and bias.requires_grad):
+        return ()
+    if bias is not None and bias.dtype == "bool":
+        bias = replace(bias, name=f"{op.name}#bias", dtype=query.dtype, kind="saved", alias_of="")
+    rows = Value(name=f"{op.name}#logsumexp", shape=query.shape[:-1], dtype="float32", kind="saved")
+    result = next(graph.values[name] for name in op.outputs if name is not None)
+    return (query, key, value, *([] if bias is None else [bias]), result, rows)
+
+
+def _views_of_attention(
+    ops: Sequence[Op], values: Mapping[str, Value], kept: Mapping[str, object]
+) -> Iterator[tuple[str, Value]]:
+    """The results of such attention [b, h, s, e] as [b, s, h, e] or flatter: a copy on a CPU, a view on CUDA, whose kernel writes heads
+    side by side."""
+    as_written: set[str | None] = set()
+    turned: set[str | None] = set()
+    for op in (op for op in ops if op.inputs):
+        given = op.inputs[0]
+        if op.target == ATTENTION and op.name in kept:
+            as_written.update(op.outputs)
+        elif given in as_written and op.target == "aten.reshape.default":
+            as_written.update(out for out in op.outputs if out and values[out].shape == values[given].shape)
+        elif (
+            given in as_written and op.target == "aten.transpose.int" and {*op.args[1:]} in ({1, 2}, {-2, -3})
+        ):
+            turned.update(op.outputs)
+        elif given in turned and op.target in _RESHAPING:
+            turned.update(op.outputs)
+            yield from ((out, replace(values[out], alias_of=given)) for out in op.outputs if out)
+
+
+_RESHAPING: Final = frozenset({"aten.contiguous.default", "aten.flatten.using_ints", "aten.reshape.default"})

@@ -9,21 +9,52 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.nn.functional import scaled_dot_product_attention
 
-from shardstage.graph.saved_on import is_fused
+from shardstage.graph.saved_on import ATTENTION, is_fused, takes_heads
 
 __all__ = ["cuda_kernels"]
 
 
 def cuda_kernels() -> Mapping[str, Callable[..., Any]]:
     """By target: operators that allocate and keep what CUDA's kernels do, and compute nothing (``graph.saved_on`` has the table)."""
-    return MappingProxyType({"aten.rms_norm.default": _rms_norm})
+    return MappingProxyType({"aten.rms_norm.default": _rms_norm, ATTENTION: _attention})
+
+
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *rest: Any, **keywords: Any
+) -> Tensor:
+    is_taken = takes_heads(query.shape, key.shape, value.shape, _name(query))
+    if not is_taken or (attn_mask is not None and attn_mask.requires_grad):
+        return scaled_dot_product_attention(query, key, value, attn_mask, *rest, **keywords)
+    bias = attn_mask
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        bias = torch.empty_like(attn_mask, dtype=query.dtype)
+    found: Tensor = _EfficientAttention.apply(query, key, value, bias)  # type: ignore[no-untyped-call]  # torch has no types for it
+    return found
+
+
+class _EfficientAttention(Function):
+    """Keeps q [b, h, s, d], k [b, h, t, d], v [b, h, t, e], what is added to scores, the result and the logarithm of each row's sum."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
+        batch, heads, tokens, _ = query.shape
+        result = query.new_empty(batch, tokens, heads, value.shape[-1]).transpose(1, 2)
+        rows = query.new_empty(batch, heads, tokens, dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, bias, result, rows)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        wanted = zip(ctx.saved_tensors[:3], ctx.needs_input_grad[:3], strict=True)
+        return (*(torch.empty_like(tensor) if is_wanted else None for tensor, is_wanted in wanted), None)
 
 
 def _rms_norm(
     x: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
 ) -> Tensor:
-    dtypes = [str(tensor.dtype).removeprefix("torch.") for tensor in (x, weight) if tensor is not None]
+    dtypes = [_name(tensor) for tensor in (x, weight) if tensor is not None]
     if not is_fused(dtypes[0], dtypes[-1]):
         return torch.rms_norm(x, list(normalized_shape), weight, eps)
     found: Tensor = _FusedRmsNorm.apply(x, weight, len(normalized_shape))  # type: ignore[no-untyped-call]  # torch has no types for it
@@ -45,3 +76,7 @@ class _FusedRmsNorm(Function):
         x, weight, _ = ctx.saved_tensors
         wanted = zip((x, weight), ctx.needs_input_grad[:2], strict=True)
         return (*(torch.empty_like(tensor) if is_wanted else None for tensor, is_wanted in wanted), None)
+
+
+def _name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
