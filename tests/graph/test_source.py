@@ -122,6 +122,10 @@ def test_a_folder_and_its_config_name_the_same_model(tmp_path: Path) -> None:
             {"model_type": "llama", "architectures": ["LlamaModel"]},
             "nothing says what LlamaModel is trained to do",
         ),
+        (
+            {"model_type": "whisper", "architectures": ["WhisperForConditionalGeneration"]},
+            "nothing says what WhisperForConditionalGeneration is trained to do",
+        ),
     ],
 )
 def test_a_config_that_names_no_model_is_refused(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Final
 
 from torch import nn
 
@@ -271,7 +271,7 @@ def _task_of(model: nn.Module) -> Task:
     if tokens is None:
         raise ConfigError(
             f"nothing says what {type(model).__name__} is trained to do",
-            hint="return ModelSource(name=..., factory=..., task=batch_task(loss, example_batch)) from the factory",
+            hint=_OWN_TASK,
         )
     return causal_task(tokens)
 
@@ -281,7 +281,8 @@ def _task_of_class(model_class: str, config: Any) -> Task:
         return causal_task(config.vocab_size)
     if model_class.endswith("ForMaskedLM"):
         return masked_task(config.vocab_size)
-    if model_class.endswith("ForConditionalGeneration") and getattr(config, "is_encoder_decoder", False):
+    is_seq2seq = getattr(config, "is_encoder_decoder", False) and _reads_tokens(model_class)
+    if model_class.endswith("ForConditionalGeneration") and is_seq2seq:
         start_id, pad_id = (
             getattr(config, name, None) or 0 for name in ("decoder_start_token_id", "pad_token_id")
         )  # T5's configuration has no first
@@ -293,10 +294,18 @@ def _task_of_class(model_class: str, config: Any) -> Task:
             num_channels=config.num_channels,
             num_classes=config.num_labels,
         )
-    raise ConfigError(
-        f"nothing says what {model_class} is trained to do",
-        hint="load_model(..., task=batch_task(loss, example_batch))",
-    )
+    raise ConfigError(f"nothing says what {model_class} is trained to do", hint=_OWN_TASK)
+
+
+_OWN_TASK: Final = (
+    "--model mine.py:source of a function def source() -> ModelSource: "
+    "return ModelSource(name=..., factory=..., task=batch_task(loss, example_batch))"
+)
+
+
+def _reads_tokens(model_class: str) -> bool:
+    """Whether a class of transformers reads tokens first, not sounds, say."""
+    return getattr(getattr(_transformers(), model_class, None), "main_input_name", "input_ids") == "input_ids"
 
 
 def _embedded_tokens(model: nn.Module) -> int | None:
