@@ -113,6 +113,12 @@ def format_count(count: float) -> str:
     return f"{count:.0f}" if abs(count) < 1000 else _decimal(count).rstrip()
 
 
+def format_dollars(dollars: float) -> str:
+    """``0.000285`` → ``"$0.000285"``, ``1234.5`` → ``"$1,234.50"``: at least three digits that count."""
+    decimals = 2 if dollars <= 0 else max(2, 2 - math.floor(math.log10(dollars)))
+    return f"${dollars:,.{decimals}f}"
+
+
 def format_ratio(ratio: float) -> str:
     """``0.1234`` → ``"12.3 %"``."""
     return f"{100 * ratio:.1f} %"

@@ -20,6 +20,7 @@ from shardstage.cli.comparison import (
     choose,
     print_comparison,
 )
+from shardstage.cli.fixing import Fixed, parse_fixed
 from shardstage.cli.plan_page import comparison_page
 from shardstage.cluster import Cluster
 from shardstage.errors import PlanError
@@ -28,6 +29,7 @@ from shardstage.planner import NamedModules, predict
 
 GRAPH = toy_graph(num_layers=6, width=64, hidden=256)
 MACHINE = round_machine(8, latency_s=1e-5)
+ANYTHING = Fixed()
 
 
 def chosen_by(
@@ -37,14 +39,17 @@ def chosen_by(
     machine: Cluster = MACHINE,
     ranks: int = 8,
     memory_bytes: int | None = None,
+    batch: int = 16,
+    fixed: Fixed = ANYTHING,
 ) -> tuple[Chosen, Comparison]:
     question = Question(
         plan=plan,
         num_ranks=ranks,
-        batch=16,
+        batch=batch,
         sequence=64,
         precision="float32",
         memory_bytes=memory_bytes,
+        fixed=fixed,
     )
     return choose(question, KnownModel(graph=GRAPH), machine, objective)
 
@@ -59,11 +64,24 @@ def device_s(chosen: Chosen) -> float:
     return chosen.plan.mesh.world_size * chosen.prediction.step_time_s
 
 
-def test_the_cheapest_step_takes_no_more_device_seconds_than_any_halving() -> None:
-    cheapest, _ = chosen_by("cost")
-    for ranks in (8, 4, 2, 1):
-        other, _ = chosen_by("time", ranks=ranks)
+@pytest.mark.parametrize(("ranks", "memory_bytes"), [((8, 4, 2, 1), None), ((6, 4, 3), 800_000)])
+def test_the_cheapest_step_takes_no_more_device_seconds_than_on_fewer_devices(
+    ranks: tuple[int, ...], memory_bytes: int | None
+) -> None:
+    """Of six devices four were the cheapest, and only three were tried."""
+    cheapest, _ = chosen_by("cost", ranks=ranks[0], memory_bytes=memory_bytes)
+    for fewer in ranks:
+        other, _ = chosen_by("time", ranks=fewer, memory_bytes=memory_bytes)
         assert device_s(cheapest) <= device_s(other) * (1 + 1e-9)
+
+
+def test_the_cheapest_step_of_what_runs_may_leave_devices_idle() -> None:
+    """Five samples run on five devices or fewer, and all seven were to run: the refusal of seven ended the search for the cheapest."""
+    fixed = parse_fixed("runnable,tp=1,pp=1", plan="auto")
+    with pytest.raises(PlanError):
+        chosen_by("time", ranks=7, batch=5, fixed=fixed)
+    cheapest, _ = chosen_by("cost", ranks=7, batch=5, fixed=fixed)
+    assert cheapest.plan.mesh.world_size in (4, 3, 2, 1)
 
 
 def test_the_smallest_plan_is_within_a_quarter_of_the_fastest_and_no_smaller_is() -> None:
@@ -152,7 +170,7 @@ def test_a_step_costs_its_devices_hours() -> None:
     priced = replace(MACHINE, device=replace(MACHINE.device, price_per_hour=3.6))
     chosen, comparison = chosen_by("time", machine=priced)
     assert comparison.dollars == pytest.approx(3.6 / 3600 * device_s(chosen))
-    assert "a step at the preset's hourly price" in printed(chosen, comparison)
+    assert "a step at its devices' hourly price" in printed(chosen, comparison)
 
 
 def test_the_page_escapes_the_name_of_the_model() -> None:

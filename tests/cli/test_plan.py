@@ -287,6 +287,8 @@ def test_a_search_in_parts_of_blocks_says_what_the_plan_costs_in_whole_ones(
     needed = _line(alone, "memory").removeprefix("memory").strip().split(" a rank")[0]
     assert f"takes {step_s} and needs {needed} a rank: to fit, it was searched for within 3.32 MiB" in note
     assert not any("more than" in line for line in alone.splitlines())
+    least = said(*asked, "--fix", "tp=1,dtype=fp32", "--objective", "memory")
+    assert "in whole blocks" in least and "to fit" not in least, "nobody asked for less than there is"
     assert "few blocks" not in said("--cluster", "cpu:4", "--plan", "dp=4")
     monkeypatch.setattr(verb, "known_model", lambda *_: KnownModel(graph=GRAPH, max_sequence=1024))
     assert "few blocks" not in said("--cluster", "cpu:4"), "blocks are enough"

@@ -74,3 +74,12 @@ def test_dtypes_have_the_size_torch_gives_them() -> None:
         assert torch.empty((), dtype=getattr(torch, name)).element_size() == size
     with pytest.raises(ConfigError, match="unknown dtype 'float33'"):
         units.dtype_bytes("float33")
+
+
+@pytest.mark.parametrize(
+    ("dollars", "text"),
+    [(0.000028459, "$0.0000285"), (0.0556, "$0.0556"), (3.4, "$3.40"), (1234.5, "$1,234.50"), (0.0, "$0.00")],
+)
+def test_small_prices_keep_three_digits(dollars: float, text: str) -> None:
+    """A step of a small model on one device cost $0.0000."""
+    assert units.format_dollars(dollars) == text

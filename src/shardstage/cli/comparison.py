@@ -15,7 +15,7 @@ from shardstage.cli.choosing import Chosen, KnownModel, Question, choose_plan, c
 from shardstage.cli.wrapping import PlanText, say
 from shardstage.errors import PlanError
 from shardstage.plan import plan_to_toml, shorthand
-from shardstage.units import format_bytes, format_ratio, format_s
+from shardstage.units import format_bytes, format_dollars, format_ratio, format_s
 
 if TYPE_CHECKING:
     from shardstage.cluster import Cluster
@@ -82,7 +82,7 @@ def choose(
 ) -> tuple[Chosen, Comparison]:
     """The plan by the objective, and what it is compared with; what was read of the model for that is kept."""
     graph, readings = known.graph, known.readings
-    from shardstage.planner import alternatives, front, named_modules
+    from shardstage.planner import alternatives, best_in_whole_blocks, front, named_modules
 
     if objective == "cost" and question.is_open:
         chosen = _cheapest(question, known, machine)
@@ -99,12 +99,14 @@ def choose(
         readings.keep()
         return chosen, Comparison(dollars=_dollars(chosen, machine))
     if objective == "memory":
-        best_within = chosen.searcher.best
+        searcher = chosen.searcher
         found = _smallest(
-            lambda cap: best_within(int(cap)), chosen.found, lambda each: each.prediction.peak_bytes
+            lambda cap: best_in_whole_blocks(searcher, int(cap)),
+            chosen.found,
+            lambda each: each.prediction.peak_bytes,
         )
         best = replace(found.best, graph_fingerprint=found.certificate.graph)
-        chosen = Chosen(plan=best, prediction=found.prediction, found=found, searcher=chosen.searcher)
+        chosen = Chosen(plan=best, prediction=found.prediction, found=found, searcher=searcher)
     assert chosen.found is not None and chosen.searcher is not None
     comparison = Comparison(
         alternatives=alternatives(chosen.searcher, chosen.found),
@@ -167,14 +169,17 @@ def _cheapest(question: Question, known: KnownModel, machine: Cluster) -> Chosen
     """The plan whose step costs least, or takes fewest device-seconds where the price of any device is not known."""
     best: Chosen | None = None
     least, error = math.inf, None
-    for halved in _halved(question.num_ranks, machine):
-        for fewer in halved:
+    is_free = not question.fixed.names and not question.fixed.is_runnable
+    for cheaper in _fewer(question.num_ranks, machine):
+        for fewer in cheaper:
             try:
                 asked = replace(question, num_ranks=fewer.num_devices)
                 chosen = choose_plan(asked, known.graph, fewer, known.readings)
             except PlanError as raised:
                 error = error or raised
-                break
+                if is_free:  # what is too large for so many is so for fewer
+                    break
+                continue
             if machine.is_mixed and not fewer.is_mixed:
                 chosen = replace(chosen, alone=fewer)
             dollars = None if machine.price_per_hour is None else _dollars(chosen, fewer)
@@ -187,20 +192,20 @@ def _cheapest(question: Question, known: KnownModel, machine: Cluster) -> Chosen
     return best
 
 
-def _halved(num_ranks: int, machine: Cluster) -> Iterator[Iterator[Cluster]]:
-    """A machine with so many devices, with half of them, a quarter, …; of several classes with as many of each, and each class alone."""
+def _fewer(num_ranks: int, machine: Cluster) -> Iterator[Iterator[Cluster]]:
+    """A machine with all its devices and with ever fewer; of several classes with as many of each, and each class alone."""
     if not machine.is_mixed:
-        yield _halves(machine, num_ranks)
+        yield map(machine.with_devices, _numbers_of_devices(num_ranks))
         return
     yield _halves_of_each(machine)
     for number, part in enumerate(machine.parts):
-        yield _halves(machine.part(number), part.num_devices)
+        yield map(machine.part(number).with_devices, _numbers_of_devices(part.num_devices))
 
 
-def _halves(machine: Cluster, num_devices: int) -> Iterator[Cluster]:
-    while num_devices:
-        yield machine.with_devices(num_devices)
-        num_devices //= 2
+def _numbers_of_devices(most: int) -> list[int]:
+    """All, half of them, a quarter, …, and every power of two: 12, 8, 6, 4, 3, 2, 1."""
+    powers = range(most.bit_length())
+    return sorted({most >> power for power in powers} | {1 << power for power in powers}, reverse=True)
 
 
 def _halves_of_each(machine: Cluster) -> Iterator[Cluster]:
@@ -225,7 +230,7 @@ def _dollars(chosen: Chosen, machine: Cluster) -> float | None:
 def print_comparison(console: Console, chosen: Chosen, comparison: Comparison, machine: Cluster) -> None:
     """The proof in a sentence, then runners-up, why-nots and the front."""
     if comparison.dollars is not None:
-        console.print(f"cost       ${comparison.dollars:,.4f} a step at the preset's hourly price")
+        console.print(f"cost       {format_dollars(comparison.dollars)} a step at its devices' hourly price")
     if chosen.mixed is not None:
         _print_shares(console, chosen.mixed)
     found = chosen.found or chosen.mixed

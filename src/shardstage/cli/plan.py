@@ -191,7 +191,7 @@ def _answer(
         )
     run_notes = (
         *_run_notes(chosen, question, machine, objective),
-        *_parts_note(chosen, question, known.graph, machine),
+        *_parts_note(chosen, question, known.graph, machine, objective),
     )
     return _Answer(
         model=model,
@@ -287,8 +287,13 @@ def _memory_notes(needed: int, question: Question, machine: Cluster) -> Iterator
         yield f"the plan needs {format_bytes(needed)} a rank, more than the {format_bytes(allowed)} of --max-memory"
 
 
-def _parts_note(chosen: Chosen, question: Question, graph: ModelGraph, machine: Cluster) -> Iterator[str]:
-    """What ``--plan`` will say of a plan that was searched in parts of blocks (``planner.pricing.fold_for``), where that differs."""
+def _parts_note(
+    chosen: Chosen, question: Question, graph: ModelGraph, machine: Cluster, objective: Objective
+) -> Iterator[str]:
+    """What ``--plan`` will say of a plan that was searched in parts of blocks (``planner.pricing.fold_for``), where that differs.
+
+    The least memory is found by searches within ever less: that a plan's limit was lower says nothing then.
+    """
     searcher = chosen.searcher or chosen.mixed_searcher
     if searcher is None:
         return
@@ -301,7 +306,7 @@ def _parts_note(chosen: Chosen, question: Question, graph: ModelGraph, machine: 
     limit, fit = question.limit_bytes(machine), ""
     if chosen.found is not None and whole.peak_bytes > limit:
         fit = f", more than the {format_bytes(limit)} it may"
-    elif chosen.found is not None and chosen.found.limit_bytes < limit:
+    elif objective != "memory" and chosen.found is not None and chosen.found.limit_bytes < limit:
         fit = f": to fit, it was searched for within {format_bytes(chosen.found.limit_bytes)}"
     ratios = whole.step_time_s / said.step_time_s, whole.peak_bytes / said.peak_bytes
     if fit or any(abs(ratio - 1) >= WORTH_TELLING for ratio in ratios):
