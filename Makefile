@@ -25,10 +25,15 @@ test: $(VENV)/.installed-dev
 report-test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest browser
 
+# A folder at a time, as each has a run.py. On the path is what they put there; src is by mypy's settings, so that its cache serves all.
+SCRIPTS = $(sort $(dir $(wildcard benchmarks/*/run.py benchmarks/*/*/run.py))) examples/
 lint: $(VENV)/.installed-dev
-	$(BIN)/ruff check src tests browser
+	$(BIN)/ruff check src tests browser benchmarks examples
 	$(BIN)/ruff format --check src tests browser
 	$(BIN)/mypy --strict src
+	@for folder in $(SCRIPTS); do \
+	  MYPYPATH=$$folder:$$folder..:$$folder../memory:$$folder../vtrain:$$folder../simulator_fidelity \
+	  $(BIN)/mypy --strict $$folder*.py || exit; done
 
 clean:
 	rm -rf .venv .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -73,7 +73,7 @@ def _longest_first(clusters: Clusters, limits: Limits, *, weigh_nets: bool) -> I
 def _metis(clusters: Clusters, limits: Limits, seed: int) -> Ints | None:
     """The partition of METIS, through ``pymetis``; None where that is not installed, or the graph is too small for it."""
     try:
-        import pymetis  # type: ignore[import-not-found, unused-ignore]
+        import pymetis
     except ImportError:
         return None
     if (
