@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.house.source import ROOT
+from tests.house.source import ROOT, parse
 
 SCRIPTS = "benchmarks"
 # A comment, prose or a quote ends a command; its options may stand in brackets.
@@ -23,17 +23,48 @@ def commands(text: str) -> Iterator[tuple[str, set[str]]]:
 
 def accepted(script: Path) -> set[str]:
     """Options and choices that its parser is given, read from the source: peers that it imports need not be installed."""
-    calls = (
-        node for node in ast.walk(ast.parse(script.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)
-    )
     return {
         constant.value
-        for call in calls
-        if isinstance(call.func, ast.Attribute) and call.func.attr == "add_argument"
+        for call in calls(script, "add_argument")
         for given in (*call.args, *(keyword.value for keyword in call.keywords if keyword.arg == "choices"))
         for constant in ast.walk(given)
         if isinstance(constant, ast.Constant) and isinstance(constant.value, str)
     }
+
+
+def folders_on_path(script: Path) -> list[Path]:
+    """The script's own folder, and what it gives to ``sys.path``."""
+    given = (*calls(script, "path.insert"), *calls(script, "path.append"))
+    names = {"Path": Path, "__file__": str(script)}
+    return [script.parent, *(Path(eval(ast.unparse(call.args[-1]), names)) for call in given)]
+
+
+def calls(script: Path, name: str) -> Iterator[ast.Call]:
+    """Of a method, such as ``"path.insert"``."""
+    for node in ast.walk(ast.parse(script.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(f".{name}"):
+            yield node
+
+
+def unfound_modules(script: Path, every_module: set[str]) -> set[str]:
+    """Of the modules beside scripts those that a start of this one imports, at whatever depth, and that lie in no folder on its path."""
+    folders, waiting = folders_on_path(script), [script]
+    read: set[Path] = set()
+    unfound: set[str] = set()
+    while waiting:
+        file = waiting.pop()
+        read.add(file)
+        imports = parse(file.name, file.read_text(encoding="utf-8")).imports()
+        for name in {found.target.split(".")[0] for found in imports} & every_module:
+            home = next(filter(None, (files_of(name, folder) for folder in folders)), [])
+            unfound |= set() if home else {name}
+            waiting += [each for each in home if each not in read]
+    return unfound
+
+
+def files_of(module: str, folder: Path) -> list[Path]:
+    """A module's file, or those of a package."""
+    return [file for file in (folder / f"{module}.py", *(folder / module).glob("*.py")) if file.is_file()]
 
 
 def pages() -> Iterator[Path]:
@@ -48,6 +79,15 @@ def test_a_command_that_is_shown_names_a_script_and_options_that_exist() -> None
     for page, script, words in shown:
         assert (ROOT / script).is_file(), f"{page}: {script}"
         assert words <= accepted(ROOT / script), f"{page}: {script} {words}"
+
+
+def test_a_script_finds_the_modules_beside_it() -> None:
+    """`make lint` looks for them in the same folders for all; a script puts on its path what it names itself."""
+    files = list((ROOT / SCRIPTS).rglob("*.py"))
+    every_module = {file.stem for file in files}
+    scripts = [file for file in files if "__main__" in file.read_text(encoding="utf-8")]
+    assert len(scripts) >= 13
+    assert {script: unfound for script in scripts if (unfound := unfound_modules(script, every_module))} == {}
 
 
 def test_every_benchmark_has_a_page_that_says_how_to_run_it() -> None:
