@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, overload
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,7 @@ __all__ = [
     "backend_all_to_all",
     "backend_reduce_scatter",
     "called_group",
+    "chunks_on_demand",
     "fake_store",
     "process_group_name",
     "reduce_scatter_single",
@@ -122,3 +123,44 @@ def watched_resizes(note: Callable[[torch.UntypedStorage, int], None]) -> Iterat
         yield
     finally:
         torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign]
+
+
+@contextmanager
+def chunks_on_demand() -> Iterator[None]:
+    """Lets FSDP2 make of a parameter's chunks only those that it takes, this rank's and the first, not one for every rank: each fake tensor
+    takes a tenth of a millisecond, and there may be thousands of ranks (2.11, 2.13)."""
+    from torch.distributed.fsdp._fully_shard import _fsdp_param
+
+    chunk = _fsdp_param._chunk_with_empty
+    _fsdp_param._chunk_with_empty = _Chunks  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        _fsdp_param._chunk_with_empty = chunk
+
+
+class _Chunks(Sequence[torch.Tensor]):
+    """What ``torch.chunk`` makes of a tensor, and empty tensors up to ``num_chunks``."""
+
+    def __init__(self, tensor: torch.Tensor, num_chunks: int, dim: int) -> None:
+        self._tensor = tensor
+        self._dim = dim
+        self._each = -(-tensor.size(dim) // num_chunks)
+        self._num_chunks = num_chunks
+
+    def __len__(self) -> int:
+        return self._num_chunks
+
+    @overload
+    def __getitem__(self, index: int) -> torch.Tensor: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[torch.Tensor]: ...
+    def __getitem__(self, index: int | slice) -> torch.Tensor | Sequence[torch.Tensor]:
+        if isinstance(index, slice):
+            return [self[each] for each in range(*index.indices(len(self)))]
+        if index >= len(self):
+            raise IndexError(index)
+        start, size = index * self._each, self._tensor.size(self._dim)
+        if size and start >= size:
+            return self._tensor.new_empty(0)
+        return self._tensor.narrow(self._dim, start, min(self._each, size - start))

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from tests.runtime.dry_run_cases import CASES, case, rehearsed
 
+from shardstage.compat import chunks_on_demand
 from shardstage.errors import ProgramError
 from shardstage.program import Collective, Instruction, Program, TensorType
 from shardstage.runtime import dry_run as module
@@ -174,3 +175,26 @@ def test_a_fake_world_has_only_the_groups_of_its_rank_and_leaves_nothing() -> No
         with pytest.raises(ProgramError, match="this is rank 4 of a real one"), fake_world(0, 2):
             pass
     assert not dist.is_initialized()
+
+
+def test_a_parameter_is_not_cut_for_every_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FSDP2 cuts it into a tensor for each rank and takes one: half of the minutes of a rehearsal on 512 ranks, and all on 16,384."""
+    rehearsal = rehearsed("llama", "dp=5,mb=1,zero=3", 5, 5)
+    monkeypatch.setattr("torch.chunk", lambda *_, **__: pytest.fail("cut for every rank"))
+    for rank in (0, 4):
+        assert compare_with_program(rehearsal.run(rank), rehearsal.program) is None
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_chunks_on_demand_are_those_of_torch(dim: int) -> None:
+    from torch.distributed.fsdp._fully_shard import _fsdp_param
+
+    for size in range(9):
+        tensor = torch.arange(3 * size).view((size, 3) if dim == 0 else (3, size))
+        for number in range(1, 12):
+            eager = _fsdp_param._chunk_with_empty(tensor, number, dim=dim)
+            with chunks_on_demand():
+                lazy = _fsdp_param._chunk_with_empty(tensor, number, dim=dim)
+            assert len(lazy) == len(eager) == number
+            assert all(torch.equal(one, other) for one, other in zip(lazy, eager, strict=True))
+            assert lazy[0].size() == eager[0].size()

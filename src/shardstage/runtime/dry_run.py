@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shardstage.compat import FakeTensorMode, watched_resizes
+from shardstage.compat import FakeTensorMode, chunks_on_demand, watched_resizes
 from shardstage.graph import ModelGraph
 from shardstage.graph.source import ModelSource
 from shardstage.plan.plan import Plan
@@ -163,6 +163,7 @@ def _execute(
         recorder = DryRunRecorder(_axes(groups), live)
         with (
             watched_resizes(live.resized),
+            chunks_on_demand(),
             FakeTensorMode(allow_non_fake_inputs=True),
             recorder,
         ):
