@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -187,7 +188,7 @@ def batches_of(engine: Engine) -> list[Microbatch]:
 
 
 def compare(
-    graph: ModelGraph, cases: Sequence[Case], measured: dict[str, list], num_ranks: int
+    graph: ModelGraph, cases: Sequence[Case], measured: dict[str, list[Any]], num_ranks: int
 ) -> Iterator[Row]:
     """Each case against what the reference of its stages predicts."""
     timelines = [
