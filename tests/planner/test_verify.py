@@ -72,7 +72,8 @@ def test_a_prediction_beside_the_certificate_is_checked_too() -> None:
 def test_a_plan_that_holds_more_than_the_limit_is_found_out() -> None:
     searcher, found = searched(3)
     peak = found.prediction.peak_bytes
-    (problem,) = verify_certificate(searcher, replace(found, limit_bytes=peak - 1), max_checked=1).problems
+    less = replace(found, limit_bytes=peak - 1, certificate=replace(found.certificate, limit_bytes=peak - 1))
+    (problem,) = verify_certificate(searcher, less, max_checked=1).problems
     assert problem == f"the plan holds {peak} bytes of {peak - 1}"
 
 
@@ -108,6 +109,8 @@ def test_wrong_hashes_counts_and_costs_are_named() -> None:
         ({"priced": found.certificate.priced + 1}, "the space has"),
         ({"cost_s": 2 * found.certificate.cost_s, "best_bound_s": 1e9}, "the plan takes"),
         ({"best_bound_s": found.certificate.cost_s / 2}, "was left out"),
+        ({"best_bound_s": 2 * found.certificate.cost_s}, "nothing is said to take less"),
+        ({"limit_bytes": 2**41}, "a rank may hold"),
     ):
         forged = replace(found, certificate=replace(found.certificate, **change))
         assert any(

@@ -54,6 +54,7 @@ def verify_certificate(searcher: Searcher, found: SearchResult, *, max_checked: 
         num_choices=num_choices,
         price=price,
         said=found.prediction,
+        limit_bytes=found.limit_bytes,
     )
     if price.peak_bytes > found.limit_bytes:
         problems.append(f"the plan holds {price.peak_bytes} bytes of {found.limit_bytes}")
@@ -78,9 +79,10 @@ def false_claims(
     num_choices: int,
     price: Prediction,
     said: Prediction,
+    limit_bytes: int,
 ) -> list[str]:
-    """What a certificate says otherwise than it is: what was searched, how many choices there are, the price, what was left out; and what
-    the prediction beside it says."""
+    """What a certificate says otherwise than it is: what was searched and within what, how many choices there are, the price, what was left
+    out; and what the prediction beside it says."""
     problems = [
         f"the {what} is another one: {there}, not {said}"
         for what, said, there in (
@@ -90,6 +92,8 @@ def false_claims(
         )
         if said != there
     ]
+    if proof.limit_bytes != limit_bytes:
+        problems.append(f"a rank may hold {limit_bytes} bytes, and the certificate says {proof.limit_bytes}")
     if num_choices != proof.enumerated:
         problems.append(
             f"the space has {num_choices} choices, and the certificate deals with {proof.enumerated}"
@@ -101,6 +105,10 @@ def false_claims(
         problems.append(f"the plan holds {price.peak_bytes} bytes, and the prediction says {said.peak_bytes}")
     if proof.best_bound_s < proof.cost_s * (1 - ROUNDING):
         problems.append(f"a choice bounded by {proof.best_bound_s} s was left out, below {proof.cost_s} s")
+    elif proof.best_bound_s > proof.cost_s * (1 + ROUNDING):
+        problems.append(
+            f"nothing is said to take less than {proof.best_bound_s} s, and the plan takes {proof.cost_s} s"
+        )
     return problems
 
 

@@ -66,6 +66,8 @@ def test_a_proof_holds_where_sequences_and_experts_may_be_shared() -> None:
         ({"priced": 0}, "the certificate deals with"),
         ({"cost_s": 1e-9, "best_bound_s": 1e-9}, "the certificate says 1e-09 s"),
         ({"best_bound_s": 1e-9}, "was left out"),
+        ({"best_bound_s": 1e9}, "nothing is said to take less"),
+        ({"limit_bytes": 1}, "a rank may hold"),
         ({"graph": "x"}, "the graph is another one"),
         ({"cluster": "x"}, "the cluster is another one"),
         ({"space": "x"}, "the space is another one"),

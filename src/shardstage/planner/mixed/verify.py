@@ -30,6 +30,7 @@ def verify_mixed(searcher: MixedSearcher, found: MixedResult, *, max_checked: in
         num_choices=num_choices,
         price=predict_mixed(searcher.graph, found.best, used, units=units),
         said=found.prediction,
+        limit_bytes=min(limits),
     )
     peaks = class_peaks(searcher.graph, found.best, used, units=units)
     for share, peak in zip(found.shares, peaks, strict=True):
