@@ -77,10 +77,19 @@ def test_other_numbers_are_refused(text: str, message: str, hint: str) -> None:
         (
             "tp=2,dp=4,ep=3,etp=1",
             MOE,
-            r"ep=3 does not divide the 8 ranks \(tp=2 × 4 replicas\)",
-            "ep=1,etp=1",
+            "ep=3 ranks cannot have equally many of 8 experts",
+            "leave out ep=3",
         ),
-        ("tp=2,dp=4,ep=12,etp=1", MOE, "ep=12 does not divide the 8 ranks", "ep=4,etp=1"),
+        (
+            "tp=2,dp=2,pp=2,ep=8,etp=1",
+            MOE,
+            r"ep=8 does not divide the 4 ranks \(tp=2 × 2 replicas\)",
+            "ep=4,etp=1",
+        ),
+        ("ep=3", MOE, "ep=3 ranks cannot have equally many of 8 experts", "leave out ep=3"),
+        ("ep=16", MOE, "ep=16 ranks cannot have equally many of 8 experts", "ep=8"),
+        ("tp=4,dp=2,ep=4", MOE, "ep=4 does not divide the 2 replicas that", '"...,ep=4,etp=1", or ep=2'),
+        ("dp=4,pp=2,ep=8", MOE, "ep=8 does not divide the 4 replicas that", "ep=4"),
         ("tp=2,dp=2,pp=2,outer,etp=1", MOE, "replicas are no neighbours", "leave out outer"),
     ],
 )

@@ -23,7 +23,7 @@ from typing import Final, Literal, NamedTuple
 from shardstage.graph import ModelGraph, Op, Ref, Value
 from shardstage.graph.flops import backward_flops, forward_flops
 
-__all__ = ["SPLIT_TARGETS", "Kernel", "KernelReader", "is_attention", "is_expert"]
+__all__ = ["SPLIT_TARGETS", "Kernel", "KernelReader", "is_attention", "is_expert", "num_experts"]
 
 SPLIT_TARGETS: Final = frozenset(
     {"aten.linear.default", "aten.matmul.default", "aten.mm.default", "aten.addmm.default"}
@@ -307,6 +307,11 @@ def is_attention(op: Op) -> bool:
 def is_expert(op: Op) -> bool:
     """Whether the op is a product of tokens with an expert's matrix each: rows sorted by expert, [E, k, n]."""
     return "grouped_mm" in op.target
+
+
+def num_experts(graph: ModelGraph) -> int:
+    """The number of experts of the layers that have some; 0 without any."""
+    return next((graph.values[op.inputs[1]].shape[0] for op in graph.ops if is_expert(op)), 0)
 
 
 def _family(op: Op) -> str:

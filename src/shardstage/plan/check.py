@@ -9,7 +9,6 @@ from typing import Final
 
 from shardstage.cluster import Cluster, more_devices
 from shardstage.cost import fold
-from shardstage.cost.kernels import is_expert
 from shardstage.cost.memory import MOMENTS
 from shardstage.cost.offload import has_host_room
 from shardstage.errors import PlanError
@@ -18,6 +17,7 @@ from shardstage.graph.blocks import within
 from shardstage.graph.recompute import num_counted
 from shardstage.graph.saved import recomputed_ops
 from shardstage.layout import AXES, Shard, balanced_sizes
+from shardstage.plan.experts import require_dealt
 from shardstage.plan.modules import require_modules
 from shardstage.plan.plan import Plan
 from shardstage.plan.schedule import schedule_of
@@ -244,14 +244,17 @@ def _check_gradients(plan: Plan) -> None:
 
 
 def _check_experts(plan: Plan, graph: ModelGraph, cluster: Cluster | None) -> None:
-    """Experts that tensor-parallel ranks leave whole, and deal out among neighbours."""
+    """Experts that replicas deal out among them, or that tensor-parallel ranks leave whole, and deal out among neighbours."""
     mesh = plan.mesh
-    if plan.ep > 1 and not any(map(is_expert, graph.ops)):
-        raise PlanError(
-            f"ep={plan.ep} deals experts out to ranks, and this model has no layer of experts whose tokens can be dealt out",
-            hint=f"leave out ep={plan.ep}",
-        )
+    require_dealt(plan.ep, graph)
     if plan.etp is None:
+        if mesh.num_replicas % plan.ep:
+            may_be_whole = mesh.tp > 1 and mesh.tp * mesh.num_replicas % plan.ep == 0
+            alone = f"ep={gcd(plan.ep, mesh.num_replicas)}"
+            raise PlanError(
+                f"ep={plan.ep} does not divide the {mesh.num_replicas} replicas that experts are dealt out to",
+                hint=f'--plan "...,ep={plan.ep},etp=1", or {alone}' if may_be_whole else alone,
+            )
         return
     if mesh.tp == 1:
         raise PlanError(

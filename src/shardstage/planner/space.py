@@ -21,12 +21,13 @@ from typing import Any, Final, Literal, NamedTuple
 import numpy as np
 
 from shardstage.cluster import Cluster
-from shardstage.cost.kernels import is_attention, is_expert
+from shardstage.cost.kernels import is_attention, num_experts
 from shardstage.errors import PlanError
 from shardstage.graph import ModelGraph
 from shardstage.layout import AXES, Mesh
 from shardstage.layout.mesh import Axis
 from shardstage.plan import Request
+from shardstage.plan.experts import require_dealt
 from shardstage.plan.plan import GradientDtype, Offload, Precision, ScheduleName
 
 __all__ = [
@@ -277,16 +278,13 @@ def declared_space(
     request = fix or Request()
     node = cluster.devices_per(cluster.levels[0])
     may_cut = sequence is not None and graph.is_sequence_scalable and not is_runnable
-    may_cut, num_experts = may_cut and _has_only_fused_attention(graph), _num_experts(graph)
+    may_cut, number = may_cut and _has_only_fused_attention(graph), num_experts(graph)
 
     def taken(name: str, offered: Iterable[Any]) -> tuple[Any, ...]:
         return (getattr(request, name),) if name in fixed else tuple(offered)
 
-    if "ep" in fixed and request.ep > 1 and not num_experts:
-        raise PlanError(
-            f"ep={request.ep} deals experts out to ranks, and this model has no layer of experts whose tokens can be dealt out",
-            hint=f"leave out ep={request.ep}",
-        )
+    if "ep" in fixed:
+        require_dealt(request.ep, graph)
     tps = taken("tp", _tps(num_ranks, node))
     whole_experts: tuple[bool, ...] = (False,)
     if may_have_whole_experts and not is_runnable:
@@ -299,7 +297,7 @@ def declared_space(
         tps=tps,
         pps=taken("pp", range(1, min(num_units, num_ranks) + 1)),
         cps=taken("cp", _cps(sequence or 1) if may_cut else (1,)),
-        eps=taken("ep", _divisors(num_experts) if num_experts and not is_runnable else (1,)),
+        eps=taken("ep", _divisors(number) if number and not is_runnable else (1,)),
         sequence_parallel=taken("is_sequence_parallel", (False, True)),
         microbatches=taken("microbatch", _microbatches(graph, global_batch, sequence)),
         zeros=taken("zero", (0, 1, 2, 3)),
@@ -329,11 +327,6 @@ def ladder(
     if "offload" in fixed:
         offloads = (fix.offload,)
     return tuple(Savers(dtype, offload) for offload in offloads for dtype in dtypes)
-
-
-def _num_experts(graph: ModelGraph) -> int:
-    """The number of experts of the layers that have some; 0 without any."""
-    return next((graph.values[op.inputs[1]].shape[0] for op in graph.ops if is_expert(op)), 0)
 
 
 def _has_only_fused_attention(graph: ModelGraph) -> bool:
