@@ -57,11 +57,12 @@ MOST_UNFIT_SHOWN: Final = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """``front`` is by falling memory; ``dollars`` is the price of a step where the devices have one.
+    """``runners_up`` are of other meshes, ``front`` is by falling memory; ``dollars`` is the price of a step where the devices have one.
 
     ``modules`` is what naming modules for selective recomputation would bring, where it brings something.
     """
 
+    runners_up: tuple[tuple[str, Prediction], ...] = ()
     alternatives: tuple[Alternative, ...] = ()
     front: tuple[Point, ...] = ()
     modules: NamedModules | None = None
@@ -82,7 +83,13 @@ def choose(
 ) -> tuple[Chosen, Comparison]:
     """The plan by the objective, and what it is compared with; what was read of the model for that is kept."""
     graph, readings = known.graph, known.readings
-    from shardstage.planner import alternatives, best_in_whole_blocks, front, named_modules
+    from shardstage.planner import (
+        alternatives,
+        best_in_whole_blocks,
+        best_of_other_meshes,
+        front,
+        named_modules,
+    )
 
     if objective == "cost" and question.is_open:
         chosen = _cheapest(question, known, machine)
@@ -109,6 +116,9 @@ def choose(
         chosen = Chosen(plan=best, prediction=found.prediction, found=found, searcher=searcher)
     assert chosen.found is not None and chosen.searcher is not None
     comparison = Comparison(
+        runners_up=tuple(
+            (each.text, each.prediction) for each in best_of_other_meshes(chosen.searcher, chosen.found)
+        ),
         alternatives=alternatives(chosen.searcher, chosen.found),
         front=front(chosen.searcher, chosen.found),
         modules=named_modules(chosen.searcher, chosen.found),
@@ -122,6 +132,10 @@ def _mixed_comparison(searcher: MixedSearcher, found: MixedResult, dollars: floa
     from shardstage.planner import mixed_alternatives, mixed_front, mixed_named_modules
 
     return Comparison(
+        runners_up=tuple(
+            (shorthand(each.plan, default_precision=each.plan.precision), each.prediction)
+            for each in found.runners_up
+        ),
         alternatives=mixed_alternatives(searcher, found),
         front=mixed_front(searcher, found),
         modules=mixed_named_modules(searcher, found),
@@ -237,7 +251,7 @@ def print_comparison(console: Console, chosen: Chosen, comparison: Comparison, m
     if found is None:
         return
     _print_proof(console, found.certificate)
-    runners = [(text, prediction, "") for text, prediction in _runners_up(chosen)[:MOST_SHOWN]]
+    runners = [(text, prediction, "") for text, prediction in comparison.runners_up[:MOST_SHOWN]]
     _print_table(console, "runners-up", "plan", runners, chosen.prediction)
     whys = [(a.change, a.prediction, a.reason) for a in _shown(comparison.alternatives)]
     _print_table(console, "why not", "change", whys, chosen.prediction)
@@ -371,7 +385,7 @@ def as_table(chosen: Chosen, comparison: Comparison, notes: Sequence[str]) -> di
         "dollars": comparison.dollars,
         "certificate": None if proof is None else proof.to_dict(),
         "classes": [] if chosen.mixed is None else [asdict(share) for share in chosen.mixed.shares],
-        "runners_up": [{"plan": text, **_numbers(found)} for text, found in _runners_up(chosen)],
+        "runners_up": [{"plan": text, **_numbers(found)} for text, found in comparison.runners_up],
         "why_not": [
             {"change": a.change, "reason": a.reason, **_numbers(a.prediction)}
             for a in comparison.alternatives
@@ -390,13 +404,6 @@ def as_table(chosen: Chosen, comparison: Comparison, notes: Sequence[str]) -> di
         ],
         "notes": list(notes),
     }
-
-
-def _runners_up(chosen: Chosen) -> Sequence[tuple[str, Prediction]]:
-    if chosen.mixed is not None:
-        others = chosen.mixed.runners_up
-        return [(shorthand(p.plan, default_precision=p.plan.precision), p.prediction) for p in others]
-    return () if chosen.found is None else [(c.text, c.prediction) for c in chosen.found.runners_up]
 
 
 def _numbers(prediction: Prediction | None) -> dict[str, float | int | None]:

@@ -28,7 +28,7 @@ from shardstage.planner.pricing import is_in_parts
 from shardstage.planner.search import Candidate, Searcher, SearchResult, usable_bytes
 from shardstage.planner.told import Alternative, Point
 from shardstage.planner.verify import Verification, verify_certificate
-from shardstage.planner.why import alternatives, front
+from shardstage.planner.why import alternatives, best_of_other_meshes, front
 
 if TYPE_CHECKING:
     from shardstage.planner.mixed import ClassShare, MixedResult, MixedSearcher, class_peaks, predict_mixed
@@ -54,6 +54,7 @@ __all__ = [
     "Verification",
     "alternatives",
     "best_in_whole_blocks",
+    "best_of_other_meshes",
     "cheapest_fit",
     "cheapest_mixed_fit",
     "class_peaks",

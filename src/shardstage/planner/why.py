@@ -1,4 +1,5 @@
-"""``alternatives``: what one other decision would cost, and why it was not taken; ``front``: what less memory costs.
+"""``alternatives``: what one other decision would cost, and why it was not taken; ``front``: what less memory costs;
+``best_of_other_meshes``: what comes after the best plan.
 
 An alternative is the best plan with one decision changed and its stages cut anew: twice or half the tensor-parallel ranks, another ZeRO
 level, another schedule. Where the change asks for a decision that the best plan has no use for (sp without tp, a schedule without pp), the
@@ -13,9 +14,10 @@ from dataclasses import replace
 from shardstage.cost import rank_memory, step_seconds
 from shardstage.cost.balance import balanced
 from shardstage.layout import AXES, Mesh
-from shardstage.plan import shorthand
+from shardstage.plan import Plan, shorthand
+from shardstage.planner.found import KEPT_RUNNERS_UP
 from shardstage.planner.pricing import Priced
-from shardstage.planner.search import Searcher, SearchResult, pareto, usable_bytes
+from shardstage.planner.search import Candidate, Searcher, SearchResult, pareto, usable_bytes
 from shardstage.planner.space import Choice, Group, Schedule, Space
 from shardstage.planner.told import (
     Alternative,
@@ -30,7 +32,7 @@ from shardstage.planner.told import (
     zero_text,
 )
 
-__all__ = ["alternatives", "front"]
+__all__ = ["alternatives", "best_of_other_meshes", "front"]
 
 
 def alternatives(searcher: Searcher, found: SearchResult) -> tuple[Alternative, ...]:
@@ -53,11 +55,34 @@ def alternatives(searcher: Searcher, found: SearchResult) -> tuple[Alternative, 
 
 def front(searcher: Searcher, found: SearchResult) -> tuple[Point, ...]:
     """What less memory costs: of all plans that the search and ``alternatives`` priced, those that nothing faster undercuts."""
-    priced = [*found.front]
+    priced = pareto([*found.front, *_of_one_change(searcher, found)])
+    return tuple(_point(searcher, each) for each in priced)
+
+
+def best_of_other_meshes(searcher: Searcher, found: SearchResult) -> tuple[Candidate, ...]:
+    """``found.runners_up``, and what ``alternatives`` priced of their meshes and of others where that is faster; fastest first."""
+    fastest = {_mesh(each.plan): each for each in found.runners_up}
+    for priced in _of_one_change(searcher, found):
+        plan = searcher.as_plan(priced)
+        known = fastest.get(_mesh(plan))
+        if known is None or priced.seconds < known.prediction.step_time_s:
+            text = shorthand(plan, default_precision=searcher.precision)
+            fastest[_mesh(plan)] = Candidate(text=text, prediction=priced.prediction, plan=plan)
+    fastest.pop(_mesh(found.best), None)
+    others = sorted(fastest.values(), key=lambda each: each.prediction.step_time_s)
+    return tuple(others[:KEPT_RUNNERS_UP])
+
+
+def _mesh(plan: Plan) -> tuple[int, ...]:
+    """What makes two plans alike to a reader, as ``found.mesh_key``."""
+    return plan.mesh.tp, plan.mesh.pp, plan.mesh.cp, plan.ep
+
+
+def _of_one_change(searcher: Searcher, found: SearchResult) -> Iterator[Priced]:
+    """The best plan with one decision changed, where that fits."""
     searcher.use(found.savers)
     for _, variants in _changed(searcher, found.priced):
-        priced += _priced(searcher, variants, found.limit_bytes)
-    return tuple(_point(searcher, each) for each in pareto(priced))
+        yield from _priced(searcher, variants, found.limit_bytes)
 
 
 def _point(searcher: Searcher, priced: Priced) -> Point:
