@@ -52,7 +52,7 @@ def test_a_schedule_says_how_many_stages_there_are_and_where(
 
 
 def test_stages_that_a_schedule_does_not_take_are_refused(graph: ModelGraph) -> None:
-    plan = plan_of(graph, "pp=3,mb=1,v=2")
+    plan = plan_of(graph, "pp=3,mb=1,v=2,schedule=1f1b")
     with pytest.raises(PlanError, match="schedule 1f1b: 1f1b runs exactly one stage on each rank") as error:
         check(plan, graph)
     assert error.value.hint == '--plan "pp=3,schedule=1f1b,v=1"'

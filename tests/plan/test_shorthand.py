@@ -10,6 +10,7 @@ from shardstage.errors import PlanError
 from shardstage.graph.recompute import PartialRecompute
 from shardstage.layout import Mesh
 from shardstage.plan import Plan, Request, StageRange, format_request, parse_request, shorthand
+from shardstage.plan.shorthand import named_decisions
 
 COUNT = st.integers(1, 4096)
 RECOMPUTE = st.sampled_from(["none", "selective", "full"]) | st.builds(
@@ -135,3 +136,10 @@ def test_a_plan_is_written_as_one_would_type_it() -> None:
     assert shorthand(plan, default_precision="bfloat16").endswith("v=2")
     read = parse_request(shorthand(plan))
     assert (read.dp, read.stages_per_rank, read.precision) == (2, 2, "bfloat16")
+
+
+def test_several_stages_a_rank_are_interleaved_where_no_schedule_is_named() -> None:
+    assert parse_request("pp=2,v=3").schedule == "interleaved-1f1b"
+    assert parse_request("pp=2,v=3,schedule=looped-bfs").schedule == "looped-bfs"
+    assert parse_request("pp=2,v=1").schedule == parse_request("pp=2").schedule == "1f1b"
+    assert named_decisions("pp=2,v=3") == {"pp", "stages_per_rank"}

@@ -54,7 +54,8 @@ class Request:
 def parse_request(text: str) -> Request:
     """The request that a shorthand such as ``"dp=2,tp=2,sp,zero=1,mb=4,shares=5/3"`` writes.
 
-    A flag may stand alone: ``sp`` is ``sp=1``. Raises ``PlanError`` with the offending part, and the nearest key for an unknown one.
+    A flag may stand alone: ``sp`` is ``sp=1``. Several stages a rank (``v=2``) run as ``interleaved-1f1b`` where nothing else is said.
+    Raises ``PlanError`` with the offending part, and the nearest key for an unknown one.
     """
     found: dict[str, Any] = {}
     for part in filter(None, (part.strip() for part in text.split(","))):
@@ -65,6 +66,8 @@ def parse_request(text: str) -> Request:
         if name in found:
             raise PlanError(f"plan {text!r} says {key} twice", hint=f"keep one of them: {part}")
         found[name] = read(key, value if has_value else None)
+    if found.get("stages_per_rank", 1) > 1 and "schedule" not in found:
+        found["schedule"] = "interleaved-1f1b"
     return Request(**found)
 
 
