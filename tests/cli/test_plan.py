@@ -300,6 +300,21 @@ def test_a_runnable_plan_has_no_note_that_it_does_not_run() -> None:
     assert table("--batch", "7")["step_time_s"] <= runs["step_time_s"]
 
 
+def test_what_runs_says_where_ranks_beyond_whole_nodes_only_hinder(tmp_path: Path) -> None:
+    """On 17 GPUs what runs was five times slower than on 16 of them, and nothing said so."""
+    save(round_machine(8, node=4, latency_s=1e-3), tmp_path / "machine.toml")
+    asked = ("--cluster", str(tmp_path / "machine.toml"), "--batch", "8", "--seq", "64")
+
+    def notes(*more: str) -> list[str]:
+        found = table(*asked, *more)["notes"]
+        return [note for note in found if "leaves no rank idle" in note]
+
+    (note,) = notes("--fix", "runnable,dtype=fp32", "--ranks", "7")
+    assert note.endswith("less time: --ranks 4") and "4 of these 7" in note
+    assert not notes("--fix", "runnable,dtype=fp32", "--ranks", "4")
+    assert not notes("--fix", "dtype=fp32", "--ranks", "7")
+
+
 def test_a_device_with_a_price_gives_a_step_its_price() -> None:
     arguments = ("--cluster", "a100-80:4", "--seq", "64", "--fix", "dtype=fp32")
     found = json.loads(ran(*arguments, "--json").stdout)

@@ -19,12 +19,11 @@ def refusal(fix: str, **changes: Any) -> str:
     with pytest.raises(PlanError) as caught:
         Searcher(
             GRAPH,
-            round_machine(8, latency_s=1e-5),
-            num_ranks=8,
+            round_machine(16, latency_s=1e-5),
             sequence=64,
             fix=parse_request(fix),
             fixed=named_decisions(fix),
-            **{"global_batch": 16, "is_runnable": False, **changes},
+            **{"num_ranks": 8, "global_batch": 16, "is_runnable": False, **changes},
         ).best(2**40)
     return str(caught.value)
 
@@ -52,3 +51,9 @@ def test_more_ranks_than_samples_are_said() -> None:
 
 def test_what_runs_uses_all_ranks() -> None:
     assert "tp=7 needs a multiple of 7 ranks, and there are 8" in refusal("tp=7", is_runnable=True)
+
+
+def test_a_decision_that_changes_nothing_is_not_blamed_for_ranks_that_stay_idle() -> None:
+    """Of five samples on eleven ranks it was said to leave the dtype out, which did not help."""
+    said = refusal("dtype=fp32", is_runnable=True, num_ranks=11, global_batch=5)
+    assert "5 samples on 11 ranks leaves none of them idle" in said and "leave runnable out of --fix" in said

@@ -243,7 +243,7 @@ def _given(question: Question, graph: ModelGraph, machine: Cluster) -> Chosen:
 
 
 def headline(model: str, graph: ModelGraph, machine: Cluster, num_ranks: int) -> str:
-    devices = f"{num_ranks} × {machine.device.name}"
+    devices = f"{num_ranks:,} × {machine.device.name}"
     if machine.is_mixed:
-        devices = " + ".join(f"{part.num_devices} × {part.device.name}" for part in machine.parts)
+        devices = " + ".join(f"{part.num_devices:,} × {part.device.name}" for part in machine.parts)
     return f"[bold]{model}[/]  {format_count(graph.num_parameters)} parameters, on {devices}"

@@ -7,7 +7,7 @@ import json
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Final
@@ -18,7 +18,16 @@ from rich.markup import escape
 from rich.table import Table
 
 from shardstage.cli import options
-from shardstage.cli.choosing import Chosen, Question, asked_samples, headline, known_model, precision_of
+from shardstage.cli.choosing import (
+    Chosen,
+    KnownModel,
+    Question,
+    asked_samples,
+    choose_plan,
+    headline,
+    known_model,
+    precision_of,
+)
 from shardstage.cli.comparison import (
     Comparison,
     Objective,
@@ -192,6 +201,7 @@ def _answer(
     run_notes = (
         *_run_notes(chosen, question, machine, objective),
         *_parts_note(chosen, question, known.graph, machine, objective),
+        *_fewer_note(chosen, question, known, machine),
     )
     return _Answer(
         model=model,
@@ -276,6 +286,24 @@ def _run_notes(chosen: Chosen, question: Question, machine: Cluster, objective: 
     yield from _memory_notes(chosen.prediction.peak_bytes, question, machine)
 
 
+def _fewer_note(chosen: Chosen, question: Question, known: KnownModel, machine: Cluster) -> Iterator[str]:
+    """What this release runs leaves no rank idle, also where those beyond whole nodes, or beyond a power of two, only hinder."""
+    ranks = question.num_ranks
+    if not (question.is_open and question.fixed.is_runnable) or machine.is_mixed:
+        return
+    node = machine.devices_per(machine.levels[0])
+    fewer = ranks - ranks % node if ranks > node else 1 << ranks.bit_length() - 1
+    if fewer == ranks:
+        return
+    try:
+        other = choose_plan(replace(question, num_ranks=fewer), known.graph, machine, known.readings)
+    except PlanError:
+        return
+    gain = 1 - other.prediction.step_time_s / chosen.prediction.step_time_s
+    if gain >= WORTH_TELLING:
+        yield f"what this release runs leaves no rank idle: {fewer} of these {ranks} take {format_ratio(gain)} less time: --ranks {fewer}"
+
+
 def _memory_notes(needed: int, question: Question, machine: Cluster) -> Iterator[str]:
     """Of plans that were given: a search keeps within both."""
     there, allowed = machine.device.memory_bytes, question.memory_bytes
@@ -339,7 +367,7 @@ def _chosen_rows(plan: Plan, prediction: Prediction) -> Iterator[tuple[str, str]
     each = min(plan.microbatch, max(plan.shares))
     yield (
         "batch",
-        f"{plan.global_batch} {samples} in {plan.num_microbatches} microbatch{several} of {each} a data-parallel rank",
+        f"{plan.global_batch:,} {samples} in {plan.num_microbatches} microbatch{several} of {each} a data-parallel rank",
     )
     yield "step time", f"{format_s(expected)}   low {format_s(low)}, high {format_s(high)}"
     rate = f"{prediction.samples_per_s if plan.sequence is None else prediction.tokens_per_s:,.0f}"

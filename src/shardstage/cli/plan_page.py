@@ -40,9 +40,9 @@ def comparison_page(model: str, machine: Cluster, chosen: Chosen, comparison: Co
     if found is not None:
         certificate = found.certificate
         proof = f"Best of {certificate.enumerated:,} plans, gap {format_ratio(certificate.gap)}."
-    devices = f"{chosen.plan.mesh.world_size} × {machine.device.name}"
+    devices = f"{chosen.plan.mesh.world_size:,} × {machine.device.name}"
     if chosen.mixed is not None:
-        devices = " + ".join(f"{share.num_used} × {share.name}" for share in chosen.mixed.shares)
+        devices = " + ".join(f"{share.num_used:,} × {share.name}" for share in chosen.mixed.shares)
     why_not = f"<h2>Why not</h2><table><tr><th>change<th>step time<th>memory<th>reason</tr>{rows}</table>"
     return (
         f"<!doctype html><html lang=en><meta charset=utf-8><title>Shardstage: {escape(model)}</title>"

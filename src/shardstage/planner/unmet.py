@@ -20,6 +20,11 @@ def unmet(
 ) -> PlanError:
     """The refusal for ``who``, a batch on so many ranks. ``opening`` are decisions of which each, left out alone, leaves a choice,
     None where nobody tried."""
+    if opening == () and len(fixed) == 1 and space.uses_all_ranks:
+        return PlanError(
+            f"no plan for {who} leaves none of them idle, and this release runs no other",
+            hint=f"leave runnable out of --fix, or --batch {space.num_ranks}",
+        )
     names = [decision_named(name) for name in sorted(fixed)]
     left_out = " or ".join(map(decision_named, opening or (fixed if len(fixed) == 1 else ())))
     if not left_out:
