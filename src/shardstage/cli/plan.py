@@ -202,6 +202,7 @@ def _answer(
         *_run_notes(chosen, question, machine, objective),
         *_parts_note(chosen, question, known.graph, machine, objective),
         *_fewer_note(chosen, question, known, machine),
+        *_compile_note(chosen, question, known.graph, machine),
     )
     return _Answer(
         model=model,
@@ -273,6 +274,7 @@ def _run_notes(chosen: Chosen, question: Question, machine: Cluster, objective: 
     idle = question.num_ranks - chosen.plan.mesh.world_size
     if idle and chosen.mixed is None:  # whose idle devices are named with the shares
         why = "a step would cost more" if objective == "cost" else "the step would be no faster"
+        why += f", keeping to --fix {question.fixed.decisions}" if question.fixed.decisions else ""
         whose = (
             ""
             if chosen.alone is None
@@ -302,6 +304,19 @@ def _fewer_note(chosen: Chosen, question: Question, known: KnownModel, machine: 
     gain = 1 - other.prediction.step_time_s / chosen.prediction.step_time_s
     if gain >= WORTH_TELLING:
         yield f"what this release runs leaves no rank idle: {fewer} of these {ranks} take {format_ratio(gain)} less time: --ranks {fewer}"
+
+
+def _compile_note(chosen: Chosen, question: Question, graph: ModelGraph, machine: Cluster) -> Iterator[str]:
+    """A search leaves to the user whether blocks are compiled, which may bring more than all that it chooses."""
+    if not question.is_open or "is_compiled" in question.fixed.names:
+        return
+    from shardstage.planner import predict
+
+    used = chosen.mixed.cluster if chosen.mixed else machine
+    plain_s = predict(graph, chosen.plan, used).step_time_s
+    gain = 1 - predict(graph, replace(chosen.plan, is_compiled=True), used).step_time_s / plain_s
+    if gain >= WORTH_TELLING:
+        yield f"compiled by torch.compile, this plan takes {format_ratio(gain)} less time: --fix compile searches with that"
 
 
 def _memory_notes(needed: int, question: Question, machine: Cluster) -> Iterator[str]:
