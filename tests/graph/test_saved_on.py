@@ -6,14 +6,19 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 from tests.graph.attention_models import attention_graph, kept_of_attention
 from tests.graph.norm_models import kept_bytes, norm_graph
 from tests.graph.small_graphs import call, graph, value
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
 
 from shardstage.graph import ModelGraph
 from shardstage.graph.recompute import Recompute
 from shardstage.graph.saved import peak_extra_bytes, saved_bytes
-from shardstage.graph.saved_on import is_fused, saved_on, takes_heads
+from shardstage.graph.saved_on import ATTENTION, attention_kernel, is_fused, saved_on
 from shardstage.graph.saved_trace import trace_saved
 
 
@@ -117,7 +122,7 @@ def test_values_of_fewer_features_are_attended_to_by_a_kernel(dtype: str) -> Non
     on_gpu, on_cpu = (
         saved_bytes(saved_on(found, kind), 0, len(found.ops), "none") for kind in ("cuda", "cpu")
     )
-    assert on_gpu == kept_of_attention(dtype, num_rows=128)
+    assert on_gpu == kept_of_attention(dtype, num_samples=2, sequence=64)
     scores = 2 * 2 * 2 * 64 * 64 * 4
     assert on_cpu > on_gpu + 0.9 * scores
 
@@ -198,21 +203,86 @@ def test_a_mask_of_numbers_is_kept_itself_one_of_truth_values_as_numbers() -> No
 @pytest.mark.parametrize(
     "asked",
     [
-        {"value_": 24},  # as on a CPU, by its own kernel
-        {"query": 20},  # no multiple of 8
+        {"value_": 24},  # by a kernel on both
+        {"key_heads": 1, "value_": 24, "enable_gqa": True},
+        {"query": 20},  # no multiple of 8: written out on both
         {"key_heads": 1, "enable_gqa": True},
         {"dtype": "float64"},
         {"mask": value("mask", (6, 6), kind="input", requires_grad=True, dtype="bfloat16")},
     ],
 )
-def test_attention_that_the_kernel_does_not_take_is_as_on_a_cpu(asked: dict[str, Any]) -> None:
+def test_attention_that_both_compute_alike_is_as_on_a_cpu(asked: dict[str, Any]) -> None:
     found = attention_of(**asked)
     assert saved_on(found, "cuda") is found
 
 
-def test_float32_asks_for_multiples_of_four() -> None:
-    shapes = (2, 2, 6, 20), (2, 2, 6, 20), (2, 2, 6, 12)
-    assert takes_heads(*shapes, "float32") and not takes_heads(*shapes, "bfloat16")
-    assert not takes_heads(
-        (2, 6, 20), (2, 6, 20), (2, 6, 12), "float32"
-    )  # without a dim of heads there is no kernel
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_grouped_queries_in_float32_are_written_out_on_a_gpu(dtype: str) -> None:
+    """Llama in float32 was planned on GPUs as if they had a kernel for it: 8.6 GB short for each layer of 8,192 tokens and 32 heads."""
+    found = saved_on(attention_graph(dtype, "grouped").at(microbatch=2, sequence=40), "cuda")
+    by_hand = kept_of_attention(dtype, num_samples=2, sequence=40, form="grouped")
+    assert saved_bytes(found, 0, len(found.ops), "none") == by_hand
+
+
+@pytest.mark.parametrize(
+    ("dtype", "mask", "key_heads"),
+    [
+        ("float32", False, 1),
+        ("float64", False, 2),
+        ("bfloat16", True, 1),  # Flash takes no mask, the efficient kernel no groups
+    ],
+)
+def test_what_is_written_out_keeps_what_torch_keeps(dtype: str, mask: bool, key_heads: int) -> None:
+    """Torch's own form of it, run on a CPU: bytes of the tensors that are neither given nor returned."""
+    number = getattr(torch, dtype)
+    q, k, v = (
+        torch.ones(2, heads, tokens, 24, dtype=number, requires_grad=True)
+        for heads, tokens in ((2, 6), (key_heads, 7), (key_heads, 7))
+    )
+    bias = torch.zeros(6, 7, dtype=number) if mask else None
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with sdpa_kernel(SDPBackend.MATH), saved_tensors_hooks(keep, lambda tensor: tensor):
+        scaled_dot_product_attention(q, k, v, bias, enable_gqa=key_heads == 1)
+    for given in (q, k, v):
+        kept.pop(given.data_ptr(), None)
+    values = [
+        value("q", tuple(q.shape), kind="input", requires_grad=True, dtype=dtype),
+        value("k", tuple(k.shape), kind="input", requires_grad=True, dtype=dtype),
+        value("v", tuple(v.shape), kind="input", requires_grad=True, dtype=dtype),
+        value("y", tuple(q.shape), requires_grad=True, dtype=dtype),
+        *([value("mask", (6, 7), kind="input", dtype=dtype)] if mask else []),
+    ]
+    op = call("y", ATTENTION, "q", "k", "v", *(["mask"] if mask else []))
+    op = replace(op, kwargs=(("enable_gqa", key_heads == 1),))
+    found = saved_on(trace_saved(graph([op], values, output="y")), "cuda")
+    own = [found.values[name] for name in found.ops[0].saved if found.values[name].kind == "saved"]
+    assert sum(each.num_bytes for each in own) == sum(kept.values())
+    assert "y" not in found.ops[0].saved
+
+
+@pytest.mark.parametrize(
+    ("features", "dtype", "has_mask", "kernel"),
+    [
+        ((24, 24), "bfloat16", False, "flash"),
+        ((24, 24), "bfloat16", True, "efficient"),
+        ((20, 20), "bfloat16", True, "written out"),
+        ((264, 264), "bfloat16", False, "efficient"),
+        ((24, 16), "bfloat16", False, "efficient"),
+        ((20, 12), "float32", False, "efficient"),
+        ((20, 12), "bfloat16", False, "written out"),
+        ((18, 18), "float32", False, "written out"),
+        ((24, 24), "float64", False, "written out"),
+    ],
+)
+def test_the_kernel_follows_features_dtype_and_mask(
+    features: tuple[int, int], dtype: str, has_mask: bool, kernel: str
+) -> None:
+    shapes = [(2, 2, 6, features[0])] * 2 + [(2, 2, 6, features[1])]
+    assert attention_kernel(*shapes, dtype, has_mask=has_mask) == kernel
+    without_heads = [shape[1:] for shape in shapes]
+    assert attention_kernel(*without_heads, dtype, has_mask=has_mask) == "written out"

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 from tests.cost.machines import round_machine
-from tests.graph.attention_models import attention_graph, attention_source, kept_of_attention
+from tests.graph.attention_models import Form, attention_graph, attention_source, kept_of_attention
 from tests.graph.norm_models import kept_bytes, norm_graph, norm_source
 
 from shardstage.cost import Profiler, fold
@@ -110,10 +110,11 @@ def test_a_norm_that_keeps_less_is_faster_on_a_gpu() -> None:
     assert gpu.forward_s < cpu.forward_s and gpu.backward_s < cpu.backward_s
 
 
+@pytest.mark.parametrize("form", ["latent", "grouped"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_attention_of_unlike_heads_is_held_without_its_scores(dtype: str) -> None:
-    """A dry run for a GPU, the planner and the simulator hold the same of values with fewer features."""
-    graph = attention_graph(DTYPES[dtype])
+def test_attention_is_held_as_its_kernel_on_a_gpu_keeps_it(dtype: str, form: Form) -> None:
+    """Planner and simulator say the same bytes, and a dry run for a GPU holds them."""
+    graph = attention_graph(DTYPES[dtype], form)
     plan = complete(
         parse_request(f"mb=4,dtype={dtype}"),
         graph,
@@ -123,13 +124,13 @@ def test_attention_of_unlike_heads_is_held_without_its_scores(dtype: str) -> Non
         precision=DTYPES[dtype],  # type: ignore[arg-type]  # a word of the table
     )
     machine = round_machine(1)
-    by_hand = kept_of_attention(DTYPES[dtype], num_rows=4 * 96)
+    by_hand = kept_of_attention(DTYPES[dtype], num_samples=4, sequence=96, form=form)
     assert predict(graph, plan, machine).ranks[0].activations == by_hand
     assert planned_prices(graph, plan, machine).costs[0].cost(0, tp=0, size=4).saved_bytes == by_hand
     run = dry_run(
         graph,
         plan,
-        attention_source(),
+        attention_source(form),
         rank=0,
         optimizer=OptimizerConfig(),
         program=lower(graph, plan),
@@ -140,9 +141,10 @@ def test_attention_of_unlike_heads_is_held_without_its_scores(dtype: str) -> Non
     assert held == pytest.approx(by_hand, rel=0.05)
 
 
+@pytest.mark.parametrize("form", ["latent", "grouped"])
 @pytest.mark.parametrize("text", ["mb=32,tp=2,sp", "mb=32,pp=2", "mb=32,dp=2,recompute=full"])
-def test_a_rehearsal_of_unlike_heads_holds_what_is_predicted(text: str) -> None:
-    graph = attention_graph("bfloat16")
+def test_a_rehearsal_of_such_attention_holds_what_is_predicted(text: str, form: Form) -> None:
+    graph = attention_graph("bfloat16", form)
     plan = complete(
         parse_request(f"{text},dtype=bf16"),
         graph,
@@ -151,7 +153,7 @@ def test_a_rehearsal_of_unlike_heads_holds_what_is_predicted(text: str) -> None:
         sequence=96,
         precision="bfloat16",
     )
-    found = rehearse(graph, plan, attention_source(), round_machine(2))
+    found = rehearse(graph, plan, attention_source(form), round_machine(2))
     assert found.differences == ()
     for rank in found.ranks:
         peak = found.timeline.peak(rank.rank)

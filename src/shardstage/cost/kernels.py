@@ -3,6 +3,8 @@
     op                          forward                     backward
     product                     one product                 one for each operand that requires a gradient (+ the bias's sum)
     fused attention             one                         one, 2.5 times the FLOPs
+    attention written out       two products, and what      four, and what goes over scores: where it drops probabilities, or the device has
+                                goes over scores            no kernel for it
     view                        nothing                     nothing; a slice's gradient is written into zeros of the whole, those of
                                                             a split are put together
     add, sub                    reads both, writes one      nothing, but a sum where an operand was broadcast
@@ -22,6 +24,8 @@ from typing import Final, Literal, NamedTuple
 
 from shardstage.graph import ModelGraph, Op, Ref, Value
 from shardstage.graph.flops import backward_flops, forward_flops
+from shardstage.graph.saved import kept_scores
+from shardstage.units import dtype_bytes
 
 __all__ = ["SPLIT_TARGETS", "Kernel", "KernelReader", "is_attention", "is_expert", "num_experts"]
 
@@ -118,6 +122,9 @@ class KernelReader:
     def _forward(self, op: Op) -> Iterator[Kernel]:
         if _is_view(self._graph, op):
             return
+        if self._is_written_out(op):
+            yield from self._written_out(op, is_backward=False)
+            return
         outputs = [name for name in op.outputs if name is not None]
         saved = [name for name in op.saved if self._graph.values[name].kind == "saved"]
         read = op.inputs[1:] if _family(op) in _LOOK_UPS else op.inputs
@@ -159,6 +166,9 @@ class KernelReader:
     def _product_backward(self, op: Op, outputs: list[str], inputs: list[str]) -> Iterator[Kernel]:
         values = self._graph.values
         forward = forward_flops(self._graph, op)
+        if self._is_written_out(op):
+            yield from self._written_out(op, is_backward=True)
+            return
         if is_attention(op):
             moved = self.moved((*outputs, *op.saved, *inputs))
             yield self._product(op, backward_flops(self._graph, op), moved, is_backward=True)
@@ -219,6 +229,39 @@ class KernelReader:
             "product", is_backward, *moved, dtype=dtype, m=m // b, n=n, k=k, num_products=count, scaled="m"
         )
 
+    def _is_written_out(self, op: Op) -> bool:
+        """Whether attention is several kernels here: with dropout, or where the device has none for it (``graph.saved_on``)."""
+        return is_attention(op) and (op.target == DROPPING_ATTENTION or bool(kept_scores(self._graph, op)))
+
+    def _written_out(self, op: Op, *, is_backward: bool) -> Iterator[Kernel]:
+        """Products [s, d] · [d, t] and [s, t] · [t, e] of each head, all positions, and what goes over scores [.., s, t] between them."""
+        values, drops = self._graph.values, op.target == DROPPING_ATTENTION
+        query, key, value = op.inputs[:3]
+        q, k, v = (values[name] for name in (query, key, value))
+        s, t, d, e = q.shape[-2], k.shape[-2], q.shape[-1], v.shape[-1]
+        wide = q.dtype if q.dtype == "float64" else "float32"
+        dtype = q.dtype if drops else wide
+        num_heads = q.numel // (s * d * self._graph.microbatch)
+        width, wide_width = dtype_bytes(dtype), dtype_bytes(wide)
+        is_masked = len(op.inputs) > 3 or dict(op.kwargs).get("is_causal") is True or True in op.args[5:6]
+        passes = _score_passes(width, wide_width, is_backward=is_backward, drops=drops, is_masked=is_masked)
+        result = next(name for name in op.outputs if name is not None)
+        scores, weighted = ((s, t, d), (query, key)), ((s, e, t), (value, result))
+        factors = [scores, weighted]
+        if is_backward:
+            factors = [
+                ((s, t, e), (value, result)),
+                ((t, e, s), (value, result)),
+                ((s, d, t), (query, key)),
+                scores,
+            ]
+        for (m, n, inner), names in factors:
+            fixed, sample = self.moved(names)
+            moved = (fixed, sample + num_heads * s * t * width)
+            product = Kernel("product", is_backward, *moved, dtype=dtype, m=m, n=n, k=inner)
+            yield product._replace(num_products=num_heads, scaled="count")
+        yield from (Kernel("moved", is_backward, 0.0, num_heads * s * t * each) for each in passes)
+
     def gradient_sums(self, names: Iterable[str | None]) -> Iterator[Kernel]:
         """A value that several ops read gets as many gradients, which are added pair by pair; another run sends one."""
         for name in names:
@@ -238,6 +281,22 @@ class KernelReader:
 
     def _moves(self, names: list[str]) -> Kernel:
         return Kernel("moved", True, *self.moved(names))
+
+
+def _score_passes(
+    width: int, wide: int, *, is_backward: bool, drops: bool, is_masked: bool
+) -> tuple[float, ...]:
+    """Bytes that each kernel between the products moves for a score of ``width`` bytes, whose softmax has ``wide`` bytes.
+
+    With dropout as ``operators.dropout.attention`` runs it: mask, softmax, its cast, numbers drawn and compared, and two to drop by; else
+    as torch's own form: mask and softmax. A mask itself is small: it has no heads.
+    """
+    casts = (width + wide,) if drops and wide != width else ()
+    masks = (2.0 * width,) if is_masked else ()
+    dropping = (2.0 * width + 1, 2.0 * width)
+    if is_backward:
+        return (*(dropping if drops else ()), *casts, 2.0 * wide + width, *(masks if drops else ()))
+    return (*masks, width + wide, *casts, *((4.0, 5.0, *dropping) if drops else ()))
 
 
 def _turned(product: Kernel, place: int) -> Kernel:
@@ -300,8 +359,11 @@ def _is_view(graph: ModelGraph, op: Op) -> bool:
 
 
 def is_attention(op: Op) -> bool:
-    """Whether one kernel computes all of attention."""
-    return _family(op) in ("aten.scaled_dot_product_attention", "shardstage.attention")
+    """Whether the op is all of attention: one kernel, or several where it is written out."""
+    return _family(op) in ("aten.scaled_dot_product_attention", DROPPING_ATTENTION)
+
+
+DROPPING_ATTENTION: Final = "shardstage.attention"
 
 
 def is_expert(op: Op) -> bool:

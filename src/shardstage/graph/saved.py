@@ -26,6 +26,7 @@ __all__ = [
     "SELECTIVE_TARGETS",
     "extra_values",
     "is_of_batch",
+    "kept_scores",
     "peak_extra_bytes",
     "recompute_flops",
     "recomputed_of",
@@ -237,15 +238,18 @@ def _kept_of(graph: ModelGraph, part: Part) -> Iterator[str]:
 
 def _kept_within(graph: ModelGraph, op: Op) -> Iterator[str]:
     """Results of products inside an op: fused attention returns its log-sum-exp, attention written out has scores [.., s, t]."""
-    own = [name for name in op.saved if graph.values[name].kind == "saved"]
-    if "attention" not in op.target:
-        return
+    if "attention" in op.target:
+        own = [name for name in op.saved if graph.values[name].kind == "saved"]
+        yield from kept_scores(graph, op)[:1] or own
+
+
+def kept_scores(graph: ModelGraph, op: Op) -> list[str]:
+    """What attention keeps of the size of its scores [.., s, t] within itself: only where it is written out."""
     query, key = (graph.values[name] for name in op.inputs[:2])
     rows, columns = query.shape[-2], key.shape[-2]
     num_scores = query.numel // query.shape[-1] * columns
-    sized = ((name, graph.values[name]) for name in own)
-    scores = [n for n, v in sized if v.numel >= num_scores and v.shape[-2:] == (rows, columns)]
-    yield from scores[:1] or own
+    own = ((name, graph.values[name]) for name in op.saved if graph.values[name].kind == "saved")
+    return [n for n, v in own if v.numel >= num_scores and v.shape[-2:] == (rows, columns)]
 
 
 def _is_selected(op: Op) -> bool:

@@ -11,33 +11,38 @@
     cross_entropy        log_softmax's result, the labels         the same
     embedding            indices                                  the same
     dropout              a mask in x's dtype                      a mask of bytes; ours (``shardstage.dropout``) keeps bytes on both
-    attention, flash     q, k, v, result, a float32 a row         the same, and 16 bytes of random state; heads padded to multiples of 8
-    attention, cuDNN     -                                        as flash
-    attention of unlike  what the written-out form keeps, scores  q, k, v, mask, result, a float32 a row (the efficient kernel, rows
-      heads              [.., s, t] in float32 among it           padded to multiples of 32), where it takes them (``takes_heads``)
+    attention            q, k, v, mask, result, a float32 a row;  flash or cuDNN: the same, and 16 bytes of random state; heads padded to
+                         written out where heads are unlike       multiples of 8. efficient: the same, rows padded to multiples of 32.
+                                                                  written out: q and k scaled, v, probabilities [.., s, t], all in
+                                                                  float32, of keys and values a copy for each query head
 
 Read from ``derivatives.yaml`` and ``native_functions.yaml`` of torch (``torchgen/packaged``), ``ATen/native/layer_norm.cpp`` and
 ``ATen/native/transformers/cuda/sdp_utils.cpp``: ``rms_norm`` calls ``_fused_rms_norm``, which has a kernel for CUDA and is composed of its
-parts on a CPU (on either for images in channels-last order, which a graph does not tell). A CPU has one kernel for attention, of queries,
-keys and values with equally many features; CUDA has another, for values with fewer, as DeepSeek's latent attention has them. Told apart
-here is only what differs by tensors of the input's size or more: ``rms_norm`` and such attention. The rest is a few bytes a row. oneDNN's
-LSTM workspace (``saved_trace``) stands for cuDNN's, too, whose size torch does not tell. In float32, CUDA writes attention with grouped
-queries out, which a CPU does not; it is taken as on a CPU.
+parts on a CPU (on either for images in channels-last order, which a graph does not tell). Which kernel attention takes depends on the
+device: ``attention_kernel``. Told apart here is only what differs by tensors of the input's size or more: ``rms_norm`` and attention
+that one of the two devices writes out. The rest is a few bytes a row. oneDNN's LSTM workspace (``saved_trace``) stands for cuDNN's,
+too, whose size torch does not tell.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Final
+from typing import Final, Literal
 
 from shardstage.graph.model_graph import ModelGraph, Op, Ref, Value
+from shardstage.graph.saved import kept_scores
 
-__all__ = ["ATTENTION", "is_fused", "saved_on", "takes_heads"]
+__all__ = ["ATTENTION", "attention_kernel", "is_fused", "saved_on"]
 
 ATTENTION: Final = "aten.scaled_dot_product_attention.default"
+AttentionKernel = Literal["flash", "efficient", "written out"]
+
 HEAD_ALIGNMENT: Final = {"float16": 8, "bfloat16": 8, "float32": 4}
 """Features of a head of which the efficient kernel wants multiples: 128 bits (``minimum_gemm_alignment``, compute capability 8 and up)."""
+
+MAX_FLASH_FEATURES: Final = 256
+"""Of a head (``check_head_dim_size_flash``)."""
 
 
 def saved_on(graph: ModelGraph, device_kind: str) -> ModelGraph:
@@ -66,13 +71,24 @@ def is_fused(x_dtype: str, weight_dtype: str) -> bool:
     return x_dtype == weight_dtype and not x_dtype.startswith("complex")
 
 
-def takes_heads(query: Sequence[int], key: Sequence[int], value: Sequence[int], dtype: str) -> bool:
-    """Whether CUDA's efficient kernel takes attention of these shapes [.., heads, tokens, features], with as many heads of each and
-    features of the value unlike those of the query and the key."""
+def attention_kernel(
+    query: Sequence[int], key: Sequence[int], value: Sequence[int], dtype: str, *, has_mask: bool
+) -> AttentionKernel:
+    """Which kernel CUDA takes for attention of these shapes [.., heads, tokens, features].
+
+    Flash takes 16 bits, grouped queries too, equally many features of all and no mask; the efficient kernel heads one by one, float32 and
+    values of other features, too, if features are aligned; what neither takes is written out (``sdp_utils.cpp``).
+    """
+    if len(query) != 4:
+        return "written out"
+    is_short = dtype in ("float16", "bfloat16")
+    if is_short and not has_mask and query[-1] == key[-1] == value[-1] <= MAX_FLASH_FEATURES:
+        return "flash"
     alignment = HEAD_ALIGNMENT.get(dtype)
     is_aligned = alignment is not None and query[-1] % alignment == 0 == value[-1] % alignment
     has_like_heads = len({tuple(each[:-2]) for each in (query, key, value)}) == 1
-    return len(query) == 4 and has_like_heads and query[-1] == key[-1] != value[-1] and is_aligned
+    is_taken = has_like_heads and query[-1] == key[-1] and is_aligned
+    return "efficient" if is_taken else "written out"
 
 
 def _kept(graph: ModelGraph, op: Op) -> tuple[Value, ...]:
@@ -101,20 +117,43 @@ def _statistics(graph: ModelGraph, op: Op) -> Value:
 
 
 def _kept_of_attention(graph: ModelGraph, op: Op) -> tuple[Value, ...]:
-    """Inputs and result, and the logarithm of each row's sum; a mask of truth values is kept as the numbers that are added to scores."""
+    """What CUDA keeps where only one of it and a CPU, whose kernel wants equally many features, writes attention out; else nothing."""
     names = ("query", "key", "value", "attn_mask", "dropout_p")
     named = dict(zip(names, op.args, strict=False)) | dict(op.kwargs)
     operands = {name: graph.values[given.name] for name, given in named.items() if isinstance(given, Ref)}
     query, key, value = (operands[name] for name in ("query", "key", "value"))
     bias = operands.get("attn_mask")
-    is_taken = takes_heads(query.shape, key.shape, value.shape, query.dtype) and not named.get("dropout_p")
-    if not is_taken or (bias is not None and bias.requires_grad):
+    if named.get("dropout_p") or (bias is not None and bias.requires_grad):
         return ()
+    kernel = attention_kernel(query.shape, key.shape, value.shape, query.dtype, has_mask=bias is not None)
+    if (kernel == "written out") == bool(kept_scores(graph, op)):
+        return ()
+    if kernel == "written out":
+        return _written_out(op, query, key, value)
     if bias is not None and bias.dtype == "bool":
         bias = replace(bias, name=f"{op.name}#bias", dtype=query.dtype, kind="saved", alias_of="")
     rows = Value(name=f"{op.name}#logsumexp", shape=query.shape[:-1], dtype="float32", kind="saved")
     result = next(graph.values[name] for name in op.outputs if name is not None)
     return (query, key, value, *([] if bias is None else [bias]), result, rows)
+
+
+def _written_out(op: Op, query: Value, key: Value, value: Value) -> tuple[Value, ...]:
+    """Queries and keys with their share of the scale, probabilities and values, for each query head."""
+    heads, tokens = query.shape[:-2], key.shape[-2]
+    wide = query.dtype if query.dtype == "float64" else "float32"
+    shapes = {
+        "query": query.shape,
+        "key": (*heads, *key.shape[-2:]),
+        "probabilities": (*heads, query.shape[-2], tokens),
+        "value": (*heads, *value.shape[-2:]),
+    }
+    made = {
+        name: Value(name=f"{op.name}#{name}", shape=shape, dtype=wide, kind="saved")
+        for name, shape in shapes.items()
+    }
+    if value.shape == made["value"].shape and value.dtype == wide:
+        made["value"] = value
+    return tuple(made.values())
 
 
 def _views_of_attention(
@@ -127,7 +166,7 @@ def _views_of_attention(
     for op in (op for op in ops if op.inputs):
         given = op.inputs[0]
         if op.target == ATTENTION and op.name in kept:
-            as_written.update(op.outputs)
+            as_written.update(name for name in op.outputs if name in op.saved)
         elif given in as_written and op.target == "aten.reshape.default":
             as_written.update(out for out in op.outputs if out and values[out].shape == values[given].shape)
         elif (

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from shardstage.graph.saved_on import ATTENTION, is_fused, takes_heads
+from shardstage.graph.saved_on import ATTENTION, attention_kernel, is_fused
 
 __all__ = ["cuda_kernels"]
 
@@ -24,8 +25,13 @@ def cuda_kernels() -> Mapping[str, Callable[..., Any]]:
 def _attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *rest: Any, **keywords: Any
 ) -> Tensor:
-    is_taken = takes_heads(query.shape, key.shape, value.shape, _name(query))
-    if not is_taken or (attn_mask is not None and attn_mask.requires_grad):
+    shapes = (query.shape, key.shape, value.shape)
+    kernel = attention_kernel(*shapes, _name(query), has_mask=attn_mask is not None)
+    learns = attn_mask is not None and attn_mask.requires_grad
+    if kernel == "written out" or learns:
+        with sdpa_kernel(SDPBackend.MATH):
+            return scaled_dot_product_attention(query, key, value, attn_mask, *rest, **keywords)
+    if query.shape[-1] == value.shape[-1]:  # a CPU's kernel keeps the same
         return scaled_dot_product_attention(query, key, value, attn_mask, *rest, **keywords)
     bias = attn_mask
     if attn_mask is not None and attn_mask.dtype == torch.bool:

@@ -56,7 +56,7 @@ def _of_attention(query: Value, key: Value) -> Kept:
     scores = (*query.shape[:-1], key.shape[-2])
     return (
         ("scaled_query", query.shape, ""),
-        ("probabilities", scores, ""),
+        ("probabilities", scores, "float64" if query.dtype == "float64" else "float32"),
         ("kept", scores, "bool"),
         ("dropped", scores, ""),
     )
