@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 from tests.cost.machines import round_machine
-from tests.cost.toy import toy_graph
+from tests.cost.toy import Experts, toy_graph
 
-from shardstage.cost import Profile, StepSetup, fold, profile, stage_memory
+from shardstage.cost import Links, Profile, Profiler, StepSetup, fold, profile, stage_memory
 from shardstage.cost.memory import stage_elements
 from shardstage.graph.recompute import PartialRecompute
 from shardstage.layout import Mesh
@@ -180,3 +180,21 @@ def test_the_total_is_the_sum_of_the_categories() -> None:
     assert [name for name, _ in use.categories()] == [
         "parameters", "gradients", "optimizer", "activations", "transient", "communication",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("ep", "num_holders"), [(1, 8), (2, 4), (8, 1)])
+def test_experts_that_one_rank_holds_have_no_part_of_their_own_to_be_reduced_into(
+    ep: int, num_holders: int
+) -> None:
+    """Under ZeRO-1 gradients are summed into a part beside the whole ones: where nobody else holds an expert, there is no sum."""
+    experts = Experts(number=8, hidden=32)
+    graph = toy_graph(num_layers=3, width=64, hidden=256, vocab=128, experts=experts)
+    machine, mesh = round_machine(8), Mesh(dp=8)
+    found = Profiler(fold(graph), machine, tp=1, sequence=16).at(2, Links(machine, mesh, ep=ep))
+    plan = setup(mesh=mesh, zero=1, ep=ep)
+    of_experts = sum(unit.expert_elements for unit in found.units)
+    elements = stage_elements(found, plan, 0)
+    reduced = -(-(elements - of_experts) // 8) + (-(-of_experts // num_holders) if num_holders > 1 else 0)
+    assert of_experts > 0
+    assert plan.reduced_elements(elements, of_experts) == reduced
+    assert stage_memory(found, plan, 0).gradients == 4 * (elements + reduced)

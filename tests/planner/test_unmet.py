@@ -53,7 +53,8 @@ def test_what_runs_uses_all_ranks() -> None:
     assert "tp=7 needs a multiple of 7 ranks, and there are 8" in refusal("tp=7", is_runnable=True)
 
 
-def test_a_decision_that_changes_nothing_is_not_blamed_for_ranks_that_stay_idle() -> None:
-    """Of five samples on eleven ranks it was said to leave the dtype out, which did not help."""
-    said = refusal("dtype=fp32", is_runnable=True, num_ranks=11, global_batch=5)
+@pytest.mark.parametrize("fix", ["dtype=fp32", ""])
+def test_a_decision_that_changes_nothing_is_not_blamed_for_ranks_that_stay_idle(fix: str) -> None:
+    """Of five samples on eleven ranks it was said to leave the dtype out, which did not help, or that no ranks could share them."""
+    said = refusal(fix, is_runnable=True, num_ranks=11, global_batch=5)
     assert "5 samples on 11 ranks leaves none of them idle" in said and "leave runnable out of --fix" in said

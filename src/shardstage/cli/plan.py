@@ -200,9 +200,8 @@ def _answer(
         )
     run_notes = (
         *_run_notes(chosen, question, machine, objective),
-        *_parts_note(chosen, question, known.graph, machine, objective),
+        *_notes_as_run(chosen, question, known.graph, machine, objective),
         *_fewer_note(chosen, question, known, machine),
-        *_compile_note(chosen, question, known.graph, machine),
     )
     return _Answer(
         model=model,
@@ -306,19 +305,6 @@ def _fewer_note(chosen: Chosen, question: Question, known: KnownModel, machine: 
         yield f"what this release runs leaves no rank idle: {fewer} of these {ranks} take {format_ratio(gain)} less time: --ranks {fewer}"
 
 
-def _compile_note(chosen: Chosen, question: Question, graph: ModelGraph, machine: Cluster) -> Iterator[str]:
-    """A search leaves to the user whether blocks are compiled, which may bring more than all that it chooses."""
-    if not question.is_open or "is_compiled" in question.fixed.names:
-        return
-    from shardstage.planner import predict
-
-    used = chosen.mixed.cluster if chosen.mixed else machine
-    plain_s = predict(graph, chosen.plan, used).step_time_s
-    gain = 1 - predict(graph, replace(chosen.plan, is_compiled=True), used).step_time_s / plain_s
-    if gain >= WORTH_TELLING:
-        yield f"compiled by torch.compile, this plan takes {format_ratio(gain)} less time: --fix compile searches with that"
-
-
 def _memory_notes(needed: int, question: Question, machine: Cluster) -> Iterator[str]:
     """Of plans that were given: a search keeps within both."""
     there, allowed = machine.device.memory_bytes, question.memory_bytes
@@ -330,23 +316,32 @@ def _memory_notes(needed: int, question: Question, machine: Cluster) -> Iterator
         yield f"the plan needs {format_bytes(needed)} a rank, more than the {format_bytes(allowed)} of --max-memory"
 
 
-def _parts_note(
+def _notes_as_run(
     chosen: Chosen, question: Question, graph: ModelGraph, machine: Cluster, objective: Objective
 ) -> Iterator[str]:
-    """What ``--plan`` will say of a plan that was searched in parts of blocks (``planner.pricing.fold_for``), where that differs.
-
-    The least memory is found by searches within ever less: that a plan's limit was lower says nothing then.
-    """
+    """What ``--plan`` will say of a plan that was searched in parts of blocks (``planner.pricing.fold_for``), and of it compiled."""
     searcher = chosen.searcher or chosen.mixed_searcher
     if searcher is None:
         return
     from shardstage.planner import is_in_parts, predict
 
-    if not is_in_parts(searcher.pricing.folded, graph):
-        return
-    used, said = chosen.mixed.cluster if chosen.mixed else machine, chosen.prediction
-    whole = predict(graph, chosen.plan, used)
-    limit, fit = question.limit_bytes(machine), ""
+    used, whole = chosen.mixed.cluster if chosen.mixed else machine, chosen.prediction
+    if is_in_parts(searcher.pricing.folded, graph):
+        whole = predict(graph, chosen.plan, used)
+        yield from _parts_note(chosen, whole, question.limit_bytes(machine), objective)
+    if "is_compiled" not in question.fixed.names and not chosen.plan.recompute_modules:
+        compiled = predict(graph, replace(chosen.plan, is_compiled=True), used)
+        gain = 1 - compiled.step_time_s / whole.step_time_s
+        if gain >= WORTH_TELLING:
+            yield f"compiled by torch.compile, this plan takes {format_ratio(gain)} less time: --fix compile searches with that"
+
+
+def _parts_note(chosen: Chosen, whole: Prediction, limit: int, objective: Objective) -> Iterator[str]:
+    """Where a plan takes or needs another amount in whole blocks.
+
+    The least memory is found by searches within ever less: that a plan's limit was lower says nothing then.
+    """
+    said, fit = chosen.prediction, ""
     if chosen.found is not None and whole.peak_bytes > limit:
         fit = f", more than the {format_bytes(limit)} it may"
     elif objective != "memory" and chosen.found is not None and chosen.found.limit_bytes < limit:

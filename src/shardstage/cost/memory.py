@@ -139,14 +139,16 @@ def stage_memory(
     recomputed, transient = max(((work.recomputed, work.transient) for work in works), key=sum)
     level, c, w = setup.sharding_level, setup.compute_bytes, setup.master_bytes
     g = setup.gradient_bytes if accounting.gradient_bytes is None else accounting.gradient_bytes
-    part = setup.part_elements(elements, sum(unit.expert_elements for unit in units))
+    experts = sum(unit.expert_elements for unit in units)
+    part = setup.part_elements(elements, experts)
     if level >= 2:
         whole = elements if level == 2 else min(elements, sum(by_size[:GATHERED_UNITS]) + shared)
         gradients = part * g + largest * (c + g)
     else:
         whole = elements
         has_part = level and accounting.copies_reduced_part
-        gradients = elements * g + (part * setup.gradient_bytes if has_part else 0)
+        reduced = setup.reduced_elements(elements, experts) if has_part else 0
+        gradients = elements * g + reduced * setup.gradient_bytes
     masters = part * w if level >= 2 or setup.has_own_masters else 0
     return MemoryUse(
         parameters=whole * c + (part * setup.gradient_bytes if level >= 2 and setup.has_own_masters else 0),

@@ -79,6 +79,12 @@ class StepSetup:
         shards = self.num_shards if self.sharding_level else 1
         return -(-(elements - expert_elements) // shards) + -(-expert_elements // self.expert_shards)
 
+    def reduced_elements(self, elements: int, expert_elements: int) -> int:
+        """Of those the ones that come out of a sum over ranks: experts that no other rank holds are summed with nobody's."""
+        return self.part_elements(elements, expert_elements) - (
+            expert_elements if self.expert_shards == 1 else 0
+        )
+
     @property
     def expert_shards(self) -> int:
         """How many ranks share what ZeRO cuts of experts: ``ep`` times fewer than would share it if all held all."""

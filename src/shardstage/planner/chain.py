@@ -330,7 +330,7 @@ def state_bytes_of(chain: Chain, setup: StepSetup) -> Callable[[int, int], float
     own, experts, bucket_bytes = chain.own, chain.experts, setup.bucket_bytes
     of_master = w if level >= 2 or setup.has_own_masters else 0
     of_owned = 0 if setup.is_offloaded else of_master + MOMENTS * w
-    of_owned += g if level else 0
+    of_owned += g if level >= 2 else 0
     of_owned += g if level >= 2 and setup.has_own_masters else 0
 
     shards = setup.num_shards if level else 1
@@ -341,9 +341,11 @@ def state_bytes_of(chain: Chain, setup: StepSetup) -> Callable[[int, int], float
 
     def replicated(start: int, stop: int) -> float:
         elements = own[stop] - own[start] + chain.shared_elements(start, stop)
-        part = owned(elements, experts[stop] - experts[start])
+        of_experts = experts[stop] - experts[start]
+        part = owned(elements, of_experts)
+        reduced = part - (of_experts if expert_shards == 1 else 0)  # ``StepSetup.reduced_elements``
         bucket = min(bucket_bytes, elements * c) // shards if level else 0
-        return elements * (c + g) + part * of_owned + bucket
+        return elements * (c + g) + part * of_owned + (reduced * g if level else 0) + bucket
 
     def sharded(start: int, stop: int) -> float:
         shared = chain.shared_elements(start, stop)

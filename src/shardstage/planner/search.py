@@ -392,7 +392,7 @@ class Searcher:
     def _nothing_declared(self) -> PlanError:
         """Names the decisions of which each, left out alone, leaves a choice."""
         num_ranks, batch = self.space.num_ranks, self.global_batch
-        if not self._fixed:
+        if not self._fixed and not self.space.uses_all_ranks:
             return PlanError(
                 f"a batch of {batch} samples cannot be shared by {num_ranks} ranks in any way",
                 hint=f"--batch {num_ranks}",

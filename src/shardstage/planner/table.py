@@ -86,7 +86,7 @@ class Table:
         after = self._after_s((replicated + shared) / p, self._plain_b * p + self._accumulation)
         update = self._update_s(part) + self._of_meshes(talk.norm_s)
         self.after = late + after + update + self._least_travel_s()
-        self.state_bytes = self._state_bytes(elements / p, part)
+        self.state_bytes = self._state_bytes(elements / p, terms.experts[self.group] / p)
 
     def at(self, rows: Any, names: Sequence[str] = ()) -> Table:
         """Of some of the rows, by their numbers, which is far quicker than by a mask; all figures, or only those of these names."""
@@ -246,12 +246,14 @@ class Table:
         exposed = np.where(level < 2, self._exposed_s(summed, backward), 0.0)
         return np.where(level == 1, gathered, 0.0) + np.where(self.p == 1, exposed, 0.0)
 
-    def _state_bytes(self, own: Any, part: Any) -> Any:
-        """Parameters, gradients and optimizer of a stage."""
+    def _state_bytes(self, own: Any, experts: Any) -> Any:
+        """Parameters, gradients and optimizer of a stage, of whose elements so many are of experts."""
         settings, level = self.settings, self._level
         c, g, w = settings.compute_bytes, settings.gradient_bytes, settings.master_bytes
+        part = self._part_elements(own, experts)
+        reduced = part - np.where(self._expert_shards == 1, experts, 0.0)
         whole = np.where(level == 3, 0.0, own)
-        gradients = np.where(level >= 2, part * g, own * g + np.where(level == 1, part * g, 0.0))
+        gradients = np.where(level >= 2, part * g, own * g + np.where(level == 1, reduced * g, 0.0))
         if settings.is_offloaded:
             return whole * c + gradients
         master = np.where((level >= 2) | (c != w), part * w, 0.0)
@@ -317,7 +319,7 @@ class Table:
     def least_of_layer(self) -> tuple[Any, Any]:
         """Seconds and bytes of state of a unit of the kinds that take longest in all."""
         own, experts = self.terms.most_own[self.group], self.terms.most_experts[self.group]
-        state = self._state_bytes(own, self._part_elements(own, experts))
+        state = self._state_bytes(own, experts)
         return self.terms.most_both[self.group] + self._summing_s(own), state
 
     def most_layer_bytes(self) -> Any:
@@ -374,7 +376,7 @@ class Table:
     def rank_state_bytes(self, own: Any, experts: Any, largest_unit: Any) -> Any:
         """Of a rank with so many elements, and under ZeRO-2/3 the gradients of its largest unit while they are reduced."""
         reduced = np.where(self._is_scattered, largest_unit * self.settings.gradient_bytes, 0.0)
-        return self._state_bytes(own, self._part_elements(own, experts)) + reduced
+        return self._state_bytes(own, experts) + reduced
 
     def held(self, name: str, v: Any, most: int) -> Any:
         """[row, stage]: microbatches that one of the ranks holds at once on each of its stages, 0 beyond the v-th: the first in rounds,

@@ -20,10 +20,10 @@ def unmet(
 ) -> PlanError:
     """The refusal for ``who``, a batch on so many ranks. ``opening`` are decisions of which each, left out alone, leaves a choice,
     None where nobody tried."""
-    if opening == () and len(fixed) == 1 and space.uses_all_ranks:
+    if opening == () and len(fixed) <= 1 and space.uses_all_ranks:
         return PlanError(
             f"no plan for {who} leaves none of them idle, and this release runs no other",
-            hint=f"leave runnable out of --fix, or --batch {space.num_ranks}",
+            hint=f"--batch {space.num_ranks}, or leave runnable out of --fix",
         )
     names = [decision_named(name) for name in sorted(fixed)]
     left_out = " or ".join(map(decision_named, opening or (fixed if len(fixed) == 1 else ())))

@@ -485,10 +485,10 @@ def _state_bytes(setup: StepSetup, level: Array, shards: Array) -> Array:
     has_own_masters = setup.is_offloaded | (stored != w)
     of_master = np.where(is_cut | has_own_masters, w, 0)
     of_owned = np.zeros_like(shards) if setup.is_offloaded else of_master + MOMENTS * w
-    of_owned = of_owned + np.where(level >= 1, g, 0) + np.where(is_cut & has_own_masters, g, 0)
+    is_reduced = is_cut | (level * shards > 1)
+    of_owned = of_owned + np.where(is_reduced, g, 0) + np.where(is_cut & has_own_masters, g, 0)
     whole = np.where(level >= 3, 0, np.where(level == 2, c, c + g))
-    found: Array = whole + of_owned / shards
-    return found
+    return np.asarray(whole + of_owned / shards)
 
 
 def _pipeline_s(schedule: Schedule, slowest: Array, costs: _Costs, p: Array, m: Array) -> Array:
