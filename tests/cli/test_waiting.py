@@ -59,3 +59,16 @@ def test_json_stands_alone_on_stdout_however_long_the_capture_takes(
     assert line.startswith(
         "still capturing llama-tiny: minutes where a model loops over its 16 tokens op by op"
     )
+
+
+def test_a_long_rehearsal_says_what_takes_so_long(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """One of an 8B on 512 ranks took minutes without a word where nobody looks at a status."""
+    monkeypatch.setattr(waiting, "PATIENCE_S", 0.01)
+    assert run("rehearse --plan dp=2,zero=3 --cluster h100:2 --seq 16".split()) == 0
+    shown = capfd.readouterr()
+    (line,) = [line for line in shown.err.splitlines() if "still rehearsing" in line]
+    assert line.startswith("still rehearsing dp=2,zero=3")
+    assert "op by op on tensors without data" in line
+    assert "still" not in shown.out

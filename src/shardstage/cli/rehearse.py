@@ -23,7 +23,7 @@ from shardstage.cli.choosing import (
     precision_of,
 )
 from shardstage.cli.outputs import require_endings, write_text
-from shardstage.cli.waiting import capturing
+from shardstage.cli.waiting import capturing, waiting
 from shardstage.cli.wrapping import say
 from shardstage.errors import ConfigError
 from shardstage.plan import Plan, check, load_plan, parse_request, shorthand
@@ -154,7 +154,8 @@ def _findings(
     console.print("\n".join(_planned(chosen)), soft_wrap=True)
     for note in notes:
         say(console, f"[yellow]note[/]  {escape(note)}")
-    with console.status("rehearsing") as status:
+    why = "the steps of distinct ranks run op by op on tensors without data: minutes for hundreds of layers or of ranks under ZeRO-3"
+    with waiting(console, f"rehearsing {shorthand(chosen)}", why) as status:
         found = try_out(
             graph,
             chosen,
