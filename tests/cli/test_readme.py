@@ -82,4 +82,4 @@ def test_the_python_example_places_operators(tmp_path: Path) -> None:
     first, *devices = ran(block("python", "place_model"), tmp_path).splitlines()
     assert re.fullmatch(r"any operator anywhere: \d\.\d% faster, at most \d\.\d% from the best", first)
     assert len(devices) == 2
-    assert "encoder" in devices[0]
+    assert any("encoder" in device for device in devices) and any("decoder" in device for device in devices)

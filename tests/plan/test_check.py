@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 from tests.cost.toy import toy_graph
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from shardstage.cluster import load
 from shardstage.errors import PlanError
+from shardstage.graph.capture import capture
 from shardstage.graph.file import fingerprint
 from shardstage.graph.recompute import PartialRecompute
 from shardstage.layout import Mesh
@@ -213,3 +215,35 @@ def test_an_offloaded_optimizer_must_fit_the_hosts_memory() -> None:
 def test_offloading_on_cpus_is_odd_and_said_so() -> None:
     notes = check(replace(PLAN, offload="optimizer"), GRAPH, num_ranks=4, cluster=load("cpu:4"))
     assert any("offload=optimizer saves nothing on CPUs" in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    ("sequence", "dropout", "is_noted"), [(512, 0.1, True), (256, 0.1, False), (512, 0.0, False)]
+)
+def test_attention_that_drops_probabilities_of_long_samples_is_said_to_be_written_out(
+    sequence: int, dropout: float, is_noted: bool
+) -> None:
+    config = GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=64, n_positions=512, attn_pdrop=dropout)
+    graph = capture(lambda: GPT2LMHeadModel(config), sequence=sequence)
+    plan = complete(parse_request("mb=1"), graph, num_ranks=1, global_batch=2, sequence=sequence)
+    notes = check(plan, graph)
+    assert is_noted == any("attention drops probabilities, and is written out" in note for note in notes)
+
+
+def test_sequences_are_shared_only_where_a_kernel_computes_attention_part_by_part() -> None:
+    config = GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=64, n_positions=64)
+    graphs = {
+        dropout: capture(lambda: GPT2LMHeadModel(config), sequence=64)
+        for dropout in (0.0, 0.1)
+        if config.update({"attn_pdrop": dropout}) is None
+    }
+    for dropout, graph in graphs.items():
+        plan = complete(parse_request("cp=2,mb=1"), graph, num_ranks=2, global_batch=2, sequence=64)
+        if dropout:
+            with pytest.raises(
+                PlanError, match="cp=2 shares sequences, and this model's attention is written out"
+            ) as caught:
+                check(plan, graph)
+            assert "attention dropout to 0" in (caught.value.hint or "")
+        else:
+            check(plan, graph)

@@ -102,8 +102,8 @@ def test_a_plan_that_does_not_fit_is_changed_with_its_modules_kept() -> None:
 
 def tight() -> Iterator[tuple[Searcher, float]]:
     yield searcher_of("mb=8,tp=2"), 0.9
-    yield searcher_of("mb=8,tp=2"), 0.6
-    yield searcher_of("mb=8,pp=2"), 0.7
+    yield searcher_of("mb=8,tp=2"), 0.8
+    yield searcher_of("mb=8,pp=2"), 0.8
 
 
 def test_modules_that_are_told_are_faster_fit_and_can_be_pasted() -> None:

@@ -20,11 +20,13 @@ from tests.planner.brute import (
     every_choice,
     searcher_of,
 )
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from shardstage.cluster import Cluster, load
 from shardstage.cost import rank_memory
 from shardstage.errors import PlanError
 from shardstage.graph import ModelGraph
+from shardstage.graph.capture import capture
 from shardstage.plan import check, complete, named_decisions, parse_request, shorthand
 from shardstage.planner import Searcher, SearchResult, predict, search
 from shardstage.program import lower
@@ -263,7 +265,7 @@ def test_more_ranks_than_devices_are_refused() -> None:
 
 def test_a_batch_that_no_mesh_can_share_is_refused_with_one_that_can() -> None:
     fixed = EVEN.at(microbatch=3, sequence=64)
-    with pytest.raises(PlanError, match="a batch of 2 samples cannot be shared by 4 ranks") as caught:
+    with pytest.raises(PlanError, match="a batch of 2 samples on 4 ranks leaves none of them idle") as caught:
         found(fixed, batch=2)
     assert caught.value.hint is not None and "--batch" in caught.value.hint
 
@@ -331,3 +333,12 @@ def test_searching_again_under_another_limit_is_as_searching_anew() -> None:
         plenty.prediction,
         plenty.certificate,
     )
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_sequences_are_shared_only_where_attention_is_one_kernel(dropout: float) -> None:
+    """What drops probabilities is written out over all tokens: no rank could do its part."""
+    config = GPT2Config(n_layer=2, n_embd=32, n_head=2, vocab_size=64, n_positions=2048, attn_pdrop=dropout)
+    graph = capture(lambda: GPT2LMHeadModel(config), sequence=2048)
+    searcher = Searcher(graph, load("h100:4"), num_ranks=4, global_batch=4, sequence=2048, is_runnable=False)
+    assert (max(searcher.space.cps) > 1) == (dropout == 0)

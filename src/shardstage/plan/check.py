@@ -16,15 +16,22 @@ from shardstage.graph import ModelGraph
 from shardstage.graph.blocks import within
 from shardstage.graph.recompute import num_counted
 from shardstage.graph.saved import recomputed_ops
+from shardstage.graph.saved_on import ATTENTION
 from shardstage.layout import AXES, Shard, balanced_sizes
 from shardstage.plan.experts import require_dealt
 from shardstage.plan.modules import require_modules
 from shardstage.plan.plan import Plan
 from shardstage.plan.schedule import schedule_of
+from shardstage.plan.sequences import require_shared
 from shardstage.sharding import shard
+from shardstage.sharding.rules import is_random
 from shardstage.units import dtype_bytes, format_bytes
 
 __all__ = ["check", "require_runnable"]
+
+LONG_ATTENTION: Final = 512
+"""Tokens of a sample from which on scores are what a layer keeps most of: 7 B each in 16 bits (probabilities, dropped ones, the mask) for
+34 B a feature of all else (Korthikanti et al. 2022), so that heads of 64 to 128 features are even at 311 to 622."""
 
 
 def check(
@@ -47,6 +54,7 @@ def check(
     _check_recompute(plan, graph)
     _check_batch(plan, graph)
     _check_gradients(plan)
+    require_shared(plan.mesh.cp, graph)
     _check_experts(plan, graph, cluster)
     _check_host(plan, graph, cluster)
     schedule_of(plan)
@@ -364,6 +372,16 @@ def _note_zero_pipeline(plan: Plan, _graph: ModelGraph, _cluster: Cluster | None
     return ""
 
 
+def _note_dropped_attention(plan: Plan, graph: ModelGraph, _cluster: Cluster | None) -> str:
+    is_long = (plan.sequence or 0) >= LONG_ATTENTION
+    if not is_long or not any(op.target == ATTENTION and is_random(op) for op in graph.ops):
+        return ""
+    return (
+        "attention drops probabilities, and is written out for that, with scores of all tokens to all: "
+        "without that dropout (attention_dropout or attn_pdrop 0 in its config) one kernel does it"
+    )
+
+
 def _note_sequence_parallel(plan: Plan, _graph: ModelGraph, _cluster: Cluster | None) -> str:
     return "sp changes nothing with tp=1" if plan.is_sequence_parallel and plan.mesh.tp == 1 else ""
 
@@ -418,6 +436,7 @@ _NOTES: Final[tuple[Callable[[Plan, ModelGraph, Cluster | None], str], ...]] = (
     _note_modules,
     _note_zero,
     _note_zero_pipeline,
+    _note_dropped_attention,
     _note_sequence_parallel,
     _note_shares_of_tp,
     _note_links,

@@ -21,7 +21,7 @@ from typing import Any, Final, Literal, NamedTuple
 import numpy as np
 
 from shardstage.cluster import Cluster
-from shardstage.cost.kernels import is_attention, num_experts
+from shardstage.cost.kernels import num_experts
 from shardstage.errors import PlanError
 from shardstage.graph import ModelGraph
 from shardstage.layout import AXES, Mesh
@@ -29,6 +29,7 @@ from shardstage.layout.mesh import Axis
 from shardstage.plan import Request
 from shardstage.plan.experts import require_dealt
 from shardstage.plan.plan import GradientDtype, Offload, Precision, ScheduleName
+from shardstage.plan.sequences import can_share_sequences, require_shared
 
 __all__ = [
     "Choice",
@@ -278,13 +279,15 @@ def declared_space(
     request = fix or Request()
     node = cluster.devices_per(cluster.levels[0])
     may_cut = sequence is not None and graph.is_sequence_scalable and not is_runnable
-    may_cut, number = may_cut and _has_only_fused_attention(graph), num_experts(graph)
+    may_cut, number = may_cut and can_share_sequences(graph), num_experts(graph)
 
     def taken(name: str, offered: Iterable[Any]) -> tuple[Any, ...]:
         return (getattr(request, name),) if name in fixed else tuple(offered)
 
     if "ep" in fixed:
         require_dealt(request.ep, graph)
+    if "cp" in fixed:
+        require_shared(request.cp, graph)
     tps = taken("tp", _tps(num_ranks, node))
     whole_experts: tuple[bool, ...] = (False,)
     if may_have_whole_experts and not is_runnable:
@@ -327,13 +330,6 @@ def ladder(
     if "offload" in fixed:
         offloads = (fix.offload,)
     return tuple(Savers(dtype, offload) for offload in offloads for dtype in dtypes)
-
-
-def _has_only_fused_attention(graph: ModelGraph) -> bool:
-    """Whether all attention runs as one kernel, which context parallelism can feed part by part."""
-    return any(is_attention(op) for op in graph.ops) and not any(
-        op.target.startswith(("aten.softmax", "aten._softmax")) and "mlp" not in op.module for op in graph.ops
-    )
 
 
 def _orders(request: Request, fixed: frozenset[str], *, is_runnable: bool) -> tuple[tuple[Axis, ...], ...]:
