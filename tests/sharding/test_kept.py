@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
+from shardstage.graph import Op, Ref, Value
 from shardstage.graph.capture import capture
 from shardstage.graph.source import ModelSource
 from shardstage.graph.tasks import causal_task
+from shardstage.operators import OperatorContext, RandomState, library
 from shardstage.sharding import localize, shard
+from shardstage.sharding.kept import kept_of
 
 HEADS, HEAD_DIM, VOCAB = 4, 8, 64
 
@@ -42,3 +47,34 @@ def test_products_of_heads_keep_a_rank_s_heads_only() -> None:
     )
     assert whole > 0
     assert part == whole // 2
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+def test_attention_with_dropout_keeps_what_the_operator_keeps(dtype: str) -> None:
+    """Probabilities beside scores in 16 bits are in float32: half of their bytes were counted."""
+    number = getattr(torch, dtype)
+    q, k, v = (torch.randn(2, HEADS, 5, HEAD_DIM, dtype=number, requires_grad=True) for _ in range(3))
+    context = OperatorContext(tp_group=None, tp_rank=0, tp_size=1, random=RandomState(positions=(0, 1)))
+    call = library(context)["shardstage.attention"]
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        call(q, k, v, None, 0.1, False, None, False, 0, HEADS, ((0, HEADS),))
+    given = sum(kept.pop(each.data_ptr(), 0) for each in (k, v))
+    values = {
+        name: Value(name=name, shape=tuple(q.shape), dtype=dtype, kind="input") for name in ("q", "k", "v")
+    }
+    op = Op(
+        name="y",
+        target="shardstage.attention",
+        args=(Ref("q"), Ref("k"), Ref("v"), None, 0.1, False, None, False, 0, HEADS, ((0, HEADS),)),
+        outputs=("y",),
+    )
+    found = kept_of(op, values)
+    assert found is not None
+    assert found[0] == ("k", "v") and given == 2 * k.untyped_storage().nbytes()
+    assert sum(each.num_bytes for each in found[1]) == sum(kept.values())
