@@ -131,7 +131,10 @@ def chunks_on_demand() -> Iterator[None]:
     takes a tenth of a millisecond, and there may be thousands of ranks (2.11, 2.13)."""
     from torch.distributed.fsdp._fully_shard import _fsdp_param
 
-    chunk = _fsdp_param._chunk_with_empty
+    chunk = getattr(_fsdp_param, "_chunk_with_empty", None)
+    if chunk is None:  # a later torch makes them otherwise, and perhaps as many as before
+        yield
+        return
     _fsdp_param._chunk_with_empty = _Chunks  # type: ignore[assignment]
     try:
         yield

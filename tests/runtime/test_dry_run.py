@@ -198,3 +198,11 @@ def test_chunks_on_demand_are_those_of_torch(dim: int) -> None:
             assert len(lazy) == len(eager) == number
             assert all(torch.equal(one, other) for one, other in zip(lazy, eager, strict=True))
             assert lazy[0].size() == eager[0].size()
+
+
+def test_a_torch_that_cuts_parameters_otherwise_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.distributed.fsdp._fully_shard import _fsdp_param
+
+    monkeypatch.delattr(_fsdp_param, "_chunk_with_empty")
+    with chunks_on_demand():
+        assert not hasattr(_fsdp_param, "_chunk_with_empty")
