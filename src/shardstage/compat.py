@@ -135,7 +135,7 @@ def chunks_on_demand() -> Iterator[None]:
     if chunk is None:  # a later torch makes them otherwise, and perhaps as many as before
         yield
         return
-    _fsdp_param._chunk_with_empty = _Chunks  # type: ignore[assignment]
+    _fsdp_param._chunk_with_empty = _Chunks  # type: ignore[assignment]  # made to be called as the function is
     try:
         yield
     finally:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 from tests.cost.machines import round_machine
-from tests.graph.attention_models import attention_graph
+from tests.graph.attention_models import KEY_HEADS, Form, attention_graph
 from tests.graph.small_graphs import call, graph, value
 
 from shardstage.cost import Profiler, fold
@@ -80,12 +80,13 @@ def test_its_products_are_the_flops_of_attention() -> None:
 
 def test_only_a_device_without_a_kernel_writes_it_out() -> None:
     """Values of fewer features have a kernel on a GPU, grouped queries in float32 on a CPU."""
-    for dtype, form, written_out in (
+    cases: tuple[tuple[str, Form, str], ...] = (
         ("bfloat16", "latent", "cpu"),
         ("float32", "grouped", "cuda"),
         ("bfloat16", "grouped", ""),
-    ):
-        captured = attention_graph(dtype, form).at(microbatch=2, sequence=64)  # type: ignore[arg-type]  # words of the table
+    )
+    for dtype, form, written_out in cases:
+        captured = attention_graph(dtype, form).at(microbatch=2, sequence=64)
         for kind in ("cpu", "cuda"):
             found = saved_on(captured, kind)
             op = next(op for op in found.ops if op.target == ATTENTION)
@@ -107,9 +108,9 @@ def test_without_gradients_nothing_runs_backward() -> None:
 
 def test_a_layer_without_a_kernel_for_its_attention_takes_longer() -> None:
     """Two layers in float32 on a GPU whose queries share keys, beside the same where values have fewer features."""
-    seconds = {}
-    for form in ("grouped", "latent"):
-        folded = fold(attention_graph("float32", form))  # type: ignore[arg-type]  # words of the table
+    seconds, forms = {}, tuple(KEY_HEADS)
+    for form in forms:
+        folded = fold(attention_graph("float32", form))
         units = Profiler(folded, round_machine(1), tp=1, sequence=512).at(8).units
         seconds[form] = sum(unit.forward_s + unit.backward_s for unit in units)
     assert seconds["grouped"] > 1.2 * seconds["latent"]

@@ -16,7 +16,7 @@ from shardstage.graph.capture import capture
 from shardstage.graph.source import ModelSource
 from shardstage.graph.tasks import causal_task
 
-__all__ = ["Form", "attention_graph", "attention_source", "kept_of_attention"]
+__all__ = ["KEY_HEADS", "Form", "attention_graph", "attention_source", "kept_of_attention"]
 
 HIDDEN, VOCAB, HEADS, KEY = 16, 50, 2, 24
 Form = Literal["latent", "grouped"]
@@ -38,7 +38,8 @@ class _Layer(nn.Module):
         made = zip((self.query, self.key, self.value), self.features, strict=True)
         q, k, v = (each(x).unflatten(-1, (-1, features)).transpose(1, 2) for each, features in made)
         found = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.is_grouped)
-        return x + self.out(found.transpose(1, 2).flatten(-2))  # type: ignore[no-any-return]  # modules return Any
+        mixed: Tensor = self.out(found.transpose(1, 2).flatten(-2))
+        return x + mixed
 
 
 class _Model(nn.Module):
@@ -52,7 +53,8 @@ class _Model(nn.Module):
         x = self.embedding(input_ids)
         for layer in self.layers:
             x = layer(x)
-        return self.head(x)  # type: ignore[no-any-return]  # modules return Any
+        logits: Tensor = self.head(x)
+        return logits
 
 
 def attention_source(form: Form = "latent") -> ModelSource:

@@ -50,7 +50,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch lea
     """A storage keeps its number as long as it lives."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # torch has no types for it
         self._events: list[Event] = []
         self._numbers: dict[int, tuple[int, Any]] = {}
         self._made = 0
@@ -139,7 +139,8 @@ def _pass(
     seen: dict[str, int] = {}
     with recorder:
         recorder.take()
-        left = _Leave.apply(unit(_Enter.apply(given, seen, recorder)), seen, recorder)  # type: ignore[no-untyped-call]
+        entered = _Enter.apply(given, seen, recorder)  # type: ignore[no-untyped-call]  # torch has no types for it
+        left = _Leave.apply(unit(entered), seen, recorder)  # type: ignore[no-untyped-call]  # nor for this
         forward = recorder.take()
         torch.autograd.backward(left, left.detach())
         end()

@@ -11,6 +11,7 @@ from typing import Any, Final, Protocol, TypeVar
 import numpy as np
 
 from shardstage.cost import Prediction
+from shardstage.layout import Mesh
 from shardstage.planner.bounds import Bounds
 from shardstage.planner.certificate import Counts
 from shardstage.planner.pricing import Priced, TooSlow
@@ -63,9 +64,9 @@ class Walk:
 MeshKey = tuple[int, int, int, int]
 
 
-def mesh_key(choice: Choice) -> MeshKey:
+def mesh_key(mesh: Mesh, ep: int) -> MeshKey:
     """What makes two plans alike to a reader: tp, pp, cp and ep."""
-    return choice.mesh.tp, choice.mesh.pp, choice.mesh.cp, choice.group.ep
+    return mesh.tp, mesh.pp, mesh.cp, ep
 
 
 @dataclass
@@ -104,14 +105,14 @@ class Found:
             self.add(outcome)
 
     def _add_slower(self, slower: TooSlow) -> None:
-        key = mesh_key(slower.choice)
+        key = mesh_key(slower.choice.mesh, slower.choice.group.ep)
         if slower.seconds < math.inf and (
             key not in self.slower or slower.seconds < self.slower[key].seconds
         ):
             self.slower[key] = slower
 
     def add(self, priced: Priced) -> None:
-        key = mesh_key(priced.choice)
+        key = mesh_key(priced.choice.mesh, priced.choice.group.ep)
         if key not in self.by_mesh or priced.seconds < self.by_mesh[key].seconds:
             self.by_mesh[key] = priced
         if priced.seconds < self.best_s:

@@ -362,8 +362,9 @@ class Searcher:
             walk = self._scouted(groups, limit_bytes, WORTH_SHOWING * found.best_s)
             while walk.num_left:
                 choice = walk.next()
-                if mesh_key(choice) not in tried:
-                    tried.add(mesh_key(choice))
+                key = mesh_key(choice.mesh, choice.group.ep)
+                if key not in tried:
+                    tried.add(key)
                     yield choice
 
     def _runners_up(self, found: Found, limit_bytes: int) -> Iterator[Candidate]:

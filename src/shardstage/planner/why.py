@@ -14,8 +14,8 @@ from dataclasses import replace
 from shardstage.cost import rank_memory, step_seconds
 from shardstage.cost.balance import balanced
 from shardstage.layout import AXES, Mesh
-from shardstage.plan import Plan, shorthand
-from shardstage.planner.found import KEPT_RUNNERS_UP
+from shardstage.plan import shorthand
+from shardstage.planner.found import KEPT_RUNNERS_UP, mesh_key
 from shardstage.planner.pricing import Priced
 from shardstage.planner.search import Candidate, Searcher, SearchResult, pareto, usable_bytes
 from shardstage.planner.space import Choice, Group, Schedule, Space
@@ -61,21 +61,16 @@ def front(searcher: Searcher, found: SearchResult) -> tuple[Point, ...]:
 
 def best_of_other_meshes(searcher: Searcher, found: SearchResult) -> tuple[Candidate, ...]:
     """``found.runners_up``, and what ``alternatives`` priced of their meshes and of others where that is faster; fastest first."""
-    fastest = {_mesh(each.plan): each for each in found.runners_up}
+    fastest = {mesh_key(each.plan.mesh, each.plan.ep): each for each in found.runners_up}
     for priced in _of_one_change(searcher, found):
-        plan = searcher.as_plan(priced)
-        known = fastest.get(_mesh(plan))
-        if known is None or priced.seconds < known.prediction.step_time_s:
+        key = mesh_key(priced.choice.mesh, priced.choice.group.ep)
+        if key not in fastest or priced.seconds < fastest[key].prediction.step_time_s:
+            plan = searcher.as_plan(priced)
             text = shorthand(plan, default_precision=searcher.precision)
-            fastest[_mesh(plan)] = Candidate(text=text, prediction=priced.prediction, plan=plan)
-    fastest.pop(_mesh(found.best), None)
+            fastest[key] = Candidate(text=text, prediction=priced.prediction, plan=plan)
+    fastest.pop(mesh_key(found.best.mesh, found.best.ep), None)
     others = sorted(fastest.values(), key=lambda each: each.prediction.step_time_s)
     return tuple(others[:KEPT_RUNNERS_UP])
-
-
-def _mesh(plan: Plan) -> tuple[int, ...]:
-    """What makes two plans alike to a reader, as ``found.mesh_key``."""
-    return plan.mesh.tp, plan.mesh.pp, plan.mesh.cp, plan.ep
 
 
 def _of_one_change(searcher: Searcher, found: SearchResult) -> Iterator[Priced]:
