@@ -6,22 +6,25 @@ import io
 import itertools
 import re
 from dataclasses import replace
+from html import unescape
+from typing import Any
 
 import pytest
 from rich.console import Console
 from tests.cost.machines import round_machine
 from tests.cost.toy import toy_graph
 
+from shardstage.cli.answer import Answer
 from shardstage.cli.choosing import Chosen, KnownModel, Question
 from shardstage.cli.comparison import (
     Comparison,
     Objective,
     as_table,
     choose,
-    print_comparison,
 )
 from shardstage.cli.fixing import Fixed, parse_fixed
-from shardstage.cli.plan_page import comparison_page
+from shardstage.cli.plan import print_answer
+from shardstage.cli.plan_page import answer_page
 from shardstage.cluster import Cluster
 from shardstage.errors import PlanError
 from shardstage.plan import shorthand
@@ -56,8 +59,22 @@ def chosen_by(
 
 def printed(chosen: Chosen, comparison: Comparison) -> str:
     out = io.StringIO()
-    print_comparison(Console(file=out, width=200, highlight=False), chosen, comparison, MACHINE)
+    print_answer(Console(file=out, width=200, highlight=False), answer(chosen, comparison))
     return out.getvalue()
+
+
+def answer(
+    chosen: Chosen, comparison: Comparison, *, machine: Cluster = MACHINE, model: str = "toy", **more: Any
+) -> Answer:
+    return Answer(
+        model=model,
+        graph=GRAPH,
+        machine=machine,
+        num_ranks=machine.num_devices,
+        chosen=chosen,
+        comparison=comparison,
+        **more,
+    )
 
 
 def device_s(chosen: Chosen) -> float:
@@ -143,7 +160,7 @@ def test_modules_that_would_be_faster_are_told_with_the_plan_to_paste() -> None:
     comparison = replace(comparison, modules=told)
     said = "recompute=selective,modules=*.up/*.down: 2.1 % faster, fits with "
     assert said in printed(chosen, comparison) and f'--plan "{told.text}"' in printed(chosen, comparison)
-    assert said in comparison_page("toy", MACHINE, chosen, comparison)
+    assert said in answer_page(answer(chosen, comparison))
     assert as_table(chosen, comparison, [])["what_if"]["plan"] == told.text
 
 
@@ -175,13 +192,51 @@ def test_a_step_costs_its_devices_hours() -> None:
 
 def test_the_page_escapes_the_name_of_the_model() -> None:
     chosen, comparison = chosen_by("time")
-    page = comparison_page("<script>", MACHINE, chosen, comparison)
+    page = answer_page(answer(chosen, comparison, model="<script>"))
     assert "<script>" not in page and "&lt;script&gt;" in page
+
+
+def test_the_page_says_whatever_the_terminal_says() -> None:
+    """It had no runners-up, no price, no notes, and of the proof the number of plans alone."""
+    machine = replace(MACHINE, device=replace(MACHINE.device, price_per_hour=3.6))
+    chosen, comparison = chosen_by("time", machine=machine)
+    notes = ("of <few> samples", "& that is all")
+    whole = answer(chosen, comparison, machine=machine, notes=notes, explained="rank 0 does < all")
+    page = unescape(re.sub(r"<[^>]*>", "", answer_page(whole)))
+    facts = [*whole.plan_facts(), *whole.search_facts()]
+    assert {"plan", "step time", "memory", "cost", "proof"} <= {fact.name for fact in facts}
+    rows = (whole.runners_up(), whole.why_not(), whole.less_memory(), whole.counted())
+    assert all(told.rows for told in rows)
+    for text in (
+        *(fact.text for fact in facts),
+        *(cell for told in rows for row in told.rows for cell in (*told.heads, *row)),
+        *(*notes, "rank 0 does < all", "toy"),
+    ):
+        assert text in page
+
+
+def test_the_page_has_all_changes_that_are_known_where_the_terminal_has_the_first_ones() -> None:
+    chosen, comparison = chosen_by("time")
+    more = (replace(comparison.alternatives[-1], change=f"mb 1 → {size}") for size in range(2, 20))
+    comparison = replace(comparison, alternatives=(*comparison.alternatives, *more))
+    whole = answer(chosen, comparison)
+    page = answer_page(whole)
+    assert len(whole.why_not().rows) < len(whole.why_not(is_whole=True).rows) == len(comparison.alternatives)
+    assert all(f"<td>{a.change}</td>" in page for a in comparison.alternatives)
+
+
+def test_the_counts_of_the_page_are_those_of_the_certificate() -> None:
+    chosen, comparison = chosen_by("time", memory_bytes=700_000)
+    assert chosen.found is not None
+    rows = answer(chosen, comparison).counted().rows
+    numbers = [int(number.replace(",", "")) for _, number, _ in rows]
+    assert sum(numbers) == chosen.found.certificate.enumerated
+    assert all(why for _, _, why in rows)
 
 
 def test_the_page_draws_each_rank_once_and_each_point_of_the_front() -> None:
     chosen, comparison = chosen_by("time")
-    page = comparison_page("toy", MACHINE, chosen, comparison)
+    page = answer_page(answer(chosen, comparison))
     assert page.count("<rect") == chosen.plan.mesh.world_size == 8
     assert page.count("<circle") == len(comparison.front)
     assert "node 0" in page and "node 1" in page and "more ranks" not in page
@@ -190,7 +245,7 @@ def test_the_page_draws_each_rank_once_and_each_point_of_the_front() -> None:
 def test_the_page_tells_context_parallel_ranks_apart() -> None:
     """Two boxes of a mesh with cp=2 had one name."""
     chosen, comparison = chosen_by("time", "dp=4,cp=2")
-    page = comparison_page("toy", MACHINE, chosen, comparison)
+    page = answer_page(answer(chosen, comparison))
     names = re.findall(r">(p\d+ d\d+ t\d+ c\d+)<", page)
     assert len(names) == len(set(names)) == 8
     assert "c: context-parallel rank." in page
@@ -199,6 +254,6 @@ def test_the_page_tells_context_parallel_ranks_apart() -> None:
 def test_of_many_ranks_the_page_draws_the_first_nodes_and_counts_the_rest() -> None:
     machine = round_machine(64, latency_s=1e-5)
     chosen, comparison = chosen_by("time", "dp=16,tp=4", machine=machine, ranks=64)
-    page = comparison_page("toy", machine, chosen, comparison)
+    page = answer_page(answer(chosen, comparison, machine=machine))
     assert page.count("<rect") == 32
     assert "and 32 more ranks" in page

@@ -12,16 +12,17 @@ from rich.console import Console
 from tests.cost.toy import toy_graph
 from tests.planner.mixed.instances import CLOSE, machines
 
+from shardstage.cli.answer import Answer
 from shardstage.cli.choosing import Chosen, KnownModel, Question
 from shardstage.cli.comparison import (
     Comparison,
     Objective,
     as_table,
     choose,
-    print_comparison,
 )
 from shardstage.cli.fixing import parse_fixed
-from shardstage.cli.plan_page import comparison_page
+from shardstage.cli.plan import print_answer
+from shardstage.cli.plan_page import answer_page
 from shardstage.cluster import Cluster
 from shardstage.errors import PlanError
 from shardstage.units import parse_bytes
@@ -53,9 +54,13 @@ def chosen_by(
 
 def shown(chosen: Chosen, comparison: Comparison) -> str:
     console = Console(width=80, file=io.StringIO(), highlight=False)
-    print_comparison(console, chosen, comparison, MIXED)
+    print_answer(console, answer(chosen, comparison))
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
+
+
+def answer(chosen: Chosen, comparison: Comparison) -> Answer:
+    return Answer(model="toy", graph=GRAPH, machine=MIXED, num_ranks=5, chosen=chosen, comparison=comparison)
 
 
 def test_each_class_says_what_it_takes_and_what_it_holds() -> None:
@@ -138,7 +143,7 @@ def test_the_memory_that_a_rank_may_hold_is_that_of_its_device_at_most() -> None
 def test_the_page_names_all_classes_and_says_that_it_was_searched() -> None:
     chosen, comparison = chosen_by()
     assert chosen.mixed is not None
-    page = comparison_page("toy", MIXED, chosen, comparison)
+    page = answer_page(answer(chosen, comparison))
     for share in chosen.mixed.shares:
         assert f"{share.num_used} × {share.name}" in page
     assert "Why not" in page and "class0 idle" in page and "not searched" not in page

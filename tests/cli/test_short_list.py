@@ -16,10 +16,12 @@ from shardstage.cli.short_list import (
     SHORT_LIST,
     Simulated,
     fastest,
-    print_short_list,
     short_list,
+    short_list_choice,
+    short_list_rows,
     short_list_table,
 )
+from shardstage.cli.told import print_fact, print_rows
 from shardstage.cluster import Cluster, load
 from shardstage.graph import ModelGraph
 from shardstage.plan import parse_request
@@ -44,7 +46,9 @@ def chosen(fix: str = "runnable", *, plan: str = "auto", machine: Cluster = MACH
 
 def printed(found: tuple[Simulated, ...]) -> str:
     console = Console(file=io.StringIO(), width=80, highlight=False)
-    print_short_list(console, found)
+    print_rows(console, short_list_rows(found))
+    for fact in short_list_choice(found):
+        print_fact(console, fact)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from rich.markup import escape
+
 from shardstage.cli.fixing import Fixed
 from shardstage.cost.readings import Readings
 from shardstage.graph.cache import Captured, cached, readings_path
@@ -30,6 +32,7 @@ __all__ = [
     "known_model",
     "load_source",
     "precision_of",
+    "setting",
 ]
 
 
@@ -243,7 +246,12 @@ def _given(question: Question, graph: ModelGraph, machine: Cluster) -> Chosen:
 
 
 def headline(model: str, graph: ModelGraph, machine: Cluster, num_ranks: int) -> str:
+    return f"[bold]{escape(model)}[/]  {setting(graph, machine, num_ranks)}"
+
+
+def setting(graph: ModelGraph, machine: Cluster, num_ranks: int) -> str:
+    """How large the model is, and what it is planned for."""
     devices = f"{num_ranks:,} × {machine.device.name}"
     if machine.is_mixed:
         devices = " + ".join(f"{part.num_devices:,} × {part.device.name}" for part in machine.parts)
-    return f"[bold]{model}[/]  {format_count(graph.num_parameters)} parameters, on {devices}"
+    return f"{format_count(graph.num_parameters)} parameters, on {devices}"

@@ -1,28 +1,21 @@
-"""What ``shardstage plan`` shows beside the plan: its proof, what else there was, why not, and time against memory."""
+"""What ``shardstage plan`` finds beside the plan: what else there was, why not, and time against memory; and all of it for machines."""
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar, get_args
 
-from rich.console import Console
-from rich.table import Table
-
 from shardstage.cli.choosing import Chosen, KnownModel, Question, choose_plan, chosen_mixed
-from shardstage.cli.wrapping import PlanText, say
 from shardstage.errors import PlanError
 from shardstage.plan import plan_to_toml, shorthand
-from shardstage.units import format_bytes, format_dollars, format_ratio, format_s
 
 if TYPE_CHECKING:
     from shardstage.cluster import Cluster
     from shardstage.cost import Prediction
     from shardstage.planner import (
         Alternative,
-        Certificate,
         MixedResult,
         MixedSearcher,
         NamedModules,
@@ -35,12 +28,7 @@ __all__ = [
     "Objective",
     "as_table",
     "choose",
-    "held",
-    "held_text",
     "objective_named",
-    "print_comparison",
-    "share_text",
-    "what_if_text",
 ]
 
 Objective = Literal["time", "cost", "memory", "simulated"]
@@ -50,9 +38,6 @@ MEMORY_SLACK: Final = 1.25
 
 MEMORY_STEPS: Final = 64
 """The least memory is found to one part in so many."""
-
-MOST_SHOWN: Final = 6
-MOST_UNFIT_SHOWN: Final = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,131 +224,6 @@ def _dollars(chosen: Chosen, machine: Cluster) -> float | None:
         return None if all_price is None else all_price * chosen.prediction.step_time_s / 3600
     price = machine.device.price_per_hour
     return None if price is None or machine.is_mixed else price * _device_s(chosen) / 3600
-
-
-def print_comparison(console: Console, chosen: Chosen, comparison: Comparison, machine: Cluster) -> None:
-    """The proof in a sentence, then runners-up, why-nots and the front."""
-    if comparison.dollars is not None:
-        console.print(f"cost       {format_dollars(comparison.dollars)} a step at its devices' hourly price")
-    if chosen.mixed is not None:
-        _print_shares(console, chosen.mixed)
-    found = chosen.found or chosen.mixed
-    if found is None:
-        return
-    _print_proof(console, found.certificate)
-    runners = [(text, prediction, "") for text, prediction in comparison.runners_up[:MOST_SHOWN]]
-    _print_table(console, "runners-up", "plan", runners, chosen.prediction)
-    whys = [(a.change, a.prediction, a.reason) for a in _shown(comparison.alternatives)]
-    _print_table(console, "why not", "change", whys, chosen.prediction)
-    if comparison.modules is not None:
-        console.print(f"what if    {what_if_text(comparison.modules)}", soft_wrap=True)
-    if len(comparison.front) > 1:
-        _print_front(console, comparison.front, chosen.prediction)
-
-
-def _shown(alternatives: Sequence[Alternative]) -> list[Alternative]:
-    """The cheapest change of each decision, some that do not fit, and of the others the cheapest."""
-    firsts: dict[str, Alternative] = {}
-    for each in alternatives:
-        firsts.setdefault(re.split("[ =]", each.change)[0], each)
-    large = [each for each in alternatives if each.prediction is None][:MOST_UNFIT_SHOWN]
-    chosen = list(dict.fromkeys((*firsts.values(), *large, *alternatives)))[: 2 * MOST_SHOWN]
-    return [each for each in alternatives if each in chosen]
-
-
-def _print_proof(console: Console, proof: Certificate) -> None:
-    say(
-        console,
-        f"proof      best of {proof.enumerated:,} plans, gap {format_ratio(proof.gap)}: {proof.priced:,} priced, "
-        f"{proof.by_bound:,} too slow and {proof.by_memory + proof.unfit:,} too large by their bounds, "
-        f"{proof.by_rule:,} no better by rule",
-    )
-    if proof.needs:
-        say(console, f"needed     {proof.necessity()}")
-
-
-def what_if_text(named: NamedModules) -> str:
-    gain, peak = format_ratio(named.gain), format_bytes(named.prediction.peak_bytes)
-    return f"{named}: {gain} faster, fits with {peak}: {named.asked}"
-
-
-def _print_shares(console: Console, found: MixedResult) -> None:
-    """Which layers, or how many samples, each class of devices takes, and what it holds; which devices are idle."""
-    by_layers = found.priced.choice.arrangement.by == "stages"
-    of = sum(share.num_layers if by_layers else share.num_samples for share in found.shares)
-    for share in found.shares:
-        takes = (
-            f"{share.num_layers} of {of} layers" if by_layers else f"{share.num_samples:,} of {of:,} samples"
-        )
-        held = f"{format_bytes(share.peak_bytes)} of {format_bytes(share.limit_bytes)}"
-        say(console, f"share      {share.num_used:,} × {share.name}: {takes}, {held}")
-    idle = [f"{s.num_devices - s.num_used:,} × {s.name}" for s in found.shares if s.num_used < s.num_devices]
-    if idle:
-        say(console, f"idle       {', '.join(idle)}: ranks are those of --cluster {found.cluster.name}")
-
-
-def _print_front(console: Console, points: Sequence[Point], best: Prediction) -> None:
-    title = "less memory"
-    if len(points[0].class_peaks) > 1:
-        title += ": of what the fullest device can hold, and the fullest of each class"
-    rows = [(point.text, point.prediction, "", held_text(point)) for point in points]
-    _print_rows(console, title, "plan", rows, best)
-
-
-def held(point: Point) -> float:
-    """What counts as its memory: bytes, or of several classes the share of what the fullest device can hold."""
-    return point.prediction.peak_bytes if len(point.class_peaks) == 1 else point.fill_ratio
-
-
-def held_text(point: Point) -> str:
-    peaks = [format_bytes(peak) for peak in point.class_peaks]
-    return peaks[0] if len(peaks) == 1 else f"{share_text(point)}: {_in_one_unit(peaks)}"
-
-
-def share_text(point: Point) -> str:
-    """Rounded up, so that a search within it finds the plan."""
-    return format_ratio(math.ceil(1000 * point.fill_ratio) / 1000)
-
-
-def _in_one_unit(amounts: Sequence[str]) -> str:
-    """The unit once where all have the same."""
-    last = amounts[-1].split()[-1]
-    each = [amount.removesuffix(f" {last}") for amount in amounts[:-1]]
-    return ", ".join((*each, amounts[-1]) if not any(" " in one for one in each) else amounts)
-
-
-def _print_table(
-    console: Console,
-    title: str,
-    what: str,
-    rows: Sequence[tuple[str, Prediction | None, str]],
-    best: Prediction,
-) -> None:
-    peaks = ("" if found is None else format_bytes(found.peak_bytes) for _, found, _ in rows)
-    _print_rows(console, title, what, [(*row, peak) for row, peak in zip(rows, peaks, strict=True)], best)
-
-
-def _print_rows(
-    console: Console,
-    title: str,
-    what: str,
-    rows: Sequence[tuple[str, Prediction | None, str, str]],
-    best: Prediction,
-) -> None:
-    """Of each row its text, price, reason and memory."""
-    if not rows:
-        return
-    table = Table(box=None, pad_edge=False, title=title, title_justify="left")
-    table.add_column(what, overflow="fold")
-    table.add_column("step time", no_wrap=True)
-    table.add_column("memory", no_wrap=True)
-    table.add_column("why not" if any(reason for _, _, reason, _ in rows) else "slower")
-    for text, prediction, reason, peak in rows:
-        time = "" if prediction is None else format_s(prediction.step_time_s)
-        if not reason and prediction is not None:
-            reason = format_ratio(prediction.step_time_s / best.step_time_s - 1)
-        table.add_row(PlanText(text) if what == "plan" else text, time, peak, reason)
-    console.print(table)
 
 
 def as_table(chosen: Chosen, comparison: Comparison, notes: Sequence[str]) -> dict[str, Any]:

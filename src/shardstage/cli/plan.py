@@ -6,8 +6,8 @@ import gc
 import json
 import re
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Final
@@ -18,6 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from shardstage.cli import options
+from shardstage.cli.answer import Answer
 from shardstage.cli.choosing import (
     Chosen,
     KnownModel,
@@ -29,22 +30,21 @@ from shardstage.cli.choosing import (
     precision_of,
 )
 from shardstage.cli.comparison import (
-    Comparison,
     Objective,
     as_table,
     choose,
     objective_named,
-    print_comparison,
 )
 from shardstage.cli.fixing import parse_fixed
 from shardstage.cli.outputs import require_endings, write_text
-from shardstage.cli.plan_page import comparison_page
-from shardstage.cli.short_list import Simulated, fastest, print_short_list, short_list, short_list_table
+from shardstage.cli.plan_page import answer_page
+from shardstage.cli.short_list import Simulated, fastest, short_list, short_list_table
+from shardstage.cli.told import PLAN, Fact, print_fact, print_rows
 from shardstage.cli.waiting import capturing
 from shardstage.cli.wrapping import PlanText, say
 from shardstage.errors import PlanError
 from shardstage.graph.cache import is_cacheable
-from shardstage.plan import Plan, check, explain, save_plan, shorthand
+from shardstage.plan import check, explain, save_plan
 from shardstage.plan.check import require_runnable
 from shardstage.units import format_bytes, format_ratio, format_s, parse_bytes
 
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from shardstage.cost import Prediction
     from shardstage.graph import ModelGraph
 
-__all__ = ["plan"]
+__all__ = ["plan", "print_answer"]
 
 COLLECTED_OBJECTS: Final = 100_000
 """New objects after which Python looks for cycles among them. Its own number, 700, takes a tenth of a search's time, as nearly all of them
@@ -135,8 +135,8 @@ def plan(
         fixed=fixed,
     )
     _require_answerable(question, machine)
-    answer = _answer(console, model, machine, question, aim)
-    answer.show(console, as_json=as_json, is_explained=show, out=out or ())
+    answer = _answer(console, model, machine, question, aim, is_explained=show)
+    _show(console, answer, as_json=as_json, out=out or ())
 
 
 def _some_memory(memory: str) -> tuple[int | None, float]:
@@ -175,8 +175,14 @@ def _require_answerable(question: Question, machine: Cluster) -> None:
 
 
 def _answer(
-    console: Console, model: str, machine: Cluster, question: Question, objective: Objective
-) -> _Answer:
+    console: Console,
+    model: str,
+    machine: Cluster,
+    question: Question,
+    objective: Objective,
+    *,
+    is_explained: bool,
+) -> Answer:
     """Captures the model, chooses a plan for it and says what is odd about that."""
     is_kept = is_cacheable(model)
     with capturing(console, model, sequence=question.sequence, is_kept=is_kept):
@@ -203,7 +209,8 @@ def _answer(
         *_notes_as_run(chosen, question, known.graph, machine, objective),
         *_fewer_note(chosen, question, known, machine),
     )
-    return _Answer(
+    explained = explain(chosen.plan, known.graph, prediction=chosen.prediction) if is_explained else ""
+    return Answer(
         model=model,
         graph=known.graph,
         machine=machine,
@@ -212,59 +219,63 @@ def _answer(
         comparison=comparison,
         notes=(*known.notes, *machine.notes, *notes, *run_notes),
         simulated=simulated,
+        explained=explained,
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Answer:
-    """A plan on its way to the screen and to files."""
+def _show(console: Console, answer: Answer, *, as_json: bool, out: Sequence[Path]) -> None:
+    written = [_written(answer, path) for path in out]  # first: whoever reads what is printed may leave
+    if as_json:
+        table = as_table(answer.chosen, answer.comparison, answer.notes)
+        table["simulated"] = short_list_table(answer.simulated)
+        sys.stdout.write(json.dumps(table, indent=1) + "\n")
+    else:
+        print_answer(console, answer)
+    if answer.explained:
+        console.print(answer.explained, soft_wrap=True, markup=False)
+    for said in written:
+        console.print(said, soft_wrap=True)
 
-    model: str
-    graph: ModelGraph
-    machine: Cluster
-    num_ranks: int
-    chosen: Chosen
-    comparison: Comparison
-    notes: tuple[str, ...]
-    simulated: tuple[Simulated, ...] = ()
 
-    def show(self, console: Console, *, as_json: bool, is_explained: bool, out: Sequence[Path]) -> None:
-        written = [self._written(path) for path in out]  # first: whoever reads what is printed may leave
-        if as_json:
-            table = as_table(self.chosen, self.comparison, self.notes)
-            table["simulated"] = short_list_table(self.simulated)
-            sys.stdout.write(json.dumps(table, indent=1) + "\n")
-        else:
-            self._print(console)
-        if is_explained:
-            text = explain(self.chosen.plan, self.graph, prediction=self.chosen.prediction)
-            console.print(text, soft_wrap=True, markup=False)
-        for said in written:
-            console.print(said, soft_wrap=True)
+def print_answer(console: Console, answer: Answer) -> None:
+    """All of it but who does what, for people."""
+    console.print(headline(answer.model, answer.graph, answer.machine, answer.num_ranks))
+    console.print(_plan_table(answer.plan_facts()))
+    for fact in answer.search_facts():
+        print_fact(console, fact)
+    for rows in (answer.runners_up(), answer.why_not()):
+        print_rows(console, rows)
+    for fact in answer.what_ifs():
+        print_fact(console, fact)
+    for rows in (answer.less_memory(), answer.simulations()):
+        print_rows(console, rows)
+    for fact in answer.simulated_choice():
+        print_fact(console, fact)
+    for note in answer.notes:
+        say(console, f"[yellow]note[/]  {escape(note)}")
 
-    def _print(self, console: Console) -> None:
-        console.print(headline(self.model, self.graph, self.machine, self.num_ranks))
-        console.print(_chosen_table(self.chosen.plan, self.chosen.prediction))
-        print_comparison(console, self.chosen, self.comparison, self.machine)
-        print_short_list(console, self.simulated)
-        for note in self.notes:
-            say(console, f"[yellow]note[/]  {escape(note)}")
 
-    def _written(self, path: Path) -> str:
-        """Writes the page, where the path ends so, else the plan; returns what to say of it."""
-        if path.suffix == ".html":
-            page = comparison_page(self.model, self.machine, self.chosen, self.comparison)
-            write_text(path, page)
-            return f"page written to {path}"
-        plan = self.chosen.plan
-        save_plan(plan, path)
-        samples = f"--batch {plan.global_batch}" + (
-            "" if plan.sequence is None else f" --seq {plan.sequence}"
-        )
-        return (
-            f"written to {path}: shardstage train --model {self.model} --plan {path} "
-            f"--ranks {plan.mesh.world_size} {samples}"
-        )
+def _plan_table(facts: Iterable[Fact]) -> Table:
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for fact in facts:
+        table.add_row(fact.name, PlanText(fact.text) if fact.name == PLAN else fact.text)
+    return table
+
+
+def _written(answer: Answer, path: Path) -> str:
+    """Writes the page, where the path ends so, else the plan; returns what to say of it."""
+    if path.suffix == ".html":
+        write_text(path, answer_page(answer))
+        return f"page written to {path}"
+    plan = answer.chosen.plan
+    save_plan(plan, path)
+    samples = f"--batch {plan.global_batch}" + ("" if plan.sequence is None else f" --seq {plan.sequence}")
+    return (
+        f"written to {path}: shardstage train --model {answer.model} --plan {path} "
+        f"--ranks {plan.mesh.world_size} {samples}"
+    )
 
 
 def _run_notes(chosen: Chosen, question: Question, machine: Cluster, objective: Objective) -> Iterator[str]:
@@ -352,44 +363,3 @@ def _parts_note(chosen: Chosen, whole: Prediction, limit: int, objective: Object
             "a model of few blocks is searched in parts of them; in whole blocks, as it runs, the plan takes "
             f"{format_s(whole.step_time_s)} and needs {format_bytes(whole.peak_bytes)} a rank{fit}"
         )
-
-
-def _chosen_table(plan: Plan, prediction: Prediction) -> Table:
-    table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
-    for name, text in _chosen_rows(plan, prediction):
-        table.add_row(name, PlanText(text) if name == "plan" else text)
-    return table
-
-
-def _chosen_rows(plan: Plan, prediction: Prediction) -> Iterator[tuple[str, str]]:
-    low, expected, high = (
-        prediction.step_time_low_s,
-        prediction.step_time_s,
-        prediction.step_time_high_s,
-    )
-    yield "plan", shorthand(plan)
-    several, samples = (
-        "" if plan.num_microbatches == 1 else "es",
-        "sample" if plan.global_batch == 1 else "samples",
-    )
-    each = min(plan.microbatch, max(plan.shares))
-    yield (
-        "batch",
-        f"{plan.global_batch:,} {samples} in {plan.num_microbatches} microbatch{several} of {each} a data-parallel rank",
-    )
-    yield "step time", f"{format_s(expected)}   low {format_s(low)}, high {format_s(high)}"
-    rate = f"{prediction.samples_per_s if plan.sequence is None else prediction.tokens_per_s:,.0f}"
-    per = "samples/s" if plan.sequence is None else "tokens/s"
-    yield "speed", f"{rate} {per}, MFU {format_ratio(prediction.mfu)}"
-    waits = f"tp {format_s(prediction.exposed_tp_s)}, dp {format_s(prediction.exposed_dp_s)}, pp {format_s(prediction.exposed_pp_s)}"
-    yield "waits", f"bubble {format_ratio(prediction.bubble_ratio)}, exposed communication: {waits}"
-    fullest = max(range(plan.mesh.pp), key=prediction.rank_peak_bytes)
-    parts = ", ".join(
-        f"{name} {format_bytes(num_bytes)}" for name, num_bytes in prediction.ranks[fullest].categories()
-    )
-    where = f" (pp={fullest})" if plan.mesh.pp > 1 else ""
-    yield "memory", f"{format_bytes(prediction.peak_bytes)} a rank{where}: {parts}"
-    if prediction.host_bytes:
-        yield "host", f"{format_bytes(prediction.host_bytes)} a rank of the host's memory: master, optimizer"

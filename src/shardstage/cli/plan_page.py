@@ -1,4 +1,4 @@
-"""The page of ``shardstage plan --out page.html``: the front as a picture, the mesh on the topology, and why not."""
+"""The page of ``shardstage plan --out page.html``: what the terminal says, the front as a picture, the mesh on the topology."""
 
 from __future__ import annotations
 
@@ -7,54 +7,92 @@ from collections.abc import Iterator, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Final
 
-from shardstage.cli.choosing import Chosen
-from shardstage.cli.comparison import Comparison, held, held_text, share_text, what_if_text
-from shardstage.plan import shorthand
-from shardstage.units import format_bytes, format_ratio, format_s
+from shardstage.cli.answer import Answer, held, held_text, share_text
+from shardstage.cli.choosing import Chosen, setting
+from shardstage.cli.told import PLAN, Fact, Rows
+from shardstage.units import format_s
 
 if TYPE_CHECKING:
     from shardstage.cluster import Cluster
     from shardstage.layout.mesh import Axis
     from shardstage.planner import Point
 
-__all__ = ["comparison_page"]
+__all__ = ["answer_page"]
 
-WIDTH: Final = 640
+STYLE: Final = """
+dl b { font-size: 17px; } p { margin: 6px 0; max-width: 100ch; } svg { display: block; } .front { max-width: 100%; height: auto; }
+dd { white-space: pre-wrap; } main { padding-bottom: 40px; }
+svg text { fill: currentColor; } .ranks rect + text { fill: #1c2226; }
+td:first-child { min-width: 10rem; } th.why, td.why { text-align: left; white-space: normal; min-width: 14rem; }
+pre { font-size: 13px; line-height: 1.35; margin: 6px 0; }
+"""
+"""What this page has beyond the report's."""
+
+WIDTH: Final = 520
 HEIGHT: Final = 300
 MARGIN: Final = 60
 LABEL_WIDTH: Final = 56
 """Points nearer than this to a labelled one say their figures under the pointer only."""
 
 
-def comparison_page(model: str, machine: Cluster, chosen: Chosen, comparison: Comparison) -> str:
-    """A page that stands alone: the front as a picture, the mesh on the topology, the tables."""
-    rows = "".join(
-        f"<tr><td>{escape(a.change)}</td><td>{format_s(a.prediction.step_time_s) if a.prediction else ''}</td>"
-        f"<td>{format_bytes(a.prediction.peak_bytes) if a.prediction else ''}</td><td>{escape(a.reason)}</td></tr>"
-        for a in comparison.alternatives
+def answer_page(answer: Answer) -> str:
+    """A page that stands alone."""
+    from shardstage.report import page_style
+
+    name, machine = escape(answer.model), answer.machine
+    facts = (*answer.plan_facts(), *answer.search_facts(), *answer.what_ifs())
+    notes = (Fact("note", note) for note in answer.notes)
+    body = "".join(
+        f"<section><h2>{title}</h2>{content}</section>" for title, content in _sections(answer) if content
     )
-    what_if = (
-        "" if comparison.modules is None else f"<p>What if: {escape(what_if_text(comparison.modules))}</p>"
-    )
-    proof, found = "", chosen.found or chosen.mixed
-    if found is not None:
-        certificate = found.certificate
-        proof = f"Best of {certificate.enumerated:,} plans, gap {format_ratio(certificate.gap)}."
-    devices = f"{chosen.plan.mesh.world_size:,} × {machine.device.name}"
-    if chosen.mixed is not None:
-        devices = " + ".join(f"{share.num_used:,} × {share.name}" for share in chosen.mixed.shares)
-    why_not = f"<h2>Why not</h2><table><tr><th>change<th>step time<th>memory<th>reason</tr>{rows}</table>"
     return (
-        f"<!doctype html><html lang=en><meta charset=utf-8><title>Shardstage: {escape(model)}</title>"
-        "<style>body{font:15px system-ui,sans-serif;max-width:46rem;margin:2rem auto;padding:0 1rem;color:#222;background:#fff}"
-        "td,th{padding:.2rem .8rem .2rem 0;text-align:left;vertical-align:top}svg{max-width:100%}</style>"
-        f"<h1>{escape(model)} on {escape(devices)}</h1>"
-        f"<p><b>{escape(shorthand(chosen.plan))}</b></p><p>{format_s(chosen.prediction.step_time_s)} a step, "
-        f"{format_bytes(chosen.prediction.peak_bytes)} a rank. {proof}</p>"
-        f"<h2>Time against memory</h2>{_front_picture(comparison.front)}"
-        f"<h2>The mesh on the machine</h2>{_mesh_picture(machine, chosen)}"
-        f"{why_not if rows else ''}{what_if}</html>\n"
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>Shardstage: {name}</title><style>{page_style()}{STYLE}</style></head><body>"
+        f"<header><h1>{name}</h1><p>{escape(setting(answer.graph, machine, answer.num_ranks))}</p>"
+        f"<dl>{''.join(map(_fact, (*facts, *notes)))}</dl></header><main>{body}</main></body></html>\n"
     )
+
+
+def _sections(answer: Answer) -> Iterator[tuple[str, str]]:
+    yield "Time against memory", _front_picture(answer.comparison.front) + _table(answer.less_memory())
+    yield "The mesh on the machine", _mesh_picture(answer.machine, answer.chosen)
+    yield "Runners-up", _table(answer.runners_up())
+    yield "Why not", _table(answer.why_not(is_whole=True))
+    choice = "".join(f"<dl>{_fact(fact)}</dl>" for fact in answer.simulated_choice())
+    yield "Simulated act by act", _table(answer.simulations()) + choice
+    yield "How the proof deals with all plans", _table(answer.counted())
+    yield "Who does what", _scrolled(f"<pre>{escape(answer.explained)}</pre>" if answer.explained else "")
+
+
+def _fact(fact: Fact) -> str:
+    text = f"<b>{_breakable(fact.text)}</b>" if fact.name == PLAN else escape(fact.text)
+    return f"<dt>{escape(fact.name)}</dt><dd>{text}</dd>"
+
+
+def _table(told: Rows) -> str:
+    """Nothing where there is no row."""
+    if not told.rows:
+        return ""
+    classes = [' class="why"' if head.startswith("why") else "" for head in told.heads]
+    heads = "".join(f"<th{of}>{escape(head)}</th>" for of, head in zip(classes, told.heads, strict=True))
+    first = _breakable if told.heads[0] == PLAN else escape
+    rows = ""
+    for row in told.rows:
+        cells = (first(row[0]), *map(escape, row[1:]))
+        rows += f"<tr>{''.join(f'<td{of}>{cell}</td>' for of, cell in zip(classes, cells, strict=True))}</tr>"
+    of = told.title.partition(": ")[2]
+    caption = f'<p class="caption">Memory: {escape(of)}.</p>' if of else ""
+    return caption + _scrolled(f"<table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>")
+
+
+def _breakable(plan: str) -> str:
+    """A shorthand, which may break where one decision ends, or one stage."""
+    return escape(plan).replace(",", ",<wbr>").replace("/", "/<wbr>")
+
+
+def _scrolled(wide: str) -> str:
+    return f'<div class="scroll">{wide}</div>' if wide else ""
 
 
 def _front_picture(points: Sequence[Point]) -> str:
@@ -77,16 +115,16 @@ def _front_picture(points: Sequence[Point]) -> str:
         dots += f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="#2563eb"><title>{escape(point.text)}: {seconds}, {size}</title></circle>'
         if labelled - x > LABEL_WIDTH:
             labelled = x
-            dots += f'<text x="{x:.1f}" y="{y - 9:.1f}" font-size="11" text-anchor="middle">{seconds}</text>'
-            dots += f'<text x="{x:.1f}" y="{HEIGHT - MARGIN + 16}" font-size="11" text-anchor="middle">{short}</text>'
+            dots += f'<text x="{x:.1f}" y="{y - 9:.1f}" font-size="12" text-anchor="middle">{seconds}</text>'
+            dots += f'<text x="{x:.1f}" y="{HEIGHT - MARGIN + 16}" font-size="12" text-anchor="middle">{short}</text>'
     base = HEIGHT - MARGIN
     what = "fullest rank, of what its device can hold" if is_mixed else "peak memory of a rank"
     return (
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="step time against peak memory">'
+        f'<svg class="front" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" role="img" aria-label="step time against peak memory">'
         f'<path d="M{MARGIN} {MARGIN / 2}V{base}H{WIDTH - MARGIN / 2}" fill="none" stroke="#888"/>'
         f'<polyline points="{line}" fill="none" stroke="#2563eb"/>{dots}'
-        f'<text x="{WIDTH / 2}" y="{HEIGHT - 12}" font-size="12" text-anchor="middle">{what}</text>'
-        f'<text x="14" y="{HEIGHT / 2}" font-size="12" transform="rotate(-90 14 {HEIGHT / 2})" text-anchor="middle">'
+        f'<text x="{WIDTH / 2}" y="{HEIGHT - 12}" font-size="13" text-anchor="middle">{what}</text>'
+        f'<text x="14" y="{HEIGHT / 2}" font-size="13" transform="rotate(-90 14 {HEIGHT / 2})" text-anchor="middle">'
         "step time</text></svg>"
     )
 
@@ -125,8 +163,10 @@ def _mesh_picture(machine: Cluster, chosen: Chosen) -> str:
     width = left + 10 + max(len(ranks) for _, ranks in rows) * (2 * CELL + 4)
     height = 30 + min(MOST_NODES, len(rows)) * (CELL + 6)
     return (
-        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="ranks on nodes">{drawn}</svg>'
-        f"<p>{', '.join(f'{axis[0]}: {what}' for axis, what in axes.items())}.</p>{more}"
+        _scrolled(
+            f'<svg class="ranks" viewBox="0 0 {width} {height}" width="{width}" role="img" aria-label="ranks on nodes">{drawn}</svg>'
+        )
+        + f"<p>{', '.join(f'{axis[0]}: {what}' for axis, what in axes.items())}.</p>{more}"
     )
 
 

@@ -6,11 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
-from rich.console import Console
-from rich.table import Table
-
 from shardstage.cli.choosing import Chosen
-from shardstage.cli.wrapping import PlanText
+from shardstage.cli.told import PLAN, Fact, Rows
 from shardstage.errors import PlanError
 from shardstage.plan import Plan, shorthand
 from shardstage.plan.check import require_runnable
@@ -21,7 +18,15 @@ if TYPE_CHECKING:
     from shardstage.cost import Prediction
     from shardstage.graph import ModelGraph
 
-__all__ = ["SHORT_LIST", "Simulated", "fastest", "print_short_list", "short_list", "short_list_table"]
+__all__ = [
+    "SHORT_LIST",
+    "Simulated",
+    "fastest",
+    "short_list",
+    "short_list_choice",
+    "short_list_rows",
+    "short_list_table",
+]
 
 SHORT_LIST: Final = 4
 """Plans that are simulated: seconds each for some devices, a minute and a half for a thousand that gather parameters."""
@@ -108,24 +113,22 @@ def short_list_table(found: Sequence[Simulated]) -> list[dict[str, Any]]:
     ]
 
 
-def print_short_list(console: Console, found: Sequence[Simulated]) -> None:
-    """A table, and a sentence where the simulation would have chosen another."""
-    if not found:
-        return
-    table = Table(box=None, pad_edge=False, title="simulated act by act", title_justify="left")
-    table.add_column("plan", overflow="fold", ratio=1)
-    for name in ("formula", "simulated", "apart"):
-        table.add_column(name, no_wrap=True)
+def short_list_rows(found: Sequence[Simulated]) -> Rows:
+    """A table, without a row where nothing was simulated."""
+    rows = []
     for each in found:
         simulated, apart = "not run", ""
         if each.simulated_s is not None:
             simulated = format_s(each.simulated_s)
             apart = format_ratio(each.simulated_s / each.formula_s - 1)
-        table.add_row(PlanText(each.text), format_s(each.formula_s), simulated, apart)
-    console.print(table)
-    chosen = _fastest_of(found)
-    if chosen is not found[0]:
+        rows.append((each.text, format_s(each.formula_s), simulated, apart))
+    return Rows("simulated act by act", (PLAN, "formula", "simulated", "apart"), tuple(rows))
+
+
+def short_list_choice(found: Sequence[Simulated]) -> Iterator[Fact]:
+    """A sentence where the simulation chose another plan than the formula."""
+    chosen = _fastest_of(found) if found else None
+    if chosen is not None and chosen is not found[0]:
         gain = format_ratio(1 - (chosen.simulated_s or 0.0) / (found[0].simulated_s or 1.0))
-        console.print(
-            f"chosen     {chosen.text}: {gain} faster, simulated, than what the formula chose", soft_wrap=True
-        )
+        text = f"{chosen.text}: {gain} faster, simulated, than what the formula chose"
+        yield Fact("chosen", text, is_pasted=True)

@@ -92,6 +92,24 @@ class Certificate:
         """How much faster an unpriced choice might be, as a share of the cost."""
         return max(0.0, 1.0 - self.best_bound_s / self.cost_s)
 
+    def counted(self) -> tuple[tuple[int, str, str], ...]:
+        """How choices were dealt with: how many, in a word or two, and what that means."""
+        return (
+            (self.priced, "priced", "cut into stages, and their seconds computed"),
+            (self.by_bound, "too slow by their bounds", "whatever the cut, none takes less than the best"),
+            (
+                self.by_memory,
+                "too large by their bounds",
+                "whatever is recomputed, a rank would hold more than it may",
+            ),
+            (self.unfit, "too large when cut", "no cut into stages fits, whatever they recompute"),
+            (
+                self.by_rule,
+                "no better by rule",
+                "GPipe and breadth-first take as long as 1F1B and interleaved 1F1B, and hold no less",
+            ),
+        )
+
     def necessity(self) -> str:
         """Why savers were used, empty where they were not, or were asked for."""
         return f"nothing fits without {self.needs}: {self.without:,} plans were tried" if self.needs else ""

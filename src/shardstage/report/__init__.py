@@ -5,7 +5,7 @@ needs no network, and lines of 80 columns. It refuses to know where the timeline
 """
 
 from shardstage.report.about import About, RankNote
-from shardstage.report.page import report_page, write_report
+from shardstage.report.page import page_style, report_page, write_report
 from shardstage.report.text import report_text
 
-__all__ = ["About", "RankNote", "report_page", "report_text", "write_report"]
+__all__ = ["About", "RankNote", "page_style", "report_page", "report_text", "write_report"]

@@ -13,7 +13,7 @@ from shardstage.report.about import About
 from shardstage.timeline import STREAMS, Timeline
 from shardstage.timeline.compare import compare_timelines, kind_of, rank_use
 
-__all__ = ["report_page", "write_report"]
+__all__ = ["page_style", "report_page", "write_report"]
 
 _NANO = 1e9
 
@@ -34,18 +34,26 @@ def report_page(about: About, timelines: Sequence[Timeline]) -> str:
         "comparison": _comparison(timelines),
         "stages": {note.pp: note.stages for note in about.ranks},
     }
-    assets = files("shardstage.report") / "assets"
-    page = (assets / "page.html").read_text(encoding="utf-8")
+    page = _asset("page.html")
     parts = {
         "TITLE": _escaped(about.title),
-        "STYLE": (assets / "page.css").read_text(encoding="utf-8"),
-        "SCRIPT": (assets / "page.js").read_text(encoding="utf-8"),
+        "STYLE": page_style(),
+        "SCRIPT": _asset("page.js"),
         # A name with "</script>" or "<!--" in it would end the script that holds the data, or begin another.
         "DATA": json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"),
     }
     for name, text in parts.items():
         page = page.replace(f"<!--{name}-->", text)
     return page
+
+
+def page_style() -> str:
+    """The style sheet of every page."""
+    return _asset("page.css")
+
+
+def _asset(name: str) -> str:
+    return (files("shardstage.report") / "assets" / name).read_text(encoding="utf-8")
 
 
 def _timeline(timeline: Timeline) -> dict[str, Any]:
