@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -345,3 +348,25 @@ def test_a_device_with_a_price_gives_a_step_its_price() -> None:
 
 def _line(text: str, name: str) -> str:
     return next(line for line in text.splitlines() if line.startswith(name))
+
+
+_FREES_LARGE_ARRAYS = """
+import numpy as np
+from shardstage.cli.app import run
+from shardstage.runtime.peak_memory import resident_bytes
+
+assert run(["plan", "--model", "llama-tiny", "--cluster", "h100:2", "--plan", "dp=2"]) == 0
+before = resident_bytes()
+for _ in range(2):
+    arrays = [np.ones(2**20) for _ in range(8)]
+    arrays.clear()
+print(resident_bytes() - before)
+"""
+
+
+def test_a_search_keeps_what_it_frees() -> None:
+    """Each block of groups asked the system for the arrays anew that the block before had freed."""
+    command = [sys.executable, "-c", _FREES_LARGE_ARRAYS]
+    maps_each = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072"}
+    ended = subprocess.run(command, capture_output=True, check=True, text=True, env=maps_each)
+    assert int(ended.stdout.splitlines()[-1]) > 32 * 2**20

@@ -137,7 +137,8 @@ def test_a_single_rank_joins_a_world_of_one_and_leaves_it(monkeypatch: pytest.Mo
 
 _FREES_LARGE_TENSORS = """
 import sys, torch
-from shardstage.runtime.peak_memory import keep_freed_memory, resident_bytes
+from shardstage.runtime.c_allocator import keep_freed_memory
+from shardstage.runtime.peak_memory import resident_bytes
 
 if sys.argv[1:]:
     keep_freed_memory()

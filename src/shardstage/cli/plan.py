@@ -46,6 +46,7 @@ from shardstage.errors import PlanError
 from shardstage.graph.cache import is_cacheable
 from shardstage.plan import check, explain, save_plan
 from shardstage.plan.check import require_runnable
+from shardstage.runtime.c_allocator import keep_freed_memory
 from shardstage.units import format_bytes, format_ratio, format_s, parse_bytes
 
 if TYPE_CHECKING:
@@ -118,6 +119,7 @@ def plan(
       shardstage plan --cluster h100:8 --plan "tp=2,pp=2" --explain
     """
     gc.set_threshold(COLLECTED_OBJECTS)
+    keep_freed_memory()
     require_endings(out or (), ENDINGS)
     fixed, aim = parse_fixed(fix, plan=plan), objective_named(objective)
     memory_bytes, memory_ratio = (None, 1.0) if memory is None else _some_memory(memory)

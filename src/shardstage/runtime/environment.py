@@ -108,7 +108,7 @@ def join_world(
     import torch
     import torch.distributed as dist
 
-    from shardstage.runtime.peak_memory import keep_freed_memory
+    from shardstage.runtime.c_allocator import keep_freed_memory
 
     _watch_parent(environment)
     torch.set_num_threads(_num_threads(environment, os.environ))

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 from contextlib import suppress
 from pathlib import Path
 
 import torch
 
-__all__ = ["PeakMemory", "give_back_free_memory", "keep_freed_memory", "resident_bytes"]
+from shardstage.runtime.c_allocator import give_back_free_memory
+
+__all__ = ["PeakMemory", "resident_bytes"]
 
 
 class PeakMemory:
@@ -64,31 +65,6 @@ def resident_bytes() -> int:
 
 
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
-
-
-def give_back_free_memory() -> None:
-    """Else what building the engine left free would hide how much a step takes (malloc_trim(3), glibc only)."""
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def keep_freed_memory() -> None:
-    """Has the C allocator keep what a step frees, for the next one: else every step asks for its pages anew (mallopt(3), glibc only).
-
-    A page's first touch took 15 µs in a virtual machine whose host takes free pages back, in all a tenth of the CPU seconds of a step of
-    benchmarks/planner/local. Tensors above 32 MiB, the allocator's limit, go back all the same.
-    """
-    with suppress(OSError, AttributeError):
-        libc = ctypes.CDLL(None)
-        libc.mallopt(_M_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD_BYTES)
-        libc.mallopt(_M_TRIM_THRESHOLD, _NEVER_TRIM)
-
-
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-"""Numbers of options of mallopt (malloc.h)."""
-_LARGEST_MMAP_THRESHOLD_BYTES = 32 * 1024**2
-_NEVER_TRIM = -1
-"""As the unsigned number that it becomes: more than there is."""
 
 
 def _forget_peak() -> None:

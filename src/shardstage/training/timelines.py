@@ -12,8 +12,9 @@ import torch
 from shardstage.cluster import Cluster
 from shardstage.errors import CheckpointError
 from shardstage.program import lower
+from shardstage.runtime.c_allocator import give_back_free_memory
 from shardstage.runtime.engine import Engine
-from shardstage.runtime.peak_memory import give_back_free_memory, resident_bytes
+from shardstage.runtime.peak_memory import resident_bytes
 from shardstage.runtime.recorder import Recorder
 from shardstage.simulator import planned_prices, simulate
 from shardstage.timeline import MemorySample, Span, Timeline
