@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from tests.cost.machines import round_machine
@@ -13,7 +14,7 @@ from shardstage.cluster import HostShare
 from shardstage.errors import PlanError
 from shardstage.graph import ModelGraph
 from shardstage.plan import Precision, Request, check, named_decisions, parse_request, shorthand
-from shardstage.planner import Searcher, predict, verify_certificate
+from shardstage.planner import Searcher, SearchResult, predict, verify_certificate
 from shardstage.planner.space import Savers, ladder
 
 HOST = HostShare(link_bytes_per_s=1e8, memory_bytes_per_s=1e8, memory_bytes=2**40, source="made up")
@@ -110,6 +111,82 @@ def test_a_plan_with_savers_proves_that_nothing_fits_without_and_holds_before_th
     searcher.best(PLENTY)
     assert verify_certificate(searcher, found).problems == ()
     assert proof.needs in shorthand(found.best)
+
+
+@pytest.fixture(scope="module")
+def saved() -> tuple[Searcher, SearchResult]:
+    """A plan that needs narrow gradients or an offloaded optimizer."""
+    searcher = searcher_of()
+    limit = searcher.best(PLENTY).prediction.peak_bytes
+    while not (found := searcher.best(limit)).certificate.needs:
+        limit = int(0.93 * limit)
+    return searcher, found
+
+
+@pytest.mark.parametrize(
+    ("forged", "problem"),
+    [
+        ({"needs": ""}, "beyond what was asked for, and the certificate says it needs nothing"),
+        ({"needs": "offload=none"}, "and the certificate says it needs offload=none"),
+        ({"without": 0}, "and the certificate says 0 were tried"),
+        ({"without": 7}, "choices with less savers, and the certificate says 7 were tried"),
+    ],
+)
+def test_forged_needs_are_caught(
+    saved: tuple[Searcher, SearchResult], forged: dict[str, Any], problem: str
+) -> None:
+    searcher, found = saved
+    lie = replace(found, certificate=replace(found.certificate, **forged))
+    (told,) = verify_certificate(searcher, lie, max_checked=1).problems
+    assert problem in told
+
+
+def test_savers_that_nothing_asks_for_are_caught() -> None:
+    """A search that went straight to the last rung, and says that nothing fits on the others."""
+    plain, hasty = searcher_of(), searcher_of("grads=bf16,offload=optimizer")
+    asked = hasty.best(PLENTY)
+    proof = asked.certificate
+    plain.use(asked.savers)
+    told = {"needs": str(asked.savers), "without": 3 * proof.enumerated, "space": plain.space.fingerprint}
+    lie = replace(asked, certificate=replace(proof, **told))
+    problems = verify_certificate(plain, lie, max_checked=1).problems
+    assert [problem.rpartition(" fits with ")[2] for problem in problems] == [
+        "no savers",
+        "grads=bfloat16",
+        "offload=optimizer",
+    ]
+
+
+def test_one_choice_that_fits_without_is_found_among_all_that_do_not() -> None:
+    """Its ranks share all there is to share: even steps over the space pass by it."""
+    searcher = searcher_of()
+    priced = [searcher.pricing.price(choice, PLENTY) for choice in every_choice(searcher)]
+    least = min(each.prediction.peak_bytes for each in priced if each is not None)
+    honest = searcher.best(least)
+    assert not honest.certificate.needs
+    both = searcher_of("grads=bf16,offload=optimizer")
+    asked = both.best(least)
+    searcher.use(asked.savers)
+    told = {
+        "needs": str(asked.savers),
+        "without": 3 * asked.certificate.enumerated,
+        "space": searcher.space.fingerprint,
+    }
+    lie = replace(asked, certificate=replace(asked.certificate, **told))
+    problems = verify_certificate(searcher, lie, max_checked=3).problems
+    assert any(problem.endswith("fits with no savers") for problem in problems)
+
+
+def test_a_plan_with_other_savers_than_the_search_had_is_caught(
+    saved: tuple[Searcher, SearchResult],
+) -> None:
+    searcher, found = saved
+    narrow = searcher_of("grads=fp32")
+    problems = verify_certificate(narrow, replace(found, savers=Savers("bfloat16")), max_checked=1).problems
+    assert any("search was for grads=float32, grads=float32,offload=optimizer" in each for each in problems)
+    other = replace(found, savers=Savers())
+    problems = verify_certificate(searcher, other, max_checked=1).problems
+    assert any("and the result says no savers" in problem for problem in problems)
 
 
 def test_what_was_asked_for_is_kept_where_more_would_fit_without() -> None:

@@ -3,7 +3,7 @@
 It hashes what was searched, counts the space choice by choice in plain loops, prices the plan as any given plan is priced, in the units
 that the search cut the model into, holds its peak against the limit, and prices choices exactly, evenly over the whole space (all of a
 small one): none that fits may be faster. What a large space's search left out by bounds it so tests by samples; ``num_checked`` says how
-many.
+many. What the certificate says of savers is checked in the same way (``verify_needs``).
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from shardstage.graph import ModelGraph
 from shardstage.planner.certificate import Certificate, cluster_hash
 from shardstage.planner.predict import predict
 from shardstage.planner.search import Searcher, SearchResult
-from shardstage.planner.space import Choice, are_near
+from shardstage.planner.space import Choice, Savers, are_near
+from shardstage.planner.verify_needs import Thrifty, false_needs, fitting_without
 
 __all__ = ["ROUNDING", "Verification", "false_claims", "verify_certificate"]
 
@@ -40,8 +41,9 @@ class Verification:
 
 
 def verify_certificate(searcher: Searcher, found: SearchResult, *, max_checked: int = 500) -> Verification:
-    """Checks the certificate of ``found`` against the space that ``searcher`` declares, pricing at most ``max_checked`` choices."""
-    proof = found.certificate
+    """Checks the certificate of ``found`` against the space that ``searcher`` declares, pricing about ``max_checked`` choices, and twice as
+    many with less savers, where the plan has any that were not asked for."""
+    proof, rungs = found.certificate, searcher._ladder
     searcher.use(found.savers)
     choices = list(_choices(searcher)) if proof.enumerated <= MAX_LISTED else None
     num_choices = len(choices) if choices is not None else sum(1 for _ in _choices(searcher))
@@ -56,18 +58,29 @@ def verify_certificate(searcher: Searcher, found: SearchResult, *, max_checked: 
         said=found.prediction,
         limit_bytes=found.limit_bytes,
     )
+    problems += false_needs(proof, best=found.best, savers=found.savers, rungs=rungs, num_choices=num_choices)
     if price.peak_bytes > found.limit_bytes:
         problems.append(f"the plan holds {price.peak_bytes} bytes of {found.limit_bytes}")
-    step = max(1, num_choices // max_checked)
-    num_checked = 0
+    step, thrifty = max(1, num_choices // max_checked), Thrifty()
+    checked: list[Choice] = []
     for number, choice in enumerate(choices if choices is not None else _choices(searcher)):
+        thrifty.add(choice, choice.mesh, zero=choice.zero.level, microbatch=choice.group.microbatch)
         if number % step:
             continue
-        num_checked += 1
+        checked.append(choice)
         priced = searcher.pricing.price(choice, found.limit_bytes)
         if priced is not None and priced.seconds < proof.cost_s * (1 - ROUNDING):
             problems.append(f"{choice} takes {priced.seconds} s, less than {proof.cost_s} s")
-    return Verification(problems=tuple(problems), num_choices=num_choices, num_checked=num_checked)
+    tried = (found.priced.choice, *thrifty.choices(max_checked), *checked)
+
+    def fits(savers: Savers, choice: Choice) -> bool:
+        searcher.use(savers)
+        return searcher.pricing.price(choice, found.limit_bytes) is not None
+
+    if found.savers in rungs:
+        problems += fitting_without(rungs[: rungs.index(found.savers)], tried, fits)
+    searcher.use(found.savers)
+    return Verification(problems=tuple(problems), num_choices=num_choices, num_checked=len(checked))
 
 
 def false_claims(

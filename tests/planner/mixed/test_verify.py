@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from tests.cost.toy import Experts, toy_graph
 from tests.planner.mixed.instances import (
+    GRAPH,
     PLENTY,
     every_choice,
     machines,
@@ -16,11 +17,13 @@ from tests.planner.mixed.instances import (
     searcher_of,
 )
 
+from shardstage.cluster import Cluster, HostShare
 from shardstage.plan import parse_request
 from shardstage.planner import MixedResult, verify_mixed
 from shardstage.planner.mixed.search import MixedSearcher
 
 CLUSTER = machines((2, 1.0), (3, 2.0))
+HOST = HostShare(link_bytes_per_s=1e8, memory_bytes_per_s=1e8, memory_bytes=2**40, source="made up")
 
 
 @pytest.fixture(scope="module")
@@ -101,3 +104,49 @@ def test_a_plan_that_does_not_fit_is_caught(searched: tuple[MixedSearcher, Mixed
     shares = tuple(replace(share, limit_bytes=share.peak_bytes - 1) for share in found.shares)
     problems = verify_mixed(searcher, replace(found, shares=shares), max_checked=1).problems
     assert any("class0 holds" in each for each in problems)
+
+
+@pytest.fixture(scope="module")
+def saved() -> tuple[MixedSearcher, MixedResult]:
+    """A plan that needs its optimizer in the host's memory."""
+    cluster = machines((1, 1.0), (1, 1.0))
+    parts = [replace(part, device=replace(part.device, host=HOST)) for part in cluster.joined]
+    cluster = Cluster.of_parts(tuple(parts), name="mixed", network=cluster.levels[-1])
+    searcher = MixedSearcher(GRAPH, cluster, global_batch=6, sequence=64, precision="float32")
+    limit = max(share.peak_bytes for share in searcher.best((PLENTY, PLENTY)).shares)
+    while not (found := searcher.best((limit, limit))).certificate.needs:
+        limit = int(0.9 * limit)
+    return searcher, found
+
+
+def test_an_honest_need_of_savers_holds(saved: tuple[MixedSearcher, MixedResult]) -> None:
+    checked = verify_mixed(*saved, max_checked=10_000)
+    assert checked.is_valid, checked.problems
+    assert saved[1].certificate.without == checked.num_choices
+
+
+@pytest.mark.parametrize(
+    ("forged", "problem"),
+    [
+        ({"needs": ""}, "the certificate says it needs nothing"),
+        ({"without": 1}, "the certificate says 1 were tried"),
+    ],
+)
+def test_a_forged_need_of_savers_is_caught(
+    saved: tuple[MixedSearcher, MixedResult], forged: dict[str, Any], problem: str
+) -> None:
+    searcher, found = saved
+    lie = replace(found, certificate=replace(found.certificate, **forged))
+    (told,) = verify_mixed(searcher, lie, max_checked=1).problems
+    assert problem in told
+
+
+def test_savers_without_need_are_caught(saved: tuple[MixedSearcher, MixedResult]) -> None:
+    """All that the plan has is right, but the limit: with more memory it fits without."""
+    searcher, found = saved
+    shares = tuple(replace(share, limit_bytes=PLENTY) for share in found.shares)
+    proof = replace(found.certificate, limit_bytes=PLENTY)
+    problems = verify_mixed(
+        searcher, replace(found, shares=shares, certificate=proof), max_checked=1
+    ).problems
+    assert any(problem.endswith("fits with no savers") for problem in problems)

@@ -1,7 +1,8 @@
 """``verify_mixed``: a second routine that checks the proof of a search over several device classes without its bounds.
 
 It hashes what was searched, counts the space choice by choice, prices the plan as any given plan is priced, holds each class's peak against
-its limit, and prices choices exactly, evenly over the whole space (all of a small one): none that fits may be faster.
+its limit, and prices choices exactly, evenly over the whole space (all of a small one): none that fits may be faster, nor fit with less
+savers than the plan has.
 """
 
 from __future__ import annotations
@@ -11,13 +12,17 @@ from collections.abc import Iterator
 from shardstage.planner.mixed.lanes import class_peaks, predict_mixed
 from shardstage.planner.mixed.search import MixedResult, MixedSearcher
 from shardstage.planner.mixed.space import MixedChoice
+from shardstage.planner.space import Savers
 from shardstage.planner.verify import ROUNDING, Verification, false_claims
+from shardstage.planner.verify_needs import Thrifty, false_needs, fitting_without
 
 __all__ = ["verify_mixed"]
 
 
 def verify_mixed(searcher: MixedSearcher, found: MixedResult, *, max_checked: int = 500) -> Verification:
-    """Checks the certificate of ``found`` against the space that ``searcher`` declares, pricing at most ``max_checked`` choices."""
+    """Checks the certificate of ``found`` against the space that ``searcher`` declares, pricing about ``max_checked`` choices, and twice as
+    many with less savers, where the plan has any that were not asked for."""
+    rungs = searcher._ladder
     searcher.use(found.savers)
     limits, used = [share.limit_bytes for share in found.shares], found.cluster
     units = searcher.pricing.folded.starts
@@ -32,19 +37,34 @@ def verify_mixed(searcher: MixedSearcher, found: MixedResult, *, max_checked: in
         said=found.prediction,
         limit_bytes=min(limits),
     )
+    problems += false_needs(
+        found.certificate, best=found.best, savers=found.savers, rungs=rungs, num_choices=num_choices
+    )
     peaks = class_peaks(searcher.graph, found.best, used, units=units)
     for share, peak in zip(found.shares, peaks, strict=True):
         if peak > share.limit_bytes:
             problems.append(f"{share.name} holds {peak} bytes of {share.limit_bytes}")
-    step, num_checked, cost_s = max(1, num_choices // max_checked), 0, found.certificate.cost_s
+    step, cost_s, thrifty = max(1, num_choices // max_checked), found.certificate.cost_s, Thrifty()
+    checked: list[MixedChoice] = []
     for number, choice in enumerate(_choices(searcher)):
+        of = choice.arrangement
+        thrifty.add(choice, of.mesh, zero=choice.zero.level, microbatch=max(of.sizes))
         if number % step:
             continue
-        num_checked += 1
+        checked.append(choice)
         priced = searcher.pricing.price(choice, limits)
         if priced is not None and priced.seconds < cost_s * (1 - ROUNDING):
             problems.append(f"{choice} takes {priced.seconds} s, less than {cost_s} s")
-    return Verification(problems=tuple(problems), num_choices=num_choices, num_checked=num_checked)
+    tried = (found.priced.choice, *thrifty.choices(max_checked), *checked)
+
+    def fits(savers: Savers, choice: MixedChoice) -> bool:
+        searcher.use(savers)
+        return searcher.pricing.price(choice, limits) is not None
+
+    if found.savers in rungs:
+        problems += fitting_without(rungs[: rungs.index(found.savers)], tried, fits)
+    searcher.use(found.savers)
+    return Verification(problems=tuple(problems), num_choices=num_choices, num_checked=len(checked))
 
 
 def _choices(searcher: MixedSearcher) -> Iterator[MixedChoice]:
