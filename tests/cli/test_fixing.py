@@ -74,7 +74,7 @@ def test_a_mixed_search_finds_a_plan_with_what_was_fixed(decisions: str) -> None
         assert getattr(found, name) == getattr(fixed.request, name)
 
 
-@pytest.mark.parametrize("decision", ["cp=2", "ep=4", "etp=1", "zr=2", "outer"])
+@pytest.mark.parametrize("decision", ["cp=2", "ep=4", "etp=1", "zr=2", "outer", "dtype=fp16"])
 def test_what_is_only_priced_cannot_be_fixed_beside_what_runs(decision: str) -> None:
     with pytest.raises(PlanError, match=f"{decision} is planned and priced, but not run") as caught:
         parse_fixed(f"runnable,pp=2,{decision}", plan="auto")

@@ -80,6 +80,17 @@ def test_every_gpu_preset_has_a_price_with_its_source_and_a_newer_gpu_costs_more
     assert all("AWS" in each.price_source for each in devices)
 
 
+def test_a_compute_capability_says_whether_there_is_bfloat16_and_is_above_zero() -> None:
+    assert [device(kind="cuda", compute_capability=each).has_bfloat16 for each in (None, 7.5, 8.0)] == [
+        True,
+        False,
+        True,
+    ]
+    assert not device(kind="cpu").has_bfloat16
+    with pytest.raises(ClusterError, match="device 'toy': compute_capability must be above zero, not 0"):
+        device(compute_capability=0.0)
+
+
 def test_a_price_is_optional_and_cannot_be_zero_or_without_a_source() -> None:
     assert device().price_per_hour is None
     with pytest.raises(ClusterError, match="device 'toy': price_per_hour must be above zero, not 0"):

@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import pytest
 
-from shardstage.cluster import Cluster, HostShare, load
+from shardstage.cluster import Cluster, HostShare, load, preset_names
 from shardstage.errors import ClusterError
 
 
-@pytest.mark.parametrize("name", ["a100-40", "a100-80", "h100", "h200", "b200"])
+@pytest.mark.parametrize("name", sorted({*preset_names()} - {"cpu"}))
 def test_a_preset_of_gpus_knows_its_hosts_and_keeps_them_in_its_file(name: str) -> None:
     cluster = load(name)
     host = cluster.device.host

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -86,9 +87,22 @@ def test_groups_tile_the_ranks() -> None:
     assert [group_sizes(ranks) for ranks in (1, 2, 3, 4, 6)] == [(), (2,), (3,), (2, 4), (2, 3, 6)]
 
 
+def test_a_gpu_s_compute_capability_is_kept() -> None:
+    """A measured V100 would be planned as an A100 otherwise: with bfloat16 and flash attention."""
+    known: dict[str, Any] = {
+        "num_ranks": 1,
+        "device_name": "Toy",
+        "device_kind": "cuda",
+        "memory_bytes": 1000,
+        "source": "made up",
+    }
+    assert cluster_from_samples(LOCAL, **known).device.compute_capability is None
+    assert cluster_from_samples(LOCAL, **known, compute_capability=7.0).device.compute_capability == 7.0
+
+
 def test_two_real_ranks_measure_this_machine(tmp_path: Path) -> None:
     cluster = probe(2, budget_s=1.0, device="cpu")
-    assert cluster.num_devices == 2
+    assert (cluster.num_devices, cluster.device.compute_capability) == (2, None)
     assert {"float32", "bfloat16", "float64"} == set(cluster.device.flops_per_s)
     assert (
         cluster.collective("all_reduce", 2).seconds(2**20)

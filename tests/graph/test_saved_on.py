@@ -286,3 +286,31 @@ def test_the_kernel_follows_features_dtype_and_mask(
     assert attention_kernel(*shapes, dtype, has_mask=has_mask) == kernel
     without_heads = [shape[1:] for shape in shapes]
     assert attention_kernel(*without_heads, dtype, has_mask=has_mask) == "written out"
+
+
+@pytest.mark.parametrize(
+    ("features", "dtype", "key_heads", "kernel"),
+    [
+        (24, "float16", 2, "efficient"),  # flash from 8.0 on
+        (20, "float16", 2, "written out"),
+        (24, "float16", 1, "written out"),  # grouped queries
+        (18, "float32", 2, "efficient"),  # in whole numbers, where there is no TF32
+        (24, "bfloat16", 2, "written out"),
+    ],
+)
+def test_before_compute_capability_8_there_is_no_flash_kernel_and_none_for_bfloat16(
+    features: int, dtype: str, key_heads: int, kernel: str
+) -> None:
+    shapes = [(2, heads, 6, features) for heads in (2, key_heads, key_heads)]
+    assert attention_kernel(*shapes, dtype, has_mask=False, capability=7.5) == kernel
+    newer = attention_kernel(*shapes, dtype, has_mask=False, capability=8.0)
+    assert newer == attention_kernel(*shapes, dtype, has_mask=False)
+
+
+def test_a_v100_keeps_the_scores_of_what_it_writes_out() -> None:
+    """Two tensors of scores in float32 a head, or one: what no kernel computes is kept for backward."""
+    graph = attention_graph("bfloat16", "grouped").at(microbatch=2, sequence=40)
+    old, new = (saved_bytes(saved_on(graph, "cuda", each), 0, len(graph.ops), "none") for each in (7.0, 8.0))
+    assert new == kept_of_attention("bfloat16", num_samples=2, sequence=40, form="grouped")
+    a_row = 4 * 2 * (3 * 24 + 40) - 2 * (2 * 24 + 2 * 24) - 4 * 2
+    assert old - new == 2 * 2 * 40 * a_row

@@ -16,6 +16,7 @@ from shardstage.graph.file import fingerprint
 from shardstage.graph.recompute import PartialRecompute
 from shardstage.layout import Mesh
 from shardstage.plan import Plan, StageRange, check, complete, parse_request
+from shardstage.plan.check import require_runnable
 from shardstage.plan.modules import require_modules
 
 GRAPH = toy_graph(num_layers=4)
@@ -119,6 +120,34 @@ def notes(text: str, *, ranks: int = 4, batch: int = 16, cluster: str = "") -> s
 )
 def test_what_is_allowed_but_hardly_meant_is_said(text: str, said: str) -> None:
     assert said in notes(text)
+
+
+@pytest.mark.parametrize(
+    ("cluster", "said"),
+    [
+        (
+            "v100-32:4",
+            "take float16 and no bfloat16: dtype=fp16, 6 times the rate of float32, is planned and priced, but not run",
+        ),
+        ("rtx-3090:4", ""),
+        ("cpu:4", ""),
+    ],
+)
+def test_where_tensor_cores_take_only_float16_it_is_said_what_that_would_gain(
+    cluster: str, said: str
+) -> None:
+    found = notes("dp=4,dtype=fp32", cluster=cluster)
+    assert said in found if said else "tensor cores" not in found
+
+
+def test_float16_is_priced_and_not_run() -> None:
+    plan = replace(PLAN, precision="float16")
+    with pytest.raises(
+        PlanError, match=r"losses want scaling .* priced, but not run by this release"
+    ) as caught:
+        require_runnable(plan)
+    assert "--dtype float32" in str(caught.value.hint)
+    require_runnable(PLAN)
 
 
 def test_zero_over_ranks_that_share_sequences_is_no_mistake() -> None:

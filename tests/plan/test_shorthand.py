@@ -105,7 +105,7 @@ def test_a_shorthand_says_only_what_differs() -> None:
             "must be none, selective, full, or a number of layers",
             "stages=full:2*3/none",
         ),
-        ("dtype=fp8", "dtype=fp8 is not one of float32, bfloat16, float64", '--plan "...,dtype='),
+        ("dtype=fp8", "dtype=fp8 is not one of float32, bfloat16, float16, float64", '--plan "...,dtype='),
         ("shares=5/x", "shares=5/x must be whole numbers", '--plan "dp=2,shares=5/3"'),
         ("modules=*.mlp/", "modules=\\*.mlp/ names no module", "recompute=selective,modules=*.mlp/*norm"),
         ("replicate=", "replicate= names no parameter", "replicate=lm_head"),

@@ -88,8 +88,10 @@ def precision_of(plan: str, dtype: str | None, machine: Cluster) -> Precision:
         asked = load_plan(plan).precision
     else:
         asked = None if plan == "auto" else parse_request(plan).precision
-    default: Precision = "bfloat16" if machine.device.kind == "cuda" else "float32"
-    return asked or default
+    parts = map(machine.part, range(len(machine.parts)))
+    gpus = [part.device for part in parts if part.device.kind == "cuda"]
+    is_on_gpus = machine.device.kind == "cuda"
+    return asked or ("bfloat16" if is_on_gpus and all(gpu.has_bfloat16 for gpu in gpus) else "float32")
 
 
 def asked_samples(plan: str, *, batch: int | None, sequence: int | None) -> tuple[int | None, int | None]:

@@ -17,7 +17,7 @@ KEPT: Final = "dp, tp, pp, sp, zero, zr, mb, recompute, modules, cp, ep, etp, ou
 """What a search keeps to (``planner.space``, ``planner.mixed.space``)."""
 
 ONLY_PRICED: Final = "cp, ep, etp, zr, outer"
-"""What this release does not run (``plan.check.require_runnable``)."""
+"""What this release does not run (``plan.check.require_runnable``), as it does no float16."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +89,9 @@ def _require_selective(fixed: Fixed) -> None:
 
 def _require_runnable(fixed: Fixed) -> None:
     for part in _parts(fixed.decisions):
-        if named_decisions(part) <= named_decisions(ONLY_PRICED) and parse_request(part) != Request():
+        asked = parse_request(part)
+        is_only_priced = named_decisions(part) <= named_decisions(ONLY_PRICED) and asked != Request()
+        if is_only_priced or asked.precision == "float16":
             raise PlanError(
                 f"--fix {RUNNABLE},{part}: {part} is planned and priced, but not run by this release",
                 hint=f'--fix "{fixed.decisions}"',

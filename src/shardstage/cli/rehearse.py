@@ -69,7 +69,7 @@ def rehearse(
     ] = None,
     seq: Tokens = None,
     dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or float64 (default: bfloat16 on a GPU)")
+        str | None, typer.Option(help="float32, bfloat16 or float64 (default: bfloat16 on a GPU that has it)")
     ] = None,
     ranks: Annotated[
         str, typer.Option(help="Ranks to execute: distinct (one of each kind), all or none")

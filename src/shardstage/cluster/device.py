@@ -61,7 +61,8 @@ class DeviceClass:
     device of its own). ``message`` is what sending or receiving a message takes of those cores: seconds of a rank while
     all ranks compute (None where talk is not theirs to do, or unknown). ``kernels`` prices single kernels by their shape
     where a model of them is known; the ``gemm`` curves serve elsewhere. ``price_per_hour`` is USD for one device,
-    ``host`` what it has of its host's memory, where that is known and another one than its own.
+    ``host`` what it has of its host's memory, where that is known and another one than its own. ``compute_capability`` is
+    CUDA's, such as 7.0, by which torch chooses kernels (None: 8.0 or more).
     """
 
     name: str
@@ -79,11 +80,19 @@ class DeviceClass:
     price_per_hour: float | None = None
     price_source: str = ""
     host: HostShare | None = None
+    compute_capability: float | None = None
+
+    @property
+    def has_bfloat16(self) -> bool:
+        """Whether its tensor cores multiply bfloat16: CUDA's do from compute capability 8.0."""
+        return self.kind == "cuda" and (self.compute_capability is None or self.compute_capability >= 8)
 
     def __post_init__(self) -> None:
         rates = {"memory_bytes": self.memory_bytes, "bytes_per_s": self.bytes_per_s, **self.flops_per_s}
         if self.price_per_hour is not None:
             rates["price_per_hour"] = self.price_per_hour
+        if self.compute_capability is not None:
+            rates["compute_capability"] = self.compute_capability
         if self.alone_ratio < 1:
             raise ClusterError(
                 f"device {self.name!r}: a rank alone is no slower than one among others, and alone_ratio is {self.alone_ratio}",
@@ -135,6 +144,7 @@ class DeviceClass:
             "bytes_per_s": self.bytes_per_s,
             **({"op_latency_s": self.op_latency_s} if self.op_latency_s else {}),
             **({"alone_ratio": self.alone_ratio} if self.alone_ratio > 1 else {}),
+            **({} if self.compute_capability is None else {"compute_capability": self.compute_capability}),
             "source": self.source,
             **self._price(),
             "flops_per_s": {"source": self.flops_source, **self.flops_per_s},
@@ -158,6 +168,9 @@ class DeviceClass:
             bytes_per_s=table.number("bytes_per_s"),
             op_latency_s=table.number("op_latency_s", default=0.0),
             alone_ratio=table.number("alone_ratio", default=1.0),
+            compute_capability=table.number("compute_capability")
+            if table.has("compute_capability")
+            else None,
             source=table.text("source"),
             flops_source=flops_source,
             flops_per_s=rates.remaining_numbers(),

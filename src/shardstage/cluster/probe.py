@@ -101,6 +101,7 @@ def probe(
         device_kind=kind,
         memory_bytes=_memory_bytes(spec),
         source=f"measured by shardstage probe on {name}, torch {torch.__version__}, {ranks} ranks, {spec.backend}",
+        compute_capability=_compute_capability(kind),
     )
 
 
@@ -127,6 +128,13 @@ def _device_kind(ranks: int, device: str | None) -> str:
             f"{ranks} ranks need {ranks} GPUs and this machine has {num_gpus}", hint="--device cpu"
         )
     return device or ("cuda" if num_gpus >= ranks else "cpu")
+
+
+def _compute_capability(kind: str) -> float | None:
+    if kind != "cuda":
+        return None
+    major, minor = torch.cuda.get_device_capability()
+    return major + minor / 10
 
 
 def _window_s(sizes: _Sizes, ranks: int, budget_s: float) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Final, NamedTuple
 
 from shardstage.cluster.cluster import Cluster
@@ -42,12 +43,14 @@ def cluster_from_samples(
     device_kind: str,
     memory_bytes: int,
     source: str,
+    compute_capability: float | None = None,
 ) -> Cluster:
     """The cluster of ``num_ranks`` devices on one host that the samples describe."""
+    device = _device_from(samples, num_ranks, device_name, device_kind, memory_bytes, source)
     return Cluster(
         name=f"{device_kind}-measured",
         num_devices=num_ranks,
-        device=_device_from(samples, num_ranks, device_name, device_kind, memory_bytes, source),
+        device=replace(device, compute_capability=compute_capability),
         levels=(_level_from(samples, num_ranks, source),),
         collectives=_collective_curves(samples, source),
     )

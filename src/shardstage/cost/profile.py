@@ -101,7 +101,8 @@ class Profiler:
 
         self._localized = localized
         sizes = (graph.microbatch, graph.sequence, folded.kept, folded.modules)
-        self._key = repr((tp, is_sequence_parallel, tuple(replicate), is_compiled, self._device.kind, *sizes))
+        device = (self._device.kind, self._device.compute_capability)
+        self._key = repr((tp, is_sequence_parallel, tuple(replicate), is_compiled, *device, *sizes))
         self._readings = Readings() if readings is None else readings
         self._made_for = partial(
             Profiler,
@@ -118,7 +119,7 @@ class Profiler:
 
     @cached_property
     def _local(self) -> ModelGraph:
-        return saved_on(self._localized(), self._device.kind)
+        return saved_on(self._localized(), self._device.kind, self._device.compute_capability)
 
     @cached_property
     def _elements(self) -> dict[str, int]:

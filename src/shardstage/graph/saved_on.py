@@ -14,7 +14,8 @@
     attention            q, k, v, mask, result, a float32 a row;  flash or cuDNN: the same, and 16 bytes of random state; heads padded to
                          written out where heads are unlike       multiples of 8. efficient: the same, rows padded to multiples of 32.
                                                                   written out: q and k scaled, v, probabilities [.., s, t], all in
-                                                                  float32, of keys and values a copy for each query head
+                                                                  float32, of keys and values a copy for each query head;
+                                                                  which of these: by compute capability, too (``attention_kernel``)
 
 Read from ``derivatives.yaml`` and ``native_functions.yaml`` of torch (``torchgen/packaged``), ``ATen/native/layer_norm.cpp`` and
 ``ATen/native/transformers/cuda/sdp_utils.cpp``: ``rms_norm`` calls ``_fused_rms_norm``, which has a kernel for CUDA and is composed of its
@@ -39,17 +40,26 @@ ATTENTION: Final = "aten.scaled_dot_product_attention.default"
 AttentionKernel = Literal["flash", "efficient", "written out"]
 
 HEAD_ALIGNMENT: Final = {"float16": 8, "bfloat16": 8, "float32": 4}
-"""Features of a head of which the efficient kernel wants multiples: 128 bits (``minimum_gemm_alignment``, compute capability 8 and up)."""
+"""Features of a head of which the efficient kernel wants multiples: 128 bits (``minimum_gemm_alignment``)."""
+
+OLD_HEAD_ALIGNMENT: Final = {"float16": 8, "float32": 1}
+"""The same before compute capability 8.0, where it takes no bfloat16 (``less_than_sm80_mem_efficient_dtypes``)."""
+
+FLASH_CAPABILITY: Final = 8.0
+"""From which on the flash kernel runs (``check_flash_attention_hardware_support``)."""
 
 MAX_FLASH_FEATURES: Final = 256
 """Of a head (``check_head_dim_size_flash``)."""
 
 
-def saved_on(graph: ModelGraph, device_kind: str) -> ModelGraph:
-    """The graph, whole or of a rank or stage, with ``Op.saved`` as on devices of this kind; the very graph where nothing differs."""
+def saved_on(graph: ModelGraph, device_kind: str, capability: float | None = None) -> ModelGraph:
+    """The graph, whole or of a rank or stage, with ``Op.saved`` as on devices of this kind; the very graph where nothing differs.
+
+    ``capability`` is CUDA's compute capability (None: 8.0 or more).
+    """
     if device_kind != "cuda":
         return graph
-    kept = {op.name: found for op in graph.ops if op.saved and (found := _kept(graph, op))}
+    kept = {op.name: found for op in graph.ops if op.saved and (found := _kept(graph, op, capability))}
     if not kept:
         return graph
     values = dict(graph.values)
@@ -72,31 +82,39 @@ def is_fused(x_dtype: str, weight_dtype: str) -> bool:
 
 
 def attention_kernel(
-    query: Sequence[int], key: Sequence[int], value: Sequence[int], dtype: str, *, has_mask: bool
+    query: Sequence[int],
+    key: Sequence[int],
+    value: Sequence[int],
+    dtype: str,
+    *,
+    has_mask: bool,
+    capability: float | None = None,
 ) -> AttentionKernel:
     """Which kernel CUDA takes for attention of these shapes [.., heads, tokens, features].
 
     Flash takes 16 bits, grouped queries too, equally many features of all and no mask; the efficient kernel heads one by one, float32 and
-    values of other features, too, if features are aligned; what neither takes is written out (``sdp_utils.cpp``).
+    values of other features, too, if features are aligned; what neither takes is written out (``sdp_utils.cpp``). Before compute
+    capability 8.0 there is no flash kernel, and none for bfloat16.
     """
     if len(query) != 4:
         return "written out"
-    is_short = dtype in ("float16", "bfloat16")
+    is_old = capability is not None and capability < FLASH_CAPABILITY
+    is_short = dtype in ("float16", "bfloat16") and not is_old
     if is_short and not has_mask and query[-1] == key[-1] == value[-1] <= MAX_FLASH_FEATURES:
         return "flash"
-    alignment = HEAD_ALIGNMENT.get(dtype)
+    alignment = (OLD_HEAD_ALIGNMENT if is_old else HEAD_ALIGNMENT).get(dtype)
     is_aligned = alignment is not None and query[-1] % alignment == 0 == value[-1] % alignment
     has_like_heads = len({tuple(each[:-2]) for each in (query, key, value)}) == 1
     is_taken = has_like_heads and query[-1] == key[-1] and is_aligned
     return "efficient" if is_taken else "written out"
 
 
-def _kept(graph: ModelGraph, op: Op) -> tuple[Value, ...]:
+def _kept(graph: ModelGraph, op: Op, capability: float | None) -> tuple[Value, ...]:
     """What CUDA keeps of an op; nothing where that is what a CPU keeps."""
     if op.target == "aten.rms_norm.default" and _has_kernel(graph, op):
         return (*(graph.values[name] for name in op.inputs), _statistics(graph, op))
     if op.target == ATTENTION:
-        return _kept_of_attention(graph, op)
+        return _kept_of_attention(graph, op, capability)
     return ()
 
 
@@ -116,7 +134,7 @@ def _statistics(graph: ModelGraph, op: Op) -> Value:
     )
 
 
-def _kept_of_attention(graph: ModelGraph, op: Op) -> tuple[Value, ...]:
+def _kept_of_attention(graph: ModelGraph, op: Op, capability: float | None) -> tuple[Value, ...]:
     """What CUDA keeps where only one of it and a CPU, whose kernel wants equally many features, writes attention out; else nothing."""
     names = ("query", "key", "value", "attn_mask", "dropout_p")
     named = dict(zip(names, op.args, strict=False)) | dict(op.kwargs)
@@ -125,7 +143,8 @@ def _kept_of_attention(graph: ModelGraph, op: Op) -> tuple[Value, ...]:
     bias = operands.get("attn_mask")
     if named.get("dropout_p") or (bias is not None and bias.requires_grad):
         return ()
-    kernel = attention_kernel(query.shape, key.shape, value.shape, query.dtype, has_mask=bias is not None)
+    shapes = (query.shape, key.shape, value.shape)
+    kernel = attention_kernel(*shapes, query.dtype, has_mask=bias is not None, capability=capability)
     if (kernel == "written out") == bool(kept_scores(graph, op)):
         return ()
     if kernel == "written out":

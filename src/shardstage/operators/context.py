@@ -85,6 +85,7 @@ class OperatorContext:
     random: RandomState
     may_overwrite: bool = True
     device_kind: str = "cpu"
+    compute_capability: float | None = None
     weights: WeightGradients = field(default_factory=WeightGradients)
 
 

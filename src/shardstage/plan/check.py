@@ -79,6 +79,11 @@ def require_runnable(plan: Plan) -> None:
                 f"{what} is planned and priced, but not run by this release",
                 hint="--plan auto chooses among what runs; shardstage plan --fix runnable does, too",
             )
+    if plan.precision == "float16":
+        raise PlanError(
+            "float16, whose losses want scaling (dtype=fp16), is planned and priced, but not run by this release",
+            hint='"dtype=fp32" in the plan, or --dtype float32, or precision = "float32" in the run file',
+        )
 
 
 def check_samples(plan: Plan, file: str, *, global_batch: int, sequence: int | None) -> None:
@@ -428,6 +433,21 @@ def _note_bucket(plan: Plan, _graph: ModelGraph, _cluster: Cluster | None) -> st
     return ""
 
 
+def _note_dtype(plan: Plan, _graph: ModelGraph, cluster: Cluster | None) -> str:
+    """Of CUDA devices without bfloat16 in their tensor cores, on which torch computes it nonetheless."""
+    device = None if cluster is None else cluster.device
+    if device is None or device.kind != "cuda" or device.has_bfloat16 or plan.precision == "float16":
+        return ""
+    rates = device.flops_per_s
+    if not {"float16", plan.precision} <= set(rates):
+        return ""
+    times = rates["float16"] / rates[plan.precision]
+    return (
+        f"the tensor cores of {device.name} take float16 and no bfloat16: dtype=fp16, {times:.0f} times the rate of {plan.precision}, "
+        "is planned and priced, but not run by this release"
+    )
+
+
 _NOTES: Final[tuple[Callable[[Plan, ModelGraph, Cluster | None], str], ...]] = (
     _note_bubble,
     _note_microbatch,
@@ -442,4 +462,5 @@ _NOTES: Final[tuple[Callable[[Plan, ModelGraph, Cluster | None], str], ...]] = (
     _note_links,
     _note_offload,
     _note_bucket,
+    _note_dtype,
 )

@@ -13,7 +13,7 @@ __all__ = ["GradientDtype", "Offload", "Plan", "Precision", "ScheduleName", "Sta
 ScheduleName = Literal[
     "gpipe", "1f1b", "interleaved-1f1b", "looped-bfs", "zb-h1", "zb-v", "dualpipe-v", "custom"
 ]
-Precision = Literal["float32", "bfloat16", "float64"]
+Precision = Literal["float32", "bfloat16", "float16", "float64"]
 GradientDtype = Literal["float32", "bfloat16"]
 Offload = Literal["none", "optimizer"]
 

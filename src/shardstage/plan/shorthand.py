@@ -234,7 +234,9 @@ def _choice(choices: tuple[str, ...], aliases: Mapping[str, str]) -> Callable[[s
     return read
 
 
-_SHORT_DTYPES: Final = MappingProxyType({"fp32": "float32", "bf16": "bfloat16", "fp64": "float64"})
+_SHORT_DTYPES: Final = MappingProxyType(
+    {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
+)
 _PRECISIONS: Final = _choice(get_args(Precision), _SHORT_DTYPES)
 
 _SCHEDULES: Final = (*(name for name in get_args(ScheduleName) if name != "custom"), "optimal")

@@ -14,7 +14,7 @@ from typing import Final, Literal
 
 import torch
 
-from shardstage.cluster import Cluster
+from shardstage.cluster import Cluster, DeviceClass
 from shardstage.errors import ProgramError
 from shardstage.graph import ModelGraph
 from shardstage.graph.source import ModelSource
@@ -70,7 +70,7 @@ def rehearse(
         plan=plan,
         program=program,
         optimizer=optimizer or OptimizerConfig(),
-        device_kind=cluster.device.kind,
+        device=cluster.device,
         stages=stages,
     )
     found = {rank.rank: rank for rank in _predicted(program, timeline, prices.holdings)}
@@ -99,7 +99,7 @@ class _Work:
     plan: Plan
     program: Program
     optimizer: OptimizerConfig
-    device_kind: str
+    device: DeviceClass
     stages: StageGraphs | None = field(default=None, repr=False)
 
     def execute(self, source: ModelSource, rank: int) -> RankRehearsal:
@@ -111,7 +111,8 @@ class _Work:
             optimizer=self.optimizer,
             program=self.program,
             graphs=self.stages,
-            device_kind=self.device_kind,
+            device_kind=self.device.kind,
+            compute_capability=self.device.compute_capability,
             inspect=stored,
         )
         peak = run.peak

@@ -87,11 +87,12 @@ def assemble_engine(
     allocate: Callable[[int, torch.dtype], Tensor],
     read: Callable[[Tensor], list[float]] = Tensor.tolist,
     device_kind: str | None = None,
+    compute_capability: float | None = None,
 ) -> Engine:
     """The engine of the rank whose ``groups`` these are, with parameters that have no values yet and buffers still on meta.
 
     ``allocate`` makes the flat buffers in which parameters and gradients lie. ``device_kind`` is what operators are to be quick on, and
-    to keep tensors as, where that is not the device.
+    to keep tensors as, where that is not the device; ``compute_capability`` is CUDA's (None: 8.0 or more).
     """
     graph, plan, rank = graphs.graph, graphs.plan, groups.rank
     mesh = plan.mesh
@@ -101,7 +102,8 @@ def assemble_engine(
     cuts = {size: graphs.segments(tp=tp, microbatch=size) for size in sizes}
     segments = {stage: {size: cuts[size][stage] for size in sizes} for stage in own}
     held = _held_parameters(program, graphs, next(iter(cuts.values())), own)
-    context = _context(groups, plan, own, seed=seed, device_kind=device_kind or device.type)
+    device_kind = device_kind or device.type
+    context = _context(groups, plan, own, seed=seed, device_kind=device_kind, capability=compute_capability)
     is_fully_sharded = plan.zero >= 2 and mesh.dp > 1
     storage = Storage.of(plan, device)
     writer = BlockWriter(_library(graph, source, context, device), device, is_compiled=plan.is_compiled)
@@ -142,7 +144,13 @@ def tied_ranks(program: Program) -> set[tuple[int, ...]]:
 
 
 def _context(
-    groups: RankGroups, plan: Plan, own: Iterable[int], *, seed: int, device_kind: str
+    groups: RankGroups,
+    plan: Plan,
+    own: Iterable[int],
+    *,
+    seed: int,
+    device_kind: str,
+    capability: float | None,
 ) -> OperatorContext:
     return OperatorContext(
         tp_group=groups.tp_group,
@@ -151,6 +159,7 @@ def _context(
         random=RandomState(seed=seed),
         may_overwrite=not any(is_selective(plan.recompute_of(stage)) for stage in own),
         device_kind=device_kind,
+        compute_capability=capability,
     )
 
 
@@ -198,7 +207,7 @@ def _library(
     """
     operators = library(context)
     if context.device_kind == "cuda" and device.type != "cuda":
-        operators = {**operators, **cuda_kernels()}
+        operators = {**operators, **cuda_kernels(context.compute_capability)}
     known = {op.target for op in graph.ops if op.target.startswith("shardstage.")} <= set(operators)
     return operators if known else {**operators, **module_library(source)}
 

@@ -86,6 +86,7 @@ def dry_run(
     program: Program,
     graphs: StageGraphs | None = None,
     device_kind: str = "cuda",
+    compute_capability: float | None = None,
     inspect: Callable[[Engine], object] | None = None,
 ) -> DryRun:
     """Executes a whole step of ``rank``: forwards, backwards, transfers, reductions, the optimizer. No weight is allocated.
@@ -106,6 +107,7 @@ def dry_run(
         rank=rank,
         optimizer=optimizer,
         device_kind=device_kind,
+        compute_capability=compute_capability,
         inspect=inspect,
     )
     found = execute(executed=executed)
@@ -153,6 +155,7 @@ def _execute(
     rank: int,
     optimizer: OptimizerConfig,
     device_kind: str,
+    compute_capability: float | None,
     inspect: Callable[[Engine], object] | None,
     executed: frozenset[int],
 ) -> _Executed:
@@ -178,6 +181,7 @@ def _execute(
                 allocate=_allocate,
                 read=_read,
                 device_kind=device_kind,
+                compute_capability=compute_capability,
             )
             _give_buffers(engine)
             batches = _batches(program, graphs, rank)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -17,16 +18,25 @@ from shardstage.graph.saved_on import ATTENTION, attention_kernel, is_fused
 __all__ = ["cuda_kernels"]
 
 
-def cuda_kernels() -> Mapping[str, Callable[..., Any]]:
-    """By target: operators that allocate and keep what CUDA's kernels do, and compute nothing (``graph.saved_on`` has the table)."""
-    return MappingProxyType({"aten.rms_norm.default": _rms_norm, ATTENTION: _attention})
+def cuda_kernels(capability: float | None = None) -> Mapping[str, Callable[..., Any]]:
+    """By target: operators that allocate and keep what CUDA's kernels do, and compute nothing (``graph.saved_on`` has the table).
+
+    ``capability`` is CUDA's compute capability (None: 8.0 or more).
+    """
+    return MappingProxyType({"aten.rms_norm.default": _rms_norm, ATTENTION: partial(_attention, capability)})
 
 
 def _attention(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *rest: Any, **keywords: Any
+    capability: float | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    *rest: Any,
+    **keywords: Any,
 ) -> Tensor:
     shapes = (query.shape, key.shape, value.shape)
-    kernel = attention_kernel(*shapes, _name(query), has_mask=attn_mask is not None)
+    kernel = attention_kernel(*shapes, _name(query), has_mask=attn_mask is not None, capability=capability)
     learns = attn_mask is not None and attn_mask.requires_grad
     if kernel == "written out" or learns:
         with sdpa_kernel(SDPBackend.MATH):

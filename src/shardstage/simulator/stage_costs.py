@@ -72,7 +72,8 @@ class StageCosts:
     def segment(self, stage: int, *, tp: int, size: int) -> Segment:
         """A stage's graph as its devices run it."""
         found = self.stages.segments(tp=self.stages.twin(tp), microbatch=size)[stage]
-        return replace(found, graph=saved_on(found.graph, self._device.kind))
+        device = self._device
+        return replace(found, graph=saved_on(found.graph, device.kind, device.compute_capability))
 
     def cost(self, stage: int, *, tp: int, size: int) -> StageCost:
         """Of a microbatch of ``size`` samples on tensor-parallel rank ``tp``."""
