@@ -6,7 +6,7 @@ import io
 import logging
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import replace
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from shardstage.compat import FakeTensorMode
-from shardstage.errors import CaptureError
+from shardstage.errors import CaptureError, ConfigError
 from shardstage.graph.capture_depth import find_repeats, shallow
 from shardstage.graph.capture_loops import loops_over_tokens
 from shardstage.graph.capture_program import StoredNames, graph_of
@@ -55,7 +55,8 @@ def capture(
 
     Without ``microbatch`` it is captured at marker sizes (``sequence`` says near which length) and can be had at others by
     ``graph.at``; with it, at exactly these sizes. A model without a task of its own needs one: ``batch_task(loss, batch)``.
-    The model given is left as it was. Raises CaptureError, with the model's line, for what is no flat list of operators.
+    The model given is left as it was. Raises CaptureError, with the model's line, for what is no flat list of operators, ConfigError for
+    samples longer than those that the model takes.
     """
     return _captured(model, microbatch, sequence, task, dtype)[1]
 
@@ -115,14 +116,17 @@ def _capture_scalable(model: nn.Module, source: ModelSource, sequence: int, dtyp
     limit = source.max_sequence
     if any(isinstance(module, nn.RNNBase) for module in model.modules()):
         limit = min(limit or _UNROLLED_SEQUENCE, _UNROLLED_SEQUENCE)
-    microbatch, length = markers(
-        model_sizes(model, source),
-        sequence=wanted if has_sequence else None,
-        max_sequence=limit,
-    )
+    sizes = tuple(model_sizes(model, source))
+    microbatch, length = markers(sizes, sequence=wanted if has_sequence else None, max_sequence=limit)
     if length is not None and length > _LONG_SEQUENCE and _is_unrolled(model, source, dtype):
         length = None
-    graph = _capture_at(model, source, microbatch, length if length is not None else wanted, dtype)
+    try:
+        graph = _capture_at(model, source, microbatch, length if length is not None else wanted, dtype)
+    except CaptureError:
+        if not has_sequence or _runs(model, source, length or wanted, dtype):
+            raise
+        length = _shorter_marker(model, source, sizes, wanted, dtype)
+        graph = _capture_at(model, source, microbatch, length if length is not None else wanted, dtype)
     is_scalable = _fits(replace(graph, is_scalable=True), _OTHER_MICROBATCH, graph.sequence)
     is_sequence_scalable = length is not None and _fits(
         replace(graph, is_sequence_scalable=True), microbatch, min(_OTHER_SEQUENCE, length // 2 + 1)
@@ -133,13 +137,50 @@ def _capture_scalable(model: nn.Module, source: ModelSource, sequence: int, dtyp
     return replace(graph, is_scalable=is_scalable, is_sequence_scalable=is_sequence_scalable)
 
 
-def _is_unrolled(model: nn.Module, source: ModelSource, dtype: str) -> bool:
-    def run(sequence: int) -> None:
-        faked = _faked(model, source, _OTHER_MICROBATCH, sequence, dtype)
-        with faked as (batch, mode), _quiet(), mode, torch.no_grad():
-            source.task.loss(model, batch)
+def _shorter_marker(
+    model: nn.Module, source: ModelSource, sizes: Sequence[int], wanted: int, dtype: str
+) -> int | None:
+    """A length to capture at for a model that fails at a marker: one that has as many positions as are wanted, say, and no more.
 
-    return loops_over_tokens(model, run)
+    None where it runs at the wanted length alone. Raises ConfigError where it does not run at that, and does at a shorter one:
+    whole modules do no better.
+    """
+    if _runs(model, source, wanted, dtype):
+        length = markers(sizes, sequence=wanted, max_sequence=wanted)[1]
+        return length if length is not None and _runs(model, source, length, dtype) else None
+    for shorter in (wanted >> power for power in range(1, wanted.bit_length())):
+        if _runs(model, source, shorter, dtype):
+            reason = _failure(model, source, wanted, dtype)
+            raise ConfigError(
+                f"the model takes {shorter} tokens, and fails with {wanted}: {reason}",
+                hint=f"--seq {shorter}",
+            )
+    return None
+
+
+def _runs(model: nn.Module, source: ModelSource, sequence: int, dtype: str) -> bool:
+    """Whether the model takes samples of so many tokens; which numbers they are, nobody looks at."""
+    return not _failure(model, source, sequence, dtype)
+
+
+def _failure(model: nn.Module, source: ModelSource, sequence: int, dtype: str) -> str:
+    """What the model says to samples of so many tokens, and where; nothing where it takes them."""
+    try:
+        _run(model, source, sequence, dtype)
+    except Exception as error:  # whatever the model's own code raises
+        return _told(error)
+    return ""
+
+
+def _run(model: nn.Module, source: ModelSource, sequence: int, dtype: str) -> None:
+    """The loss of a batch without data."""
+    faked = _faked(model, source, _OTHER_MICROBATCH, sequence, dtype)
+    with faked as (batch, mode), _quiet(), mode, torch.no_grad():
+        source.task.loss(model, batch)
+
+
+def _is_unrolled(model: nn.Module, source: ModelSource, dtype: str) -> bool:
+    return loops_over_tokens(model, lambda sequence: _run(model, source, sequence, dtype))
 
 
 def _source(model: nn.Module | Callable[[], nn.Module] | ModelSource, task: Task | None) -> ModelSource:
@@ -238,7 +279,7 @@ def _exported(module: nn.Module, batch: dict[str, Tensor]) -> torch.export.Expor
             return torch.export.export(module, (batch,), strict=False)
     except Exception as error:  # whatever the model's own code raises
         raise CaptureError(
-            f"{_reason(error)}\n  at {_line_of(error)}",
+            _told(error),
             hint="shardstage train falls back to whole modules (capture_or_blocks(source)), which nothing can price",
         ) from error
 
@@ -257,6 +298,10 @@ def _quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+def _told(error: Exception) -> str:
+    return f"{_reason(error)}\n  at {_line_of(error)}"
 
 
 def _reason(error: Exception) -> str:

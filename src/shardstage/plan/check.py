@@ -14,6 +14,7 @@ from shardstage.cost.offload import has_host_room
 from shardstage.errors import PlanError
 from shardstage.graph import ModelGraph
 from shardstage.graph.blocks import within
+from shardstage.graph.positions import num_positions
 from shardstage.graph.recompute import num_counted
 from shardstage.graph.saved import recomputed_ops
 from shardstage.graph.saved_on import ATTENTION
@@ -45,8 +46,8 @@ def check(
 ) -> tuple[str, ...]:
     """Raises ``PlanError`` if ``plan`` cannot run ``graph``; returns sentences about what is allowed but hardly meant.
 
-    ``max_sequence`` is the longest sample that the model was made for, ``num_ranks`` and ``cluster`` what there is to run on. Of a plan
-    that ``is_searched`` nothing is said that advises what the search has found to be slower.
+    ``max_sequence`` is the longest sample that the model says it was made for, ``num_ranks`` and ``cluster`` what there is to run on. Of a
+    plan that ``is_searched`` nothing is said that advises what the search has found to be slower.
     """
     _check_model(plan, graph)
     _check_ranks(plan, num_ranks, cluster)
@@ -310,6 +311,7 @@ def _check_host(plan: Plan, graph: ModelGraph, cluster: Cluster | None) -> None:
 
 
 def _check_sequence(plan: Plan, graph: ModelGraph, max_sequence: int | None) -> None:
+    max_sequence = min(filter(None, (max_sequence, num_positions(graph))), default=None)
     if max_sequence is not None and plan.sequence is not None and plan.sequence > max_sequence:
         raise PlanError(
             f"samples of {plan.sequence} tokens are longer than the {max_sequence} positions that the model has",
