@@ -28,7 +28,8 @@ from shardstage.cli.plan_page import answer_page
 from shardstage.cluster import Cluster
 from shardstage.errors import PlanError
 from shardstage.plan import shorthand
-from shardstage.planner import NamedModules, predict
+from shardstage.planner import NamedModules, Saving, predict
+from shardstage.planner.space import Savers
 
 GRAPH = toy_graph(num_layers=6, width=64, hidden=256)
 MACHINE = round_machine(8, latency_s=1e-5)
@@ -151,7 +152,7 @@ def test_the_proof_is_shown_with_what_was_told_of_others() -> None:
 
 def test_modules_that_would_be_faster_are_told_with_the_plan_to_paste() -> None:
     chosen, comparison = chosen_by("time")
-    assert comparison.modules is None and "what if" not in printed(chosen, comparison)
+    assert comparison.modules is None and "modules=" not in printed(chosen, comparison)
     plan = replace(chosen.plan, recompute="selective", recompute_modules=("*.up", "*.down"))
     text = shorthand(plan)
     told = NamedModules(
@@ -162,6 +163,28 @@ def test_modules_that_would_be_faster_are_told_with_the_plan_to_paste() -> None:
     assert said in printed(chosen, comparison) and f'--plan "{told.text}"' in printed(chosen, comparison)
     assert said in answer_page(answer(chosen, comparison))
     assert as_table(chosen, comparison, [])["what_if"]["plan"] == told.text
+
+
+def test_savers_that_would_be_faster_are_told_with_their_price_and_no_others() -> None:
+    """A plan was called the best, and ``--fix grads=bf16`` was faster."""
+    chosen, comparison = chosen_by("time")
+    gains = {"grads": 0.031, "offload": -0.2, "both": 0.039}
+    savers = (Savers("bfloat16"), Savers(None, "optimizer"), Savers("bfloat16", "optimizer"))
+    savings = tuple(
+        Saving(savers=each, prediction=chosen.prediction, gain=gain)
+        for each, gain in zip(savers, gains.values(), strict=True)
+    )
+    comparison = replace(comparison, savings=savings)
+    told = printed(chosen, comparison)
+    assert "what if    grads=bfloat16: 3.1 % faster, fits with" in told
+    assert "on the same mesh: --fix grads=bfloat16 searches with that" in told
+    assert "offload=optimizer" not in told, "slower by itself, and no percent more with both"
+    table = as_table(chosen, comparison, [])["savings"]
+    assert [row["savers"] for row in table] == [str(each) for each in savers]
+    searched = replace(comparison, savings=tuple(replace(each, plan="dp=8,x") for each in savings))
+    told = printed(chosen, searched)
+    assert "what if    offload=optimizer: 20.0 % slower, fits with" in told and told.count(": dp=8,x") == 3
+    assert unescape(answer_page(answer(chosen, searched))).count(": dp=8,x") == 3
 
 
 def test_the_tables_are_of_the_same_plans_as_the_json() -> None:

@@ -349,6 +349,17 @@ def test_what_compiling_would_bring_is_said_where_nobody_decided_it(monkeypatch:
     assert not any("torch.compile" in note for note in compiled["notes"])
 
 
+def test_what_savers_would_bring_is_searched_where_more_is_asked_for() -> None:
+    """Three searches take as long as three: without --explain the plan's own mesh is priced with savers."""
+    asked = ("--cluster", "h100:4", "--seq", "64", "--fix", "dtype=fp32", "--json")
+    (quick,) = json.loads(ran(*asked).stdout)["savings"]
+    (searched,) = json.loads(ran(*asked, "--explain").stdout)["savings"]
+    assert quick["savers"] == searched["savers"] == "offload=optimizer" and quick["plan"] is None
+    offloaded = json.loads(ran(*asked[:-2], "dtype=fp32,offload=optimizer", "--json").stdout)
+    assert searched["plan"] == offloaded["plan"]
+    assert searched["step_time_s"] == offloaded["step_time_s"] <= quick["step_time_s"]
+
+
 def test_ranks_that_a_fixed_decision_leaves_idle_are_said_to_be_so() -> None:
     (note,) = (n for n in table("--fix", "dp=3,dtype=fp32")["notes"] if "stay idle" in n)
     assert note.endswith("no faster, keeping to --fix dp=3,dtype=fp32")

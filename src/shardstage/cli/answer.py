@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 from shardstage.cli.choosing import Chosen
 from shardstage.cli.comparison import Comparison
+from shardstage.cli.saving import saving_facts
 from shardstage.cli.short_list import Simulated, short_list_choice, short_list_rows
 from shardstage.cli.told import PLAN, Fact, Rows
 from shardstage.plan import shorthand
@@ -87,6 +88,7 @@ class Answer:
         if named is not None:
             gain, peak = format_ratio(named.gain), format_bytes(named.prediction.peak_bytes)
             yield Fact("what if", f"{named}: {gain} faster, fits with {peak}: {named.asked}", is_pasted=True)
+        yield from saving_facts(self.comparison.savings)
 
     def counted(self) -> Rows:
         """How the proof deals with all plans; no row where nothing was searched."""

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         MixedSearcher,
         NamedModules,
         Point,
+        Saving,
         SearchResult,
     )
 
@@ -44,13 +45,15 @@ MEMORY_STEPS: Final = 64
 class Comparison:
     """``runners_up`` are of other meshes, ``front`` is by falling memory; ``dollars`` is the price of a step where the devices have one.
 
-    ``modules`` is what naming modules for selective recomputation would bring, where it brings something.
+    ``modules`` is what naming modules for selective recomputation would bring, where it brings something; ``savings`` what savers would
+    that the plan does without, whether they bring something or not.
     """
 
     runners_up: tuple[tuple[str, Prediction], ...] = ()
     alternatives: tuple[Alternative, ...] = ()
     front: tuple[Point, ...] = ()
     modules: NamedModules | None = None
+    savings: tuple[Saving, ...] = ()
     dollars: float | None = None
 
 
@@ -73,6 +76,7 @@ def choose(
         best_in_whole_blocks,
         best_of_other_meshes,
         front,
+        more_savers,
         named_modules,
     )
 
@@ -107,6 +111,7 @@ def choose(
         alternatives=alternatives(chosen.searcher, chosen.found),
         front=front(chosen.searcher, chosen.found),
         modules=named_modules(chosen.searcher, chosen.found),
+        savings=more_savers(chosen.searcher, chosen.found),
         dollars=_dollars(chosen, machine),
     )
     readings.keep()
@@ -114,7 +119,7 @@ def choose(
 
 
 def _mixed_comparison(searcher: MixedSearcher, found: MixedResult, dollars: float | None) -> Comparison:
-    from shardstage.planner import mixed_alternatives, mixed_front, mixed_named_modules
+    from shardstage.planner import mixed_alternatives, mixed_front, mixed_more_savers, mixed_named_modules
 
     return Comparison(
         runners_up=tuple(
@@ -124,6 +129,7 @@ def _mixed_comparison(searcher: MixedSearcher, found: MixedResult, dollars: floa
         alternatives=mixed_alternatives(searcher, found),
         front=mixed_front(searcher, found),
         modules=mixed_named_modules(searcher, found),
+        savings=mixed_more_savers(searcher, found),
         dollars=dollars,
     )
 
@@ -253,6 +259,10 @@ def as_table(chosen: Chosen, comparison: Comparison, notes: Sequence[str]) -> di
         "what_if": None
         if comparison.modules is None
         else {"plan": comparison.modules.text, **_numbers(comparison.modules.prediction)},
+        "savings": [
+            {"savers": str(s.savers), "plan": s.plan or None, **_numbers(s.prediction)}
+            for s in comparison.savings
+        ],
         "front": [
             {
                 "plan": p.text,

@@ -38,6 +38,7 @@ from shardstage.cli.comparison import (
 from shardstage.cli.fixing import parse_fixed
 from shardstage.cli.outputs import require_endings, write_text
 from shardstage.cli.plan_page import answer_page
+from shardstage.cli.saving import searched_savings
 from shardstage.cli.short_list import Simulated, fastest, short_list, short_list_table
 from shardstage.cli.told import PLAN, Fact, print_fact, print_rows
 from shardstage.cli.waiting import capturing
@@ -191,6 +192,9 @@ def _answer(
         known = known_model(model, question.sequence, question.precision)
     with console.status("pricing plans"):
         chosen, comparison = choose(question, known, machine, objective)
+        if is_explained and objective in ("time", "simulated"):
+            savings = searched_savings(question, known, machine, chosen, comparison.savings)
+            comparison = replace(comparison, savings=tuple(savings))
     machine = chosen.alone or machine
     simulated: tuple[Simulated, ...] = ()
     if objective == "simulated":

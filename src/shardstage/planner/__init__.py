@@ -25,6 +25,7 @@ from shardstage.planner.fit import Fit, cheapest_fit
 from shardstage.planner.modules import NamedModules, named_modules
 from shardstage.planner.predict import predict
 from shardstage.planner.pricing import is_in_parts
+from shardstage.planner.savings import Saving, mixed_more_savers, more_savers
 from shardstage.planner.search import Candidate, Searcher, SearchResult, usable_bytes
 from shardstage.planner.told import Alternative, Point
 from shardstage.planner.verify import Verification, verify_certificate
@@ -49,6 +50,7 @@ __all__ = [
     "MixedSearcher",
     "NamedModules",
     "Point",
+    "Saving",
     "SearchResult",
     "Searcher",
     "Verification",
@@ -62,7 +64,9 @@ __all__ = [
     "is_in_parts",
     "mixed_alternatives",
     "mixed_front",
+    "mixed_more_savers",
     "mixed_named_modules",
+    "more_savers",
     "named_modules",
     "nothing_fits",
     "predict",
