@@ -71,7 +71,8 @@ def test_a_gpu_preset_is_faster_within_a_node_than_across_nodes(name: str) -> No
     node = cluster.levels[0].size
     inside = cluster.collective("all_gather", node).bytes_per_s
     across = cluster.collective("all_gather", range(0, 64, node)).bytes_per_s
-    assert inside > (5 if "NVLink" in cluster.levels[0].source.partition("no NVLink")[0] else 2) * across
+    has_nvlink = "NVLink 2" in cluster.levels[0].source or cluster.device.compute_capability is None
+    assert inside > 5 * across if has_nvlink else inside >= across
 
 
 @pytest.mark.parametrize("name", sorted({*preset_names()} - {"cpu"}))
@@ -88,7 +89,16 @@ def test_tensor_cores_are_faster_than_float32_without_them(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "capability"),
-    [("v100-16", 7.0), ("v100-32", 7.0), ("rtx-3090", 8.6), ("rtx-4090", 8.9), ("a10g", 8.6), ("h100", None)],
+    [
+        ("v100-16", 7.0),
+        ("v100-32", 7.0),
+        ("rtx-3090", 8.6),
+        ("rtx-4090", 8.9),
+        ("a10g", 8.6),
+        ("l40s", 8.9),
+        ("rtx-a6000", 8.6),
+        ("h100", None),
+    ],
 )
 def test_a_preset_keeps_its_compute_capability_where_it_has_one(name: str, capability: float | None) -> None:
     cluster = load(name)
