@@ -16,7 +16,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from errors import print_run, print_table
-from frameworks import MEGATRON_2021, MEGATRON_LOSS_BYTES, Framework
+from frameworks import LOSS_BYTES, MEGATRON_2021, MEGATRON_LOSS_BYTES, Framework
 from models import Kernels, Shape
 from published import Job, predict
 
@@ -32,7 +32,17 @@ AUTOCAST = Execution(
 )
 """torch.autocast around a model in float32, gradients summed by DistributedDataParallel where there are ranks."""
 
-NANOGPT = Framework(kernels=Kernels(has_bias=False), is_compiled=True, execution=AUTOCAST)
+COMPILED_LOSS_BYTES = 8.0
+"""These scripts compile the model with its loss: logits in bfloat16 are read for their maximum and for the sum of their exponentials
+(github.com/pytorch/pytorch issue 124145: "the standard 3 pass algorithm"), and backward for the gradient, which is written; no float32
+logits are (github.com/pytorch/torchtitan pull request 551: the cast "inside this compiled loss")."""
+
+NANOGPT = Framework(
+    kernels=Kernels(has_bias=False),
+    is_compiled=True,
+    execution=AUTOCAST,
+    loss_bytes=COMPILED_LOSS_BYTES - 2 * LOSS_BYTES,
+)
 
 SOFTWARE = {
     "nanogpt": NANOGPT,
@@ -87,11 +97,12 @@ def predicted(shape: Shape, group: dict[str, Any], run: dict[str, Any]) -> Predi
 
 def job_of(shape: Shape, group: dict[str, Any], run: dict[str, Any], *, batch: int) -> Job:
     dp, tp = run.get("dp", 1), run.get("tp", 1)
+    cluster = in_16_bits(load(f"{group['cluster']}:{dp * tp}"))
     return Job(
         shape=shape,
         sequence=group["sequence"],
         framework=SOFTWARE[group["software"]],
-        cluster=in_16_bits(load(f"{group['cluster']}:{dp * tp}")),
+        cluster=behind_switches(cluster) if group.get("has_switches") else cluster,
         mesh=Mesh(dp=dp, tp=tp, pp=1),
         stages_per_rank=1,
         schedule="1f1b",
@@ -110,6 +121,11 @@ def in_16_bits(cluster: Cluster) -> Cluster:
         return cluster
     rates = {**device.flops_per_s, "bfloat16": device.flops_per_s["float16"]}
     return replace(cluster, device=replace(device, flops_per_s=rates))
+
+
+def behind_switches(cluster: Cluster) -> Cluster:
+    """Any few GPUs have among them what all of a cube mesh have: the six links of each (NVIDIA DGX-2 data sheet)."""
+    return replace(cluster, collectives=())
 
 
 if __name__ == "__main__":
