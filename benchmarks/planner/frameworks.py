@@ -24,7 +24,8 @@ class Framework:
     an MLP that sum their input's gradient on their own, beyond the first. A vocabulary is padded to a multiple of ``vocab_multiple`` on
     each tensor-parallel rank. ``waits_for_kernels``: it ran with CUDA_LAUNCH_BLOCKING. ``dispatch_s`` is what its host takes for
     a kernel, where another than the preset's was measured. ``products_ratio``: what its library reached of today's rate of products.
-    ``overlaps_tp``: what travels along tensor parallelism does so beside the products.
+    ``overlaps_tp``: what travels along tensor parallelism does so beside the products, ``overlaps_tp_backward``: in the backward alone,
+    beside those for weights' gradients.
     """
 
     kernels: Kernels
@@ -39,6 +40,7 @@ class Framework:
     dispatch_s: float | None = None
     products_ratio: float = 1.0
     overlaps_tp: bool = False
+    overlaps_tp_backward: bool = False
 
 
 MEGATRON_2021 = Execution(

@@ -56,6 +56,7 @@ DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 CAPTURED_LAYERS = 3
 PRESETS = {"A100-80GB": "a100-80", "A100-40GB": "a100-40", "H100-80GB": "h100"}
 TORCHTITAN_RECOMPUTE = "every-second-product"
+MEGATRON_RECOMPUTE = "attention-core"
 SECTIONS_AFTER_REPAIR = (
     "GBS Variations",
     "Another round of NHEADS",
@@ -161,7 +162,7 @@ def job_of(row: dict[str, Any], framework: Framework | None = None) -> Job:
     framework = framework or framework_of(row)
     multiple = framework.vocab_multiple * mesh.tp
     shape = shape_of(model)
-    is_by_ops = plan["recompute"] == TORCHTITAN_RECOMPUTE
+    again = _products_again(plan["recompute"], shape, model["seq_len"])
     return Job(
         shape=replace(shape, vocab=-(-model["vocab"] // multiple) * multiple),
         sequence=model["seq_len"],
@@ -174,8 +175,8 @@ def job_of(row: dict[str, Any], framework: Framework | None = None) -> Job:
         else {"zb-1p": "zb-h1", "zb-2p": "zb-h1"}.get(plan["schedule"], "1f1b"),
         has_bubble=plan["schedule"] != "zb-2p",
         zero=plan["zero"] if plan["zero"] in (0, 1, 2, 3) else 3,
-        recompute="selective" if is_by_ops else parse_recompute(plan["recompute"] or "none") or "none",
-        products_again=_every_second_product(shape, model["seq_len"]) if is_by_ops else 0.0,
+        recompute="selective" if again else parse_recompute(plan["recompute"] or "none") or "none",
+        products_again=again,
         microbatch=plan["microbatch"],
         global_batch=plan["global_batch"],
         is_sequence_parallel=bool(plan["sp"]),
@@ -187,13 +188,20 @@ def job_of(row: dict[str, Any], framework: Framework | None = None) -> Job:
     )
 
 
-def _every_second_product(shape: Shape, sequence: int) -> float:
-    """Of the FLOPs of a layer's products and attention, what torchtitan's selective recomputation computes again: it keeps attention and
-    the results of the first, third, ... product of q, k, v, out, gate, up, down (_get_custom_policy in parallelize_llama.py); of down's
-    nothing needs the result."""
+def _products_again(recompute: str | None, shape: Shape, sequence: int) -> float:
+    """Of the FLOPs of a layer's products and attention, what a framework's selective recomputation computes again.
+
+    torchtitan keeps attention and the results of the first, third, ... product of q, k, v, out, gate, up, down (_get_custom_policy in
+    parallelize_llama.py); of down's nothing needs the result. Megatron computes attention's own two products again, with what is between
+    them, over all keys (Korthikanti et al. 2022, §5).
+    """
     inner, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    products = [shape.hidden * width for width in (inner, keys, keys, inner, *(shape.ffn_hidden,) * 3)]
-    return sum(products[1::2]) / (sum(products) + sequence * inner)
+    products = [shape.hidden * w for w in (inner, keys, keys, inner, *(shape.ffn_hidden,) * shape.mlp_mats)]
+    if recompute == TORCHTITAN_RECOMPUTE:
+        return sum(products[1::2]) / (sum(products) + sequence * inner)
+    if recompute == MEGATRON_RECOMPUTE:
+        return 2 * sequence * inner / (sum(products) + 2 * sequence * inner)
+    return 0.0
 
 
 def _layers_of(row: dict[str, Any]) -> tuple[int, ...]:
@@ -244,10 +252,16 @@ def profile_of(job: Job) -> Profile:
 
 
 def _overlapped(unit: UnitCost, job: Job) -> UnitCost:
-    """A unit whose framework sends and receives along tp beside the products, all but the first of tp parts."""
-    if job.mesh.tp == 1 or not job.framework.overlaps_tp:
+    """A unit whose framework sends and receives along tp beside the products, all but the first of tp parts, or sums its input's gradients
+    beside the products for weights' gradients: with sequence parallelism the half of the backward's talk that scatters."""
+    framework = job.framework
+    if job.mesh.tp == 1 or not (framework.overlaps_tp or framework.overlaps_tp_backward):
         return unit
     slowdown = Links(job.cluster, job.mesh).overlap_slowdown
+    if not framework.overlaps_tp:
+        sum_s = unit.tp_backward_s * (0.5 if job.is_sequence_parallel else 1.0)
+        waited_s = unit.tp_backward_s - sum_s
+        return replace(unit, tp_backward_s=waited_s + exposed_s(sum_s, unit.weight_s, slowdown))
     talks = ((unit.tp_forward_s, unit.forward_s), (unit.tp_backward_s, unit.backward_s))
     forward_s, backward_s = (exposed_s(talk, busy, slowdown, talk / job.mesh.tp) for talk, busy in talks)
     return replace(unit, tp_forward_s=forward_s, tp_backward_s=backward_s)

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from shardstage.cluster import Cluster, load
-from shardstage.cost import Links, Prediction, Profiler, fold, predict_step
+from shardstage.cost import Links, Prediction, Profile, Profiler, StepSetup, fold, predict_step
 from shardstage.graph import ModelGraph
 from shardstage.graph.capture import capture_short
 from shardstage.plan import complete, parse_request
@@ -69,6 +69,16 @@ def sent_once(row: dict[str, Any]) -> float:
 
 def predicted(row: dict[str, Any], sent: float) -> Prediction:
     """As ``planner.predict``, where a layer's tokens take ``sent`` of their way to experts and back."""
+    profile, setup, links = priced(row)
+    units = tuple(
+        replace(unit, ep_forward_s=sent * unit.ep_forward_s, ep_backward_s=sent * unit.ep_backward_s)
+        for unit in profile.units
+    )
+    return predict_step(replace(profile, units=units), setup, links)
+
+
+def priced(row: dict[str, Any]) -> tuple[Profile, StepSetup, Links]:
+    """What a row's prediction is made of."""
     graph, plan = graph_of(row), row["plan"]
     is_cut = plan["pp"] * (plan["vpp"] or 1) > plan["pp"]
     text = {
@@ -96,12 +106,7 @@ def predicted(row: dict[str, Any], sent: float) -> Prediction:
     profiler = Profiler(
         folded, cluster, tp=found.mesh.tp, sequence=found.sequence, is_sequence_parallel=True, is_compiled=True
     )
-    profile = profiler.with_whole_experts().at(setup.microbatch, links)
-    units = tuple(
-        replace(unit, ep_forward_s=sent * unit.ep_forward_s, ep_backward_s=sent * unit.ep_backward_s)
-        for unit in profile.units
-    )
-    return predict_step(replace(profile, units=units), setup, links)
+    return profiler.with_whole_experts().at(setup.microbatch, links), setup, links
 
 
 def _by_cudnn(cluster: Cluster) -> Cluster:

@@ -10,17 +10,20 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from frameworks import framework_of
 from published import job_of, profile_of, rows
+from software import MEGATRON_2022
 
 
 def main() -> None:
-    print("| layer | forward, measured | predicted | backward, measured | predicted | both |\n|---|---|---|---|---|---|")
+    print(
+        "| layer | forward, measured | predicted | backward, measured | predicted | both |\n|---|---|---|---|---|---|"
+    )
     for row in rows("korthikanti-2022-layer"):
-        if row["plan"]["recompute"] == "selective":  # theirs computes the core of attention again, ours all but products
+        if (
+            row["plan"]["recompute"] == "selective"
+        ):  # theirs computes the core of attention again, ours all but products
             continue
-        row["group"] = "megatron-sc21"  # whose software it ran
-        job = job_of(row, framework_of(row))
+        job = job_of(row, MEGATRON_2022)
         layer, measured = profile_of(job).units[2], row["measured"]
         forward_ms = 1e3 * (layer.forward_s + layer.tp_forward_s)
         assert isinstance(job.recompute, str)

@@ -1,4 +1,4 @@
-"""``runs.toml`` as rows that ``published.job_of`` takes."""
+"""``runs.toml`` and ``later.toml`` as rows that ``published.job_of`` takes."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any
 
 from software import layers_of
 
-__all__ = ["rows"]
+__all__ = ["SETS", "rows"]
 
-RUNS = Path(__file__).with_name("runs.toml")
+SETS = ("runs", "later")
 MEASURED = ("step_s", "tokens_per_s", "tflops", "flops_per_token", "peak_gib")
 
 
-def rows() -> Iterator[dict[str, Any]]:
-    """Every run with its group's name and software."""
-    found = tomllib.loads(RUNS.read_text(encoding="utf-8"))
+def rows(name: str = "runs") -> Iterator[dict[str, Any]]:
+    """Every run of a set with its group's name and software."""
+    found = tomllib.loads(Path(__file__).with_name(f"{name}.toml").read_text(encoding="utf-8"))
     for group in found["group"]:
         for own in group["run"]:
             run = group.get("all", {}) | own
@@ -40,7 +40,7 @@ def _row(group: dict[str, Any], run: dict[str, Any], model: dict[str, Any]) -> d
             "gpu": group["gpu"],
             "gpus": run["gpus"],
             "gpus_per_node": 8,
-            "inter_bw_GBs_per_gpu": None,
+            "inter_bw_GBs_per_gpu": group.get("network_GBs_per_gpu"),
             "device": group.get("device", {}),
         },
         "plan": {"sp": False, "schedule": None, "layers_of": cut} | plan | sizes,

@@ -1,6 +1,6 @@
-"""Holds predicted step times against published runs that nothing was fitted to: ``runs.toml``.
+"""Holds predicted step times against published runs that nothing was fitted to: ``runs.toml``, and ``later.toml``.
 
-Usage: python benchmarks/planner/elsewhere/run.py [--only GROUP] [--rows]
+Usage: python benchmarks/planner/elsewhere/run.py [--set runs] [--only GROUP] [--rows]
 """
 
 from __future__ import annotations
@@ -14,17 +14,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from errors import print_run, print_table
 from published import job_of, predict
-from rows import rows
+from rows import SETS, rows
 from software import software_of
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--set", default="runs", choices=SETS, help="which runs")
     parser.add_argument("--only", default="", help="part of a group's name")
     parser.add_argument("--rows", action="store_true", help="print every run")
     arguments = parser.parse_args()
     errors: dict[str, list[float]] = defaultdict(list)
-    for row in rows():
+    for row in rows(arguments.set):
         if arguments.only not in row["group"]:
             continue
         prediction = predict(job_of(row, software_of(row["software"], row["plan"])))

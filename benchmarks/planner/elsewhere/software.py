@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from frameworks import MEGATRON_LOSS_BYTES, MEGATRON_VOCAB_MULTIPLE, Framework
+from frameworks import MEGATRON_2021, MEGATRON_LOSS_BYTES, MEGATRON_VOCAB_MULTIPLE, Framework
 from models import Kernels
 
 from shardstage.cost import Execution
@@ -58,11 +58,42 @@ NANOTRON = Framework(
 """github.com/huggingface/nanotron, src/nanotron."""
 
 
+GPT = Kernels(attention="fused-softmax", dropout=0.1)
+MEGATRON_2022 = replace(
+    NEMO, kernels=GPT, execution=MEGATRON_2021, overlaps_tp=False, overlaps_tp_backward=True
+)
+"""Since January 2022 an input's gradient is summed beside the product for the weight's (github.com/NVIDIA/Megatron-LM
+megatron/mpu/layers.py, async_tensor_model_parallel_allreduce), with sequence parallelism scattered (Korthikanti et al. 2022, §4.2.2)."""
+
+FMS = Framework(
+    kernels=Kernels(attention="flash", norm="eager-rms", is_rotary=True, has_bias=False),
+    is_compiled=False,
+    execution=Execution(accumulation_bytes=0.0, wire_bytes=2.0),
+)
+"""github.com/foundation-model-stack/fms-fsdp fms_fsdp/policies/mixed_precision.py: bfSixteen reduces gradients in bfloat16."""
+
+LITGPT = Framework(
+    kernels=Kernels(attention="flash", norm="eager-rms", is_rotary=True, has_bias=False),
+    is_compiled=False,
+    execution=Execution(accumulation_bytes=0.0, wire_bytes=2.0, update_bytes=14.0),
+)
+"""All in bfloat16: AdamW reads and writes weights and moments and reads gradients, 2 bytes each."""
+
+GPT2 = Framework(
+    kernels=Kernels(attention="flash"), is_compiled=True, execution=Execution(accumulation_bytes=0.0)
+)
+
+
 def software_of(name: str, plan: dict[str, Any]) -> Framework:
     """What ran; ``is_compiled`` of a plan: each layer by torch.compile."""
-    if name == "torchtitan":
-        return replace(TORCHTITAN, is_compiled=bool(plan.get("is_compiled")))
+    if name in ("torchtitan", "litgpt"):
+        found = TORCHTITAN if name == "torchtitan" else LITGPT
+        return replace(found, is_compiled=bool(plan.get("is_compiled")))
     return {
+        "megatron-2022": MEGATRON_2022,
+        "nemo-2023": replace(NEMO, kernels=GPT, overlaps_tp=False),
+        "fms": FMS,
+        "gpt2": replace(GPT2, products_ratio=252.9 / 271.2),
         "tinyllama": replace(
             TORCHTITAN, kernels=NANOTRON.kernels, is_compiled=True
         ),  # fused rotary, swiglu and norm

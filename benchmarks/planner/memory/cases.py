@@ -44,6 +44,7 @@ class Case:
     custom: Schedule | None = None
     num_positions: int = 0
     precision: str = "bfloat16"
+    is_compiled: bool = False
 
     def setup(self) -> StepSetup:
         starts = [0]
@@ -69,7 +70,9 @@ class Case:
     def profile(self) -> Profile:
         positions = self.num_positions or self.sequence
         profiler = _profiler(
-            self.shape, self.kernels, self.mesh.tp, self.sequence, positions, self.is_sequence_parallel
+            *(self.shape, self.kernels, self.mesh.tp, self.sequence, positions),
+            is_sequence_parallel=self.is_sequence_parallel,
+            is_compiled=self.is_compiled,
         )
         return profiler.at(self.microbatch)
 
@@ -101,13 +104,25 @@ def state_bytes(case: Case) -> tuple[int, ...]:
 
 @cache
 def _profiler(
-    shape: Shape, kernels: Kernels, tp: int, sequence: int, num_positions: int, is_sequence_parallel: bool
+    shape: Shape,
+    kernels: Kernels,
+    tp: int,
+    sequence: int,
+    num_positions: int,
+    *,
+    is_sequence_parallel: bool,
+    is_compiled: bool,
 ) -> Profiler:
     """Bytes do not depend on the device: any will do."""
     few = replace(shape, layers=min(CAPTURED_LAYERS, shape.layers))
     folded = _unfolded(_captured(few, kernels, sequence, num_positions), shape.layers)
     return Profiler(
-        folded, load(f"a100-80:{tp}"), tp=tp, sequence=sequence, is_sequence_parallel=is_sequence_parallel
+        folded,
+        load(f"a100-80:{tp}"),
+        tp=tp,
+        sequence=sequence,
+        is_sequence_parallel=is_sequence_parallel,
+        is_compiled=is_compiled,
     )
 
 

@@ -14,6 +14,7 @@ from typing import Final
 from shardstage.cost.collective import is_communication
 from shardstage.cost.kernels import Kernel, KernelReader
 from shardstage.graph import ModelGraph, Op
+from shardstage.graph.saved_compiled import POINTWISE
 
 __all__ = ["fused", "kernels_of"]
 
@@ -88,11 +89,5 @@ def _reader_ops(graph: ModelGraph) -> dict[str, set[str]]:
     return readers
 
 
-_POINTWISE: Final = frozenset(
-    f"aten.{name}"
-    for name in (
-        *("add", "sub", "mul", "div", "neg", "pow", "rsqrt", "sqrt", "exp", "tanh", "sigmoid", "reciprocal"),
-        *("gelu", "silu", "relu", "dropout", "to", "masked_fill", "where", "clamp", "mean"),
-    )
-) | {"shardstage.dropout"}
+_POINTWISE: Final = POINTWISE | {"aten.dropout", "shardstage.dropout"}
 _ENDS: Final = frozenset({"aten.softmax", "aten._softmax"})

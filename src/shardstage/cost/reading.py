@@ -18,6 +18,7 @@ from shardstage.graph.cuts import all_crossing_bytes
 from shardstage.graph.flops import backward_flops, forward_flops
 from shardstage.graph.recompute import Recompute
 from shardstage.graph.saved import extra_values, is_of_batch, recomputed_ops, saved_values, working_sets
+from shardstage.graph.saved_compiled import saved_compiled
 
 __all__ = ["RECOMPUTES", "Bytes", "Reading", "Recompute", "Work", "fixed_values"]
 
@@ -79,7 +80,10 @@ class Work(NamedTuple):
 
 
 class Reading:
-    """One local graph while its units are read: runs of ops (``bounds``); ``blocks`` tile it, ``modules`` are what selective means."""
+    """One local graph while its units are read: runs of ops (``bounds``); ``blocks`` tile it, ``modules`` are what selective means.
+
+    ``keeping`` is the graph with what is kept where blocks are compiled.
+    """
 
     def __init__(
         self,
@@ -92,6 +96,7 @@ class Reading:
         modules: tuple[str, ...] = (),
     ) -> None:
         self.graph = graph
+        self.keeping = saved_compiled(graph, blocks) if is_compiled else graph
         self.bounds = bounds
         self.is_compiled = is_compiled
         self.reader = KernelReader(graph, is_fixed, bounds=bounds)
@@ -192,7 +197,7 @@ class Reading:
         graph = self.graph
         up_to = [Bytes(0.0, 0.0)]
         for _, stop in self.bounds:
-            names = saved_values(graph, 0, stop, recompute, blocks=self.blocks, modules=self.modules)
+            names = saved_values(self.keeping, 0, stop, recompute, blocks=self.blocks, modules=self.modules)
             up_to.append(self._bytes(name for name in names if not is_of_batch(graph, name)))
         return [Bytes(b.fixed - a.fixed, b.sample - a.sample) for a, b in pairwise(up_to)]
 
@@ -206,7 +211,7 @@ class Reading:
             return Kept(saved, False, 0.0, ())
         modules = self.modules if recompute == "selective" else ()
         again = [*recomputed_ops(self.graph, start, stop, recompute, blocks=self.blocks, modules=modules)]
-        extras = extra_values(self.graph, start, stop, recompute, blocks=self.blocks, modules=modules)
+        extras = extra_values(self.keeping, start, stop, recompute, blocks=self.blocks, modules=modules)
         flops = sum(forward_flops(self.graph, op) for op in again)
         return Kept(
             saved,

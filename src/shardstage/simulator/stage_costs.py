@@ -20,6 +20,7 @@ from shardstage.graph.cuts import Segment
 from shardstage.graph.flops import backward_flops, forward_flops
 from shardstage.graph.named_modules import recompute_parts
 from shardstage.graph.saved import peak_extra_bytes, recomputed_of, saved_values, transient_bytes
+from shardstage.graph.saved_compiled import saved_compiled
 from shardstage.graph.saved_on import saved_on
 from shardstage.plan import Plan
 from shardstage.program import StageGraphs
@@ -107,7 +108,7 @@ class StageCosts:
             deferred_bytes=_deferred_bytes(graph),
             transient_bytes=transient_bytes(graph, 0, num_ops),
             recompute_bytes=peak_extra_bytes(
-                graph,
+                self._keeping(segment),
                 0,
                 num_ops,
                 self.plan.recompute_of(segment.index),
@@ -115,6 +116,10 @@ class StageCosts:
                 modules=self.plan.recompute_modules,
             ),
         )
+
+    def _keeping(self, segment: Segment) -> ModelGraph:
+        """The stage's graph with what its blocks keep, compiled or not."""
+        return saved_compiled(segment.graph, segment.blocks) if self.plan.is_compiled else segment.graph
 
     def _times(self, graph: ModelGraph, ops: Sequence[Op]) -> list[OpTime]:
         """Of what computes among consecutive ops: of each, or of all that are compiled together."""
@@ -164,7 +169,7 @@ class StageCosts:
 
     def _saved(self, segment: Segment) -> Iterator[tuple[str, int]]:
         """What the engine keeps: what autograd saves, and what the stage hands on until its gradient comes."""
-        graph = segment.graph
+        graph = self._keeping(segment)
         received = {edge.value for edge in segment.receives}
         names = saved_values(
             graph,
