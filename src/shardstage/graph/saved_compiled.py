@@ -1,7 +1,7 @@
-"""``saved_compiled``: what a block keeps for its backward when it is compiled (``torch.compile``), where autograd keeps what each op asks for.
+"""``saved_compiled``: what a block keeps for its backward where ``torch.compile`` has it; autograd keeps what each op asks for.
 
 AOTAutograd cuts a block's joint graph of forward and backward where the fewest bytes cross (``torch/_functorch/partitioners.py``,
-``min_cut_rematerialization_partition``): what pointwise ops, norms and softmax need is computed again from what is kept anyway, or from less.
+``min_cut_rematerialization_partition``): what pointwise ops, norms and softmax need is made again of what is kept anyway, or of less.
 
     kept of              eager                                     compiled
     a product            its operands                              the same
@@ -50,7 +50,7 @@ _AGAIN: Final = POINTWISE | {
         *("cross_entropy_loss", "contiguous", "clone", "reshape", "_to_copy", "square", "type_as", "float"),
     )
 }
-STORED: Final = ("parameter", "buffer", "constant")
+_STORED: Final = ("parameter", "buffer", "constant")
 
 
 def saved_compiled(graph: ModelGraph, blocks: Sequence[Block]) -> ModelGraph:
@@ -99,7 +99,7 @@ def _sources(graph: ModelGraph, names: Iterable[str], maker: dict[str, Op]) -> l
         seen.add(name)
         if name in maker:
             todo += maker[name].inputs
-        elif graph.values[name].kind not in STORED:
+        elif graph.values[name].kind not in _STORED:
             found[name] = None
     return list(found)
 
@@ -107,7 +107,7 @@ def _sources(graph: ModelGraph, names: Iterable[str], maker: dict[str, Op]) -> l
 def _new_bytes(graph: ModelGraph, names: Iterable[str], kept: set[str]) -> int:
     """Of storages that are not kept yet."""
     storages = {_storage(graph, name) for name in names} - kept
-    return sum(graph.values[name].num_bytes for name in storages if graph.values[name].kind not in STORED)
+    return sum(graph.values[name].num_bytes for name in storages if graph.values[name].kind not in _STORED)
 
 
 def _storage(graph: ModelGraph, name: str) -> str:
