@@ -92,6 +92,11 @@ def test_changes_reach_the_sections() -> None:
         ('[optimizer]\nkind = "adam"', "kind = 'adam' is not one of adamw, sgd", 'kind = "adamw"'),
         ("[optimizer]\nmax_grad_norm = -1", "max_grad_norm = -1.0 is negative", "max_grad_norm = 1.0"),
         ("[optimizer]\nlr = -1", "lr = -1.0 is negative", "lr = 0.001"),
+        (
+            'precision = "float16"',
+            "losses want scaling, is planned and priced, but not run",
+            'precision = "float32"',
+        ),
         ('precision = "fp8"', "precision = 'fp8' is not one of float32, bfloat16, float64", "float32"),
         ('device = "tpu"', "device = 'tpu' is not one of auto, cpu, cuda", 'device = "cpu"'),
         ("ranks = 0", "ranks = 0 is too small", "ranks = 1"),

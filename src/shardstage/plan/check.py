@@ -444,9 +444,11 @@ def _note_dtype(plan: Plan, _graph: ModelGraph, cluster: Cluster | None) -> str:
     if not {"float16", plan.precision} <= set(rates):
         return ""
     times = rates["float16"] / rates[plan.precision]
+    gain = rates.get("float32", 0) / rates[plan.precision]
+    what_runs = f"; dtype=fp32, {gain:.1f} times that rate, is run" if gain > 1 else ""
     return (
         f"the tensor cores of {device.name} take float16 and no bfloat16: dtype=fp16, {times:.0f} times the rate of {plan.precision}, "
-        "is planned and priced, but not run by this release"
+        f"is planned and priced, but not run by this release{what_runs}"
     )
 
 

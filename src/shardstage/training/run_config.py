@@ -70,7 +70,12 @@ class RunConfig:
                 raise ConfigError(
                     f"{name} = {getattr(self, name)} is too small", hint=f"{name} = {default or least}"
                 )
-        _check_choice("precision", self.precision, get_args(Precision))
+        if self.precision == "float16":
+            raise ConfigError(
+                "float16, whose losses want scaling, is planned and priced, but not run by this release",
+                hint='precision = "float32", or "bfloat16"',
+            )
+        _check_choice("precision", self.precision, tuple(p for p in get_args(Precision) if p != "float16"))
         _check_choice("device", self.device, get_args(Device))
         _check_choice("kind", self.optimizer.kind, ("adamw", "sgd"))
         for optimizer_field in fields(OptimizerConfig):
