@@ -210,6 +210,53 @@ def test_the_plan_holds_no_more_than_it_may(flag: str) -> None:
     assert tight["step_time_s"] >= free["step_time_s"]
 
 
+def test_a_limit_without_a_unit_is_refused() -> None:
+    """``--max-memory 24`` was 24 bytes: the refusal said to take 58,851,884 GPUs."""
+    with pytest.raises(PlanError, match="a unit is missing") as caught:
+        said("--cluster", "cpu:4", "--max-memory", "24")
+    assert caught.value.hint == "--max-memory 24GiB"
+
+
+def test_no_search_takes_more_than_a_device_has(tmp_path: Path) -> None:
+    """``--max-memory 40GiB`` of 24 GiB was answered with a plan of 35.5, and a note that it would not fit."""
+    machine = round_machine(4)
+    device = replace(machine.device, memory_bytes=2_000_000, name="Old GPU")
+    save(replace(machine, device=device), tmp_path / "machine.toml")
+    asked = ("--cluster", str(tmp_path / "machine.toml"), "--fix", "dtype=fp32")
+    usual, told = table(*asked), table(*asked, "--max-memory", "40GiB")
+    assert usual["peak_bytes"] <= 0.92 * 2_000_000
+    assert told["certificate"]["limit_bytes"] == 2_000_000 >= told["peak_bytes"]
+    assert any("40.0 GiB is more than the 1.91 MiB of a Old GPU" in note for note in told["notes"])
+    is_tight = told["peak_bytes"] > 0.92 * 2_000_000
+    assert any("a step can use about 1.75 MiB" in note for note in told["notes"]) == is_tight
+
+
+def test_memory_is_shown_with_what_a_rank_may_hold() -> None:
+    asked = ("--cluster", "cpu:4", "--seq", "64", "--max-memory", "3GiB")
+    assert re.search(
+        r"^memory +\S+ \S+ a rank( .pp=\d.)? of 3.00 GiB: parameters", said(*asked), re.MULTILINE
+    )
+
+
+def test_the_least_memory_is_told_with_what_it_costs() -> None:
+    """Of a plan that was a quarter slower nothing said so, nor what the fastest one takes."""
+    asked = ("--cluster", "cpu:4", "--seq", "64")
+    fastest, least = said(*asked), said(*asked, "--objective", "memory")
+    shown = _line(fastest, "step time").split("   ")[0].removeprefix("step time").strip()
+    assert f"fastest    {shown} with " in least and "fastest" not in fastest
+    assert re.search(r"proof +best of [\d,]+ plans within [\d.]+ .iB a rank, gap", least)
+    assert table("--objective", "memory")["fastest"]["step_time_s"] == table()["step_time_s"]
+    assert table()["fastest"] is None
+
+
+def test_devices_without_a_price_are_chosen_by_device_seconds_and_that_is_said() -> None:
+    cheapest = table("--objective", "cost")
+    assert any("no price is known" in note for note in cheapest["notes"])
+    assert not any("no price is known" in note for note in table()["notes"])
+    priced = table("--cluster", "a100-80:4", "--objective", "cost", "--fix", "dtype=fp32")
+    assert priced["dollars"] and not any("no price is known" in note for note in priced["notes"])
+
+
 def test_json_is_one_object_with_everything_that_is_shown() -> None:
     found = table()
     assert found["ranks"] == 4 and found["step_time_s"] > 0

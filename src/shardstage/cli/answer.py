@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 from shardstage.cli.choosing import Chosen
 from shardstage.cli.comparison import Comparison
-from shardstage.cli.saving import saving_facts
+from shardstage.cli.saving import less_with_facts, saving_facts
 from shardstage.cli.short_list import Simulated, short_list_choice, short_list_rows
 from shardstage.cli.told import PLAN, Fact, Rows
 from shardstage.plan import shorthand
@@ -30,7 +30,11 @@ MOST_UNFIT_SHOWN: Final = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """A plan with what it is compared with; ``notes`` say what is odd about it, ``explained`` who does what, where that was asked for."""
+    """A plan with what it is compared with.
+
+    ``notes`` say what is odd about it, ``explained`` who does what, where that was asked for. A rank may hold ``limit_bytes``, None where
+    that differs from class to class.
+    """
 
     model: str
     graph: ModelGraph
@@ -38,6 +42,7 @@ class Answer:
     num_ranks: int
     chosen: Chosen
     comparison: Comparison
+    limit_bytes: int | None = None
     notes: tuple[str, ...] = ()
     simulated: tuple[Simulated, ...] = ()
     explained: str = ""
@@ -56,18 +61,18 @@ class Answer:
             f"{plan.global_batch:,} {samples} in {plan.num_microbatches} microbatch{several} of {each} a data-parallel rank",
         )
         yield from _price_facts(prediction, has_tokens=plan.sequence is not None)
-        fullest = max(range(plan.mesh.pp), key=prediction.rank_peak_bytes)
-        parts = ", ".join(
-            f"{name} {format_bytes(num_bytes)}" for name, num_bytes in prediction.ranks[fullest].categories()
-        )
-        where = f" (pp={fullest})" if plan.mesh.pp > 1 else ""
-        yield Fact("memory", f"{format_bytes(prediction.peak_bytes)} a rank{where}: {parts}")
-        if prediction.host_bytes:
-            host = format_bytes(prediction.host_bytes)
-            yield Fact("host", f"{host} a rank of the host's memory: master, optimizer")
+        yield from self._memory_facts()
 
     def search_facts(self) -> Iterator[Fact]:
         """What a step costs, what each class of devices takes, and the proof."""
+        fastest = self.comparison.fastest
+        if fastest is not None:
+            figures = f"{format_s(fastest.step_time_s)} with {format_bytes(fastest.peak_bytes)} a rank"
+            longer = format_ratio(self.chosen.prediction.step_time_s / fastest.step_time_s - 1)
+            text = (
+                f"{figures}: a plan of less memory may take a quarter longer, this one takes {longer} longer"
+            )
+            yield Fact("fastest", text)
         if self.comparison.dollars is not None:
             dollars = format_dollars(self.comparison.dollars)
             yield Fact("cost", f"{dollars} a step at its devices' hourly price")
@@ -78,7 +83,11 @@ class Answer:
             return
         proof = found.certificate
         counts = ", ".join(f"{number:,} {how}" for number, how, _ in proof.counted() if number)
-        yield Fact("proof", f"best of {proof.enumerated:,} plans, gap {format_ratio(proof.gap)}: {counts}")
+        is_less = self.limit_bytes is not None and proof.limit_bytes < self.limit_bytes
+        within = f" within {format_bytes(proof.limit_bytes)} a rank" if is_less else ""
+        yield Fact(
+            "proof", f"best of {proof.enumerated:,} plans{within}, gap {format_ratio(proof.gap)}: {counts}"
+        )
         if proof.needs:
             yield Fact("needed", proof.necessity())
 
@@ -88,7 +97,10 @@ class Answer:
         if named is not None:
             gain, peak = format_ratio(named.gain), format_bytes(named.prediction.peak_bytes)
             yield Fact("what if", f"{named}: {gain} faster, fits with {peak}: {named.asked}", is_pasted=True)
-        yield from saving_facts(self.comparison.savings)
+        if self.comparison.fastest is None:
+            yield from saving_facts(self.comparison.savings)
+        else:
+            yield from less_with_facts(self.comparison.savings)
 
     def counted(self) -> Rows:
         """How the proof deals with all plans; no row where nothing was searched."""
@@ -129,6 +141,22 @@ class Answer:
     def simulated_choice(self) -> Iterator[Fact]:
         """Where the simulation chose another plan than the formula."""
         yield from short_list_choice(self.simulated)
+
+    def _memory_facts(self) -> Iterator[Fact]:
+        """What the fullest rank holds of what it may, and what lies in the host's memory."""
+        prediction, num_ranks = self.chosen.prediction, self.chosen.plan.mesh.pp
+        fullest = max(range(num_ranks), key=prediction.rank_peak_bytes)
+        parts = ", ".join(
+            f"{name} {format_bytes(num_bytes)}" for name, num_bytes in prediction.ranks[fullest].categories()
+        )
+        where = f" (pp={fullest})" if num_ranks > 1 else ""
+        of = "" if self.limit_bytes is None else f" of {format_bytes(self.limit_bytes)}"
+        yield Fact("memory", f"{format_bytes(prediction.peak_bytes)} a rank{where}{of}: {parts}")
+        if prediction.host_bytes:
+            host = None if self.machine.is_mixed else self.machine.device.host
+            there = "" if host is None else f", of {format_bytes(host.memory_bytes)} that it has for each"
+            num_bytes = format_bytes(prediction.host_bytes)
+            yield Fact("host", f"{num_bytes} a rank of the host's memory{there}: master, optimizer")
 
     def _slower(self, other: Prediction) -> str:
         return format_ratio(other.step_time_s / self.chosen.prediction.step_time_s - 1)

@@ -137,17 +137,16 @@ class Question:
         return None if graph.sequence is None and not graph.is_sequence_scalable else self.sequence
 
     def limit_bytes(self, machine: Cluster) -> int:
-        """What a rank may hold of a device."""
+        """What a rank may hold of a device: never more than that has."""
         from shardstage.planner import usable_bytes
 
         if self.memory_bytes is not None:
-            return self.memory_bytes
+            return min(self.memory_bytes, machine.device.memory_bytes)
         return int(self.memory_ratio * usable_bytes(machine))
 
     def limits(self, machine: Cluster) -> tuple[int, ...]:
-        """What a rank may hold of each class of a machine, never more than its devices have."""
-        parts = map(machine.part, range(len(machine.parts)))
-        return tuple(min(self.limit_bytes(part), part.device.memory_bytes) for part in parts)
+        """What a rank may hold of each class of a machine."""
+        return tuple(self.limit_bytes(machine.part(number)) for number in range(len(machine.parts)))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -46,7 +46,8 @@ class Comparison:
     """``runners_up`` are of other meshes, ``front`` is by falling memory; ``dollars`` is the price of a step where the devices have one.
 
     ``modules`` is what naming modules for selective recomputation would bring, where it brings something; ``savings`` what savers would
-    that the plan does without, whether they bring something or not.
+    that the plan does without, whether they bring something or not. ``fastest`` is the price of the fastest plan where another one was
+    chosen for its memory.
     """
 
     runners_up: tuple[tuple[str, Prediction], ...] = ()
@@ -54,6 +55,7 @@ class Comparison:
     front: tuple[Point, ...] = ()
     modules: NamedModules | None = None
     savings: tuple[Saving, ...] = ()
+    fastest: Prediction | None = None
     dollars: float | None = None
 
 
@@ -85,12 +87,13 @@ def choose(
         machine = chosen.alone or machine
     else:
         chosen = choose_plan(question, graph, machine, readings)
+    fastest = chosen.prediction if objective == "memory" and question.is_open else None
     if chosen.mixed is not None and objective == "memory":
         chosen = _smallest_mixed(chosen, question.limits(machine))
     if chosen.mixed is not None and chosen.mixed_searcher is not None:
         comparison = _mixed_comparison(chosen.mixed_searcher, chosen.mixed, _dollars(chosen, machine))
         readings.keep()
-        return chosen, comparison
+        return chosen, replace(comparison, fastest=fastest)
     if chosen.found is None or chosen.searcher is None:
         readings.keep()
         return chosen, Comparison(dollars=_dollars(chosen, machine))
@@ -112,6 +115,7 @@ def choose(
         front=front(chosen.searcher, chosen.found),
         modules=named_modules(chosen.searcher, chosen.found),
         savings=more_savers(chosen.searcher, chosen.found),
+        fastest=fastest,
         dollars=_dollars(chosen, machine),
     )
     readings.keep()
@@ -259,6 +263,7 @@ def as_table(chosen: Chosen, comparison: Comparison, notes: Sequence[str]) -> di
         "what_if": None
         if comparison.modules is None
         else {"plan": comparison.modules.text, **_numbers(comparison.modules.prediction)},
+        "fastest": None if comparison.fastest is None else _numbers(comparison.fastest),
         "savings": [
             {"savers": str(s.savers), "plan": s.plan or None, **_numbers(s.prediction)}
             for s in comparison.savings

@@ -64,10 +64,14 @@ are kept and none is part of a cycle."""
 WORTH_TELLING: Final = 0.01
 """Of a price: by less, what a search says and what the plan costs by itself may differ without a word."""
 
+UNPRICED: Final = (
+    "no price is known for an hour of these devices: the cheapest step is that of the fewest device-seconds"
+)
+
 DEFAULT_BATCH: Final = 16
 DEFAULT_SEQUENCE: Final = 256
 
-ENDINGS: Final = MappingProxyType({".toml": "the plan", ".html": "a page with the front"})
+ENDINGS: Final = MappingProxyType({".toml": "the plan", ".html": "a page with all of it"})
 
 
 MaxMemory = Annotated[
@@ -100,10 +104,10 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, for machines")] = False,
     out: Annotated[
         list[Path] | None,
-        typer.Option(help="File to write: plan.toml, or a page.html with the front; repeatable"),
+        typer.Option(help="File to write: plan.toml, or a page.html with all of it; repeatable"),
     ] = None,
     show: Annotated[
-        bool, typer.Option("--explain", help="Say who does what, and what was not shared")
+        bool, typer.Option("--explain", help="Say who does what, what was not shared, and what savers bring")
     ] = False,
 ) -> None:
     """Choose a plan for a model on a cluster, and predict its step time and memory; no weight is allocated.
@@ -145,6 +149,11 @@ def plan(
 def _some_memory(memory: str) -> tuple[int | None, float]:
     """Bytes that a rank may hold, or None and the share of what its device can hold."""
     share = re.fullmatch(r"(\d+(?:\.\d+)?) ?%", memory)
+    if re.fullmatch(r"\d{1,5}(\.\d+)?", memory) and float(memory):
+        raise PlanError(
+            f"--max-memory {memory}: so many bytes hold no model; a unit is missing",
+            hint=f"--max-memory {memory}GiB",
+        )
     num_bytes = None if share else parse_bytes(memory)
     ratio = float(share[1]) / 100 if share else 1.0
     if not ratio or num_bytes == 0:
@@ -195,6 +204,7 @@ def _answer(
         if is_explained and objective in ("time", "simulated"):
             savings = searched_savings(question, known, machine, chosen, comparison.savings)
             comparison = replace(comparison, savings=tuple(savings))
+    unpriced = () if objective != "cost" or machine.price_per_hour is not None else (UNPRICED,)
     machine = chosen.alone or machine
     simulated: tuple[Simulated, ...] = ()
     if objective == "simulated":
@@ -211,6 +221,7 @@ def _answer(
             is_searched=question.is_open,
         )
     run_notes = (
+        *(unpriced if question.is_open else ()),
         *_run_notes(chosen, question, machine, objective),
         *_notes_as_run(chosen, question, known.graph, machine, objective),
         *_fewer_note(chosen, question, known, machine),
@@ -223,6 +234,7 @@ def _answer(
         num_ranks=question.num_ranks if chosen.alone is None else machine.num_devices,
         chosen=chosen,
         comparison=comparison,
+        limit_bytes=None if machine.is_mixed else question.limit_bytes(machine),
         notes=(*known.notes, *machine.notes, *notes, *run_notes),
         simulated=simulated,
         explained=explained,
@@ -323,12 +335,21 @@ def _fewer_note(chosen: Chosen, question: Question, known: KnownModel, machine: 
 
 
 def _memory_notes(needed: int, question: Question, machine: Cluster) -> Iterator[str]:
-    """Of plans that were given: a search keeps within both."""
-    there, allowed = machine.device.memory_bytes, question.memory_bytes
+    """Where a plan that was given needs too much, or a search was told of more than a device has, or can use."""
+    from shardstage.planner import usable_bytes
+
+    there, allowed, name = machine.device.memory_bytes, question.memory_bytes, machine.device.name
+    if question.is_open and allowed is not None and allowed > there and not machine.is_mixed:
+        yield f"--max-memory {format_bytes(allowed)} is more than the {format_bytes(there)} of a {name}, which the plan keeps to"
     if question.memory_ratio < 1 and not machine.is_mixed:
         allowed = question.limit_bytes(machine)
     if needed > there and not machine.is_mixed:
-        yield f"the plan needs {format_bytes(needed)} a rank, and a {machine.device.name} has {format_bytes(there)}: it will not fit"
+        yield f"the plan needs {format_bytes(needed)} a rank, and a {name} has {format_bytes(there)}: it will not fit"
+    elif needed > usable_bytes(machine) and not machine.is_mixed:
+        yield (
+            f"the plan needs {format_bytes(needed)} a rank: of a {name}'s {format_bytes(there)} a step can use about "
+            f"{format_bytes(usable_bytes(machine))}, the rest is for CUDA, NCCL and what the allocator cannot use"
+        )
     if allowed is not None and needed > allowed:
         yield f"the plan needs {format_bytes(needed)} a rank, more than the {format_bytes(allowed)} of --max-memory"
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from shardstage.cluster import Cluster
     from shardstage.planner import Saving
 
-__all__ = ["saving_facts", "searched_savings"]
+__all__ = ["less_with_facts", "saving_facts", "searched_savings"]
 
 WORTH_TELLING: Final = 0.01
 """Of a step: what is told spares at least so much, beyond what was told before it."""
@@ -56,6 +56,14 @@ def saving_facts(savings: Sequence[Saving]) -> Iterator[Fact]:
             else f" on the same mesh: --fix {saving.savers} searches with that"
         )
         text = f"{saving.savers}: {_compared(saving.gain)}, fits with {peak}{of}"
+        yield Fact("what if", text, is_pasted=True)
+
+
+def less_with_facts(savings: Sequence[Saving]) -> Iterator[Fact]:
+    """Where the least memory was asked for: that savers are left out of that, too."""
+    if savings:
+        most = savings[-1].savers
+        text = f"{most} may hold less, and is left out where anything fits without: --fix {most} searches with that"
         yield Fact("what if", text, is_pasted=True)
 
 
