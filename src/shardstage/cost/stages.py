@@ -16,13 +16,14 @@ from shardstage.cost.parts import Parts, compute_parts
 from shardstage.cost.pipeline import StageTime
 from shardstage.cost.profile import Profile, UnitCost
 from shardstage.cost.setup import StepSetup
-from shardstage.graph.recompute import Recompute
+from shardstage.graph.recompute import Recompute, StageRecompute
 
 __all__ = [
     "Gathered",
     "StageCost",
     "least_reduction_s",
     "least_update_s",
+    "run_cost",
     "stage_costs",
     "zero_talk_s",
 ]
@@ -76,6 +77,22 @@ def stage_costs(profile: Profile, setup: StepSetup, links: Links) -> tuple[Stage
             known[key] = _stage_cost(profile, setup, links, stage, units)
         found.append(known[key])
     return tuple(found)
+
+
+def run_cost(
+    profile: Profile,
+    setup: StepSetup,
+    links: Links,
+    stage: int,
+    units: range,
+    recompute: StageRecompute,
+) -> StageCost:
+    """Of a stage of these units, wherever the others are cut: there are as many units as stages before and after it, at least."""
+    after = range(units.stop, units.stop + setup.num_stages - stage - 1)
+    alone = replace(
+        setup, starts=(*range(stage), units.start, *after), recompute=recompute, recompute_of_stages=()
+    )
+    return _stage_cost(profile, alone, links, stage, profile.units[units.start : units.stop])
 
 
 def _stage_cost(

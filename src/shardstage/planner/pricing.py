@@ -42,8 +42,9 @@ from shardstage.planner.alike import Alike
 from shardstage.planner.chain import Chain, ChainCosts, ShardingWaits
 from shardstage.planner.even import EvenCuts
 from shardstage.planner.figures import Figures
+from shardstage.planner.recut import RunCosts, StepBound, quicker_cut
 from shardstage.planner.space import Choice, Group, Savers
-from shardstage.planner.stages import best_cut
+from shardstage.planner.stages import Cut, best_cut
 
 Array = npt.NDArray[np.float64]
 
@@ -201,8 +202,6 @@ class Pricing:
         memory = None
         if choice.schedule.per_rank == 1:
             found = self._cut(uncut, limit_bytes, below_s)
-            if found is not None:
-                _check_seconds(uncut, found, below_s)
         else:
             found, memory = self._even(uncut, limit_bytes, below_s)
         if found is None:
@@ -252,7 +251,7 @@ class Pricing:
         )
 
     def _cut(self, uncut: _Uncut, limit_bytes: int, below_s: float) -> StepSetup | None:
-        """Stages and what they recompute, solved exactly."""
+        """Stages and what they recompute, solved exactly: first for the pipeline alone, which is nearly all of most steps."""
         choice, chain, setup, _ = uncut
         costs = self._stage_costs(uncut, limit_bytes)
         counts_sum = setup.schedule in ("1f1b", "gpipe")
@@ -262,10 +261,49 @@ class Pricing:
         cut = best_cut(costs, setup.mesh.pp, setup.num_microbatches, below_s=room_s, counts_sum=counts_sum)
         if cut is None:
             return None
-        times = _stage_times(chain, cut.starts, cut.recompute, self._summing_s(setup))
-        if self._least_s(setup, times) >= below_s:
-            raise TooSlow(choice)
-        return _with_stages(setup, cut.starts, cut.recompute)
+        if counts_sum:
+            times = _stage_times(chain, cut.starts, cut.recompute, self._summing_s(setup))
+            if self._least_s(setup, times) >= below_s:
+                raise TooSlow(choice)
+        return self._quickest(uncut, costs, cut, below_s)
+
+    def _quickest(self, uncut: _Uncut, costs: ChainCosts, cut: Cut, below_s: float) -> StepSetup:
+        """The setup with the cut, or with one whose whole step is quicker. Factors of a calibration have no say in which that is."""
+        choice, chain, setup, links = uncut
+        found = _with_stages(setup, cut.starts, cut.recompute)
+        if setup.mesh.pp == 1 or self.cluster.calibration is not None:
+            _check_seconds(uncut, found, below_s)
+            return found
+        seconds = step_seconds(chain.profile, found, links)
+        other = quicker_cut(
+            costs,
+            RunCosts(chain, setup, links, costs),
+            self._step_bound(chain, setup, links),
+            slowest_s=cut.slowest_s,
+            below_s=min(seconds, below_s),
+            seconds_of=lambda *stages: step_seconds(chain.profile, _with_stages(setup, *stages), links),
+        )
+        if other is not None:
+            return _with_stages(setup, *other)
+        if seconds >= below_s:
+            raise TooSlow(choice, seconds)
+        return found
+
+    def _step_bound(self, chain: Chain, setup: StepSetup, links: Links) -> StepBound:
+        bubble_s, weight_s = self._least_bubble_s(chain, setup)
+        return StepBound(
+            num_stages=setup.mesh.pp,
+            num_microbatches=setup.num_microbatches,
+            is_split=setup.schedule in SPLITTING,
+            alone_ratio=self.cluster.device.alone_ratio,
+            beside_s=self._beside_s(chain, setup, links),
+            update_s=_least_update_s(chain, setup, links),
+            travel_s=_least_travel_s(chain, links),
+            bubble_s=bubble_s,
+            weight_s=weight_s,
+            hides_sums=setup.sharding_level < 2 or bool(chain.profile.shared_elements),
+            hides_gathers=setup.sharding_level >= 2,
+        )
 
     def _stage_costs(self, uncut: _Uncut, limit_bytes: int) -> ChainCosts:
         """Of the choice's stages; kept where no link has a say in it, as the same mesh in another order asks for the same."""
@@ -301,17 +339,19 @@ class Pricing:
     def _beside_s(self, chain: Chain, setup: StepSetup, links: Links) -> float:
         """What a step takes at least beside what ``best_cut`` counts: transfers, the optimizer, the norm's sum, and the least bubble
         where schedules cut backwards."""
-        p, n = setup.mesh.pp, chain.num_units
-        beside_s = links.norm_s() + 2 * (p - 1) * links.least_travel_s(min(chain.received[1:], default=0))
-        shards = setup.num_shards if setup.sharding_level else 1
-        part = (chain.own[n] - chain.experts[n]) / shards + chain.experts[n] / setup.expert_shards
-        beside_s += least_update_s(chain.own[n] / p, chain.experts[n] / p, part / p, setup, links)
-        if setup.schedule in SPLITTING:
-            (whole,) = _stage_times(chain, (0,), ("none",), self._summing_s(setup))
-            mean = StageTime(*(seconds / p for seconds in whole))
-            bubble = bubble_s(setup.schedule, [mean] * p, p, setup.num_microbatches)
-            beside_s += bubble / self.cluster.device.alone_ratio
-        return beside_s
+        p = setup.mesh.pp
+        beside_s = links.norm_s() + (p - 1) * _least_travel_s(chain, links)
+        beside_s += _least_update_s(chain, setup, links)
+        return beside_s + self._least_bubble_s(chain, setup)[0] / self.cluster.device.alone_ratio
+
+    def _least_bubble_s(self, chain: Chain, setup: StepSetup) -> tuple[float, float]:
+        """Of a schedule that splits backwards, on ranks alone, and what can be put off at most; 0 of others."""
+        if setup.schedule not in SPLITTING:
+            return 0.0, 0.0
+        p = setup.mesh.pp
+        (whole,) = _stage_times(chain, (0,), ("none",), self._summing_s(setup))
+        mean = StageTime(*(seconds / p for seconds in whole))
+        return bubble_s(setup.schedule, [mean] * p, p, setup.num_microbatches), whole.weight_s
 
     def _element_s(self, setup: StepSetup) -> float:
         """Seconds of adding an element's gradient to its sum; a single microbatch has none."""
@@ -372,6 +412,18 @@ class _Uncut(NamedTuple):
     chain: Chain
     setup: StepSetup
     links: Links
+
+
+def _least_travel_s(chain: Chain, links: Links) -> float:
+    """Of the first microbatch from one stage to the next, and of the last one's gradient back."""
+    return 2 * links.least_travel_s(min(chain.received[1:], default=0))
+
+
+def _least_update_s(chain: Chain, setup: StepSetup, links: Links) -> float:
+    p, n = setup.mesh.pp, chain.num_units
+    shards = setup.num_shards if setup.sharding_level else 1
+    part = (chain.own[n] - chain.experts[n]) / shards + chain.experts[n] / setup.expert_shards
+    return least_update_s(chain.own[n] / p, chain.experts[n] / p, part / p, setup, links)
 
 
 def _check_seconds(uncut: _Uncut, setup: StepSetup, below_s: float) -> None:

@@ -12,7 +12,7 @@ and then step by step from cut to cut, until none is feasible below it. Where th
     least(s, j) = min over i of  least(s - 1, i) + t(s, i, j)   where t(s, i, j) <= cap
 
 by dynamic programming, for each cap whose product alone could still win. The result is exact, up to the last bit of the sums, for this
-objective: the optimizer, exposed reductions and transfers, which come on top of the pipeline, do not choose the cut.
+objective; the optimizer, exposed reductions and transfers, which come on top of the pipeline, may choose another cut (``recut``).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Final, NamedTuple, Protocol
 
 from shardstage.graph.recompute import StageRecompute
 
-__all__ = ["Cut", "Fitted", "StageCosts", "best_cut"]
+__all__ = ["Cut", "Fitted", "StageCosts", "best_cut", "earliest_starts"]
 
 CAP_PRECISION: Final = 1e-4
 """Relative precision of the bisection; the last step to the least cap goes from cut to cut."""
@@ -235,7 +235,7 @@ _Row = dict[int, Fitted]
 
 def _table(costs: StageCosts, num_stages: int, most_s: float) -> list[list[_Row]]:
     """For each stage and reachable start the seconds, at most ``most_s``, of every end that fits, by the least recomputation."""
-    n, earliest = costs.num_units, _earliest_starts(costs, num_stages, most_s * (1 + 1e-12))
+    n, earliest = costs.num_units, earliest_starts(costs, num_stages, most_s * (1 + 1e-12))
     table, reached = [], {0}
     for stage in range(num_stages):
         rows: list[_Row] = [{} for _ in range(n)]
@@ -253,7 +253,7 @@ def _table(costs: StageCosts, num_stages: int, most_s: float) -> list[list[_Row]
     return table
 
 
-def _earliest_starts(costs: StageCosts, num_stages: int, most_s: float) -> list[int]:
+def earliest_starts(costs: StageCosts, num_stages: int, most_s: float) -> list[int]:
     """Where each stage may begin at the earliest, that it and those after it end with the last unit and take at most ``most_s`` each."""
     starts = [*range(num_stages), costs.num_units]
     if most_s == math.inf:

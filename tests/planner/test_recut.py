@@ -1,0 +1,127 @@
+"""Stages of one rank each are cut for the whole step: no other cut is quicker, on thousands of choices of random small spaces."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import combinations
+from random import Random
+
+import pytest
+from tests.cost.machines import round_machine
+from tests.cost.toy import toy_graph
+from tests.planner.brute import PLENTY, SHARED_CORES, every_choice
+from tests.planner.test_random import searcher_of, searcher_of_experts
+
+from shardstage.cost import step_seconds
+from shardstage.errors import PlanError
+from shardstage.plan import named_decisions, parse_request
+from shardstage.planner import Searcher
+from shardstage.planner.chain import ChainCosts
+from shardstage.planner.pricing import TooSlow, _Uncut, _with_stages
+from shardstage.planner.space import Choice
+from shardstage.planner.stages import best_cut
+
+MOST_CUTS = 500
+
+
+def searcher_on_shared_cores(random: Random) -> Searcher:
+    num_layers, width = random.randint(2, 7), random.choice((64, 256))
+    device = replace(SHARED_CORES.device, alone_ratio=random.choice((1.2, 1.5, 2.0)))
+    return Searcher(
+        toy_graph(
+            num_layers=num_layers,
+            width=width,
+            hidden=[width * random.choice((1, 2, 4, 8)) for _ in range(num_layers)],
+            vocab=random.choice((128, 4096)),
+            is_tied=random.random() < 0.3,
+        ),
+        replace(SHARED_CORES, device=device),
+        num_ranks=random.randint(2, 4),
+        global_batch=random.randint(1, 7),
+        sequence=16,
+        is_runnable=random.random() < 0.7,
+        fixed=frozenset({"offload"}),
+    )
+
+
+def uncut(searcher: Searcher, choice: Choice, limit_bytes: int) -> tuple[_Uncut, ChainCosts]:
+    pricing = searcher.pricing
+    parts = _Uncut(choice, pricing.chain(choice.group), pricing.setup(choice), pricing.links(choice))
+    return parts, pricing._stage_costs(parts, limit_bytes)
+
+
+def seconds_of_all_cuts(searcher: Searcher, choice: Choice, limit_bytes: int) -> Iterator[float]:
+    """Of those that fit; every stage recomputes the least that it must."""
+    parts, costs = uncut(searcher, choice, limit_bytes)
+    for ends in combinations(range(1, costs.num_units), choice.mesh.pp - 1):
+        starts, stops = (0, *ends), (*ends, costs.num_units)
+        fitted = [costs.fitted(stage, *span) for stage, span in enumerate(zip(starts, stops, strict=True))]
+        modes = tuple(each.recompute for each in fitted if each is not None)
+        if len(modes) == len(starts):
+            yield step_seconds(parts.chain.profile, _with_stages(parts.setup, starts, modes), parts.links)
+
+
+def choices_with_stages(searcher: Searcher) -> list[Choice]:
+    """Of one stage a rank, and not too many cuts."""
+    inner = searcher.num_units - 1
+    return [
+        choice
+        for choice in every_choice(searcher)
+        if choice.schedule.per_rank == 1
+        and 1 < choice.mesh.pp
+        and math.comb(inner, choice.mesh.pp - 1) <= MOST_CUTS
+    ]
+
+
+@pytest.mark.parametrize("searcher_of", [searcher_of, searcher_of_experts, searcher_on_shared_cores])
+@pytest.mark.parametrize("seed", range(10))
+def test_no_cut_is_quicker_within_any_memory(searcher_of: Callable[[Random], Searcher], seed: int) -> None:
+    random = Random(seed)
+    searcher = searcher_of(random)
+    try:
+        plenty = searcher.best(PLENTY).prediction.peak_bytes
+    except PlanError:
+        assert not searcher.lattice.groups
+        return
+    choices = choices_with_stages(searcher)
+    for choice in random.sample(choices, min(len(choices), 8)):
+        limit_bytes = random.choice((PLENTY, int(plenty * random.uniform(0.2, 1.2))))
+        least_s = min(seconds_of_all_cuts(searcher, choice, limit_bytes), default=None)
+        price = searcher.pricing.price(choice, limit_bytes)
+        if least_s is None:
+            assert price is None
+            continue
+        assert price is not None
+        assert price.seconds == pytest.approx(least_s, rel=2e-9)
+        below = searcher.pricing.price(choice, limit_bytes, least_s * random.uniform(1.0001, 1.2))
+        assert below is not None
+        assert below.seconds == pytest.approx(least_s, rel=2e-9)
+        try:
+            assert searcher.pricing.price(choice, limit_bytes, least_s * 0.9999) is None
+        except TooSlow as slower:
+            assert slower.seconds >= least_s * (1 - 1e-9)
+
+
+def test_over_slow_links_the_first_stage_is_left_what_its_backward_hides() -> None:
+    """The cut whose pipeline is quickest gives the stage with the vocabulary an even share of the layers, too, and nothing hides the sum
+    of their gradients in the end."""
+    fix = "dp=2,pp=2,zero=0,mb=1,schedule=1f1b"
+    searcher = Searcher(
+        toy_graph(num_layers=6, width=256, hidden=512, vocab=4096),
+        round_machine(8, latency_s=1e-3, node=1),
+        num_ranks=4,
+        global_batch=4,
+        sequence=64,
+        fix=parse_request(fix),
+        fixed=named_decisions(fix),
+    )
+    best = searcher.best(PLENTY)
+    choice = best.priced.choice
+    parts, costs = uncut(searcher, choice, PLENTY)
+    pipeline = best_cut(costs, 2, parts.setup.num_microbatches)
+    assert pipeline is not None
+    of_pipeline = _with_stages(parts.setup, pipeline.starts, pipeline.recompute)
+    assert best.priced.setup.starts[1] < pipeline.starts[1]
+    assert best.prediction.step_time_s < 0.96 * step_seconds(parts.chain.profile, of_pipeline, parts.links)
