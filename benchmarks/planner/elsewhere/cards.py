@@ -16,7 +16,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from errors import print_run, print_table
-from frameworks import LOSS_BYTES, MEGATRON_2021, MEGATRON_LOSS_BYTES, Framework
+from frameworks import LOSS_BYTES, MEGATRON_2021, MEGATRON_LOSS_BYTES, MEGATRON_VOCAB_MULTIPLE, Framework
 from models import Kernels, Shape
 from published import Job, predict
 
@@ -44,6 +44,14 @@ NANOGPT = Framework(
     loss_bytes=COMPILED_LOSS_BYTES - 2 * LOSS_BYTES,
 )
 
+MEGATRON = Framework(
+    kernels=Kernels(attention="fused-softmax", dropout=0.1),
+    is_compiled=True,
+    execution=MEGATRON_2021,
+    loss_bytes=MEGATRON_LOSS_BYTES,
+    vocab_multiple=MEGATRON_VOCAB_MULTIPLE,
+)
+
 SOFTWARE = {
     "nanogpt": NANOGPT,
     "speedrun": replace(
@@ -52,12 +60,8 @@ SOFTWARE = {
         bucket_bytes=25 * 2**20,  # bucket_cap_mb
     ),
     "runpod": replace(NANOGPT, kernels=Kernels()),
-    "megatron-2020": Framework(
-        kernels=Kernels(attention="fused-softmax", dropout=0.1),
-        is_compiled=True,
-        execution=MEGATRON_2021,
-        loss_bytes=MEGATRON_LOSS_BYTES,
-    ),
+    "megatron-2020": MEGATRON,
+    "megatron-2021": MEGATRON,
 }
 
 
@@ -76,7 +80,11 @@ def main() -> None:
             prediction = predicted(shape, group, run)
             errors[group["name"]].append(prediction.step_time_s / run["step_s"] - 1)
             if arguments.rows:
-                print_run(f"{group['name']} {run['model']} mb={run['microbatch']}", run["step_s"], prediction)
+                print_run(
+                    f"{group['name']} {run['model']} dp={run.get('dp', 1)} tp={run.get('tp', 1)} mb={run['microbatch']}",
+                    run["step_s"],
+                    prediction,
+                )
     print_table(errors)
 
 
@@ -96,14 +104,15 @@ def predicted(shape: Shape, group: dict[str, Any], run: dict[str, Any]) -> Predi
 
 
 def job_of(shape: Shape, group: dict[str, Any], run: dict[str, Any], *, batch: int) -> Job:
-    dp, tp = run.get("dp", 1), run.get("tp", 1)
-    cluster = in_16_bits(load(f"{group['cluster']}:{dp * tp}"))
+    mesh = Mesh(dp=run.get("dp", 1), tp=run.get("tp", 1), pp=run.get("pp", 1))
+    framework = SOFTWARE[group["software"]]
+    multiple = framework.vocab_multiple * mesh.tp
     return Job(
-        shape=shape,
+        shape=replace(shape, vocab=-(-shape.vocab // multiple) * multiple),
         sequence=group["sequence"],
-        framework=SOFTWARE[group["software"]],
-        cluster=behind_switches(cluster) if group.get("has_switches") else cluster,
-        mesh=Mesh(dp=dp, tp=tp, pp=1),
+        framework=framework,
+        cluster=cluster_of(group, mesh.world_size),
+        mesh=mesh,
         stages_per_rank=1,
         schedule="1f1b",
         zero=0,
@@ -114,6 +123,18 @@ def job_of(shape: Shape, group: dict[str, Any], run: dict[str, Any], *, batch: i
     )
 
 
+def cluster_of(group: dict[str, Any], num_devices: int) -> Cluster:
+    """The preset; behind switches any few GPUs have among them what all of a cube mesh have: the six links of each (NVIDIA DGX-2 data
+    sheet)."""
+    cluster = in_16_bits(load(f"{group['cluster']}:{num_devices}"))
+    if group.get("has_switches"):
+        cluster = replace(cluster, collectives=())
+    if "network_bytes_per_s" in group:
+        node, network = cluster.levels
+        cluster = replace(cluster, levels=(node, replace(network, bytes_per_s=group["network_bytes_per_s"])))
+    return cluster
+
+
 def in_16_bits(cluster: Cluster) -> Cluster:
     """As ``published`` computes in bfloat16, whose bytes are float16's: where a device has none, at float16's rate."""
     device = cluster.device
@@ -121,11 +142,6 @@ def in_16_bits(cluster: Cluster) -> Cluster:
         return cluster
     rates = {**device.flops_per_s, "bfloat16": device.flops_per_s["float16"]}
     return replace(cluster, device=replace(device, flops_per_s=rates))
-
-
-def behind_switches(cluster: Cluster) -> Cluster:
-    """Any few GPUs have among them what all of a cube mesh have: the six links of each (NVIDIA DGX-2 data sheet)."""
-    return replace(cluster, collectives=())
 
 
 if __name__ == "__main__":
