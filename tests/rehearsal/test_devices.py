@@ -105,6 +105,17 @@ def test_kinds_do_not_share_what_was_read() -> None:
     assert saved(profilers[1].on(other)) == saved(profilers[1])
 
 
+def test_compute_capabilities_do_not_share_what_was_read() -> None:
+    folded, readings = fold(attention_graph("bfloat16", "grouped")), Readings()
+    new = round_machine(1)
+    old = replace(new, device=replace(new.device, compute_capability=7.0))
+    saved = []
+    for cluster in (old, new):
+        profiler = Profiler(folded, cluster, tp=1, sequence=96, readings=readings)
+        saved.append(sum(unit.kept["none"].saved_bytes for unit in profiler.at(4).units))
+    assert saved[0] > saved[1]
+
+
 def test_a_norm_that_keeps_less_is_faster_on_a_gpu() -> None:
     """One kernel reads x once and writes its result, where the parts move float32 copies of both."""
     graph, plan = norm_graph("bfloat16"), plan_of("mb=64", "bf16")
