@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 from tests.cost.machines import round_machine
 from tests.cost.toy import toy_graph
+from tests.planner.mixed.instances import machines
 
 from shardstage.graph import ModelGraph
 from shardstage.plan import complete, explain, parse_request
-from shardstage.planner import predict
+from shardstage.planner import MixedSearcher, predict
+from shardstage.units import format_bytes
 
 GRAPH = toy_graph(num_layers=4)
 
@@ -75,6 +77,7 @@ def test_what_each_stage_recomputes_stands_with_it() -> None:
     [
         ("dp=8", ["dp", "all_reduce", "of", "gradients", "1"]),
         ("dp=8,zero=1", ["dp", "reduce_scatter", "of", "gradients", "1"]),
+        ("dp=8,zero=2,mb=1", ["dp", "all_gather", "of", "parameters", "6"]),
         ("dp=8,zero=3,mb=1", ["dp", "all_gather", "of", "parameters", "24"]),
         ("tp=2,mb=2", ["tp", "all_reduce", "24"]),
         ("pp=2,mb=1", ["pp", "activations", "and", "their", "gradients", "8"]),
@@ -118,3 +121,56 @@ def test_gradients_of_half_the_width_take_half_the_bytes_on_their_way() -> None:
         for more in (",dtype=bf16", ",dtype=bf16,grads=bf16")
     )
     assert float(wide[-2]) == 2 * float(narrow[-2])
+
+
+@pytest.mark.parametrize("text", ["dp=8", "dp=4,cp=2", "dp=8,compile", "pp=2,tp=2,dp=2,sp,compile"])
+def test_memory_is_what_the_plan_was_priced_at(text: str) -> None:
+    """Explained were sequences that nobody shares and kernels that nobody compiles: 95.8 GiB of a plan that needs 65.3."""
+    plan = complete(parse_request(text), GRAPH, num_ranks=8, global_batch=16, sequence=64)
+    prediction = predict(GRAPH, plan, round_machine(8))
+    told = explain(plan, GRAPH, prediction=prediction)
+    for number, line in enumerate(section(told, "stages")[2 : 2 + plan.mesh.pp]):
+        assert line.endswith(format_bytes(prediction.stages[number].memory.total_bytes))
+    heads, *rows = section(told, "memory a rank")[1:]
+    for row, use in zip(rows, prediction.ranks, strict=True):
+        assert row.split()[1:] == " ".join(format_bytes(getattr(use, name)) for name in heads.split()).split()
+    alone = section(explain(plan, GRAPH), "memory a rank")
+    assert alone == section(told, "memory a rank"), "the graph alone says as much"
+
+
+def test_ranks_that_share_sequences_are_in_the_picture() -> None:
+    """Half of the ranks were missing, and the mesh was of fewer than it said."""
+    text = text_of("dp=2,cp=2", ranks=4)
+    assert section(text, "mesh") == [
+        "mesh     dp=2 × tp=1 × pp=1 × cp=2 on 4 ranks",
+        "              pp=0",
+        "  dp=0 cp=0   0",
+        "  dp=0 cp=1   1",
+        "  dp=1 cp=0   2",
+        "  dp=1 cp=1   3",
+    ]
+    assert "and what is sent along cp, which is priced and not counted here" in text
+
+
+@pytest.mark.parametrize("text", ["dp=8", "tp=2", "", "pp=2"])
+def test_a_section_with_nothing_to_say_leaves_no_gap(text: str) -> None:
+    assert "\n\n\n" not in text_of(text, with_times=True)
+
+
+def test_stages_on_unlike_devices_are_balanced_by_their_time() -> None:
+    """Of a plan that gives a device of twice the speed twice the layers it was said that one stage is the slowest by far."""
+    cluster = machines((1, 1.0), (1, 2.0))
+    graph = toy_graph(num_layers=10)
+    plan = MixedSearcher(
+        graph,
+        cluster,
+        global_batch=16,
+        sequence=64,
+        precision="float32",
+        fix=parse_request("pp=2"),
+        fixed=frozenset({"pp"}),
+    ).best((2**40, 2**40))
+    told = section(explain(plan.best, graph, prediction=plan.prediction), "stages")
+    assert float(told[-1].split(" has ")[1].split()[0]) < 1.15
+    alone = section(explain(plan.best, graph), "stages")
+    assert float(alone[-1].split(" has ")[1].split()[0]) > 1.2

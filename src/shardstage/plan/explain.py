@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import product
 from typing import Final
 
-from shardstage.cost import Folded, Prediction, Profile, fold, profile, rank_memory, stage_memory
-from shardstage.cost.memory import MOMENTS, stage_elements
+from shardstage.cost import Folded, Links, Prediction, Profile, Profiler, fold, rank_memory, stage_memory
+from shardstage.cost.memory import MOMENTS, MemoryUse, stage_elements
 from shardstage.graph import ModelGraph
 from shardstage.layout import Mesh
 from shardstage.plan.order import any_cluster, setup_of
@@ -23,8 +24,8 @@ MAX_RANKS_DRAWN: Final = 64
 
 
 def explain(plan: Plan, graph: ModelGraph, *, prediction: Prediction | None = None) -> str:
-    """The plan as text. Memory and shares of compute are predicted from the graph alone, times come with ``prediction``."""
-    priced = _Priced(plan, graph)
+    """The plan as text. Memory and shares of compute are those of ``prediction``, as are times; without it what the graph alone says."""
+    priced = _Priced(plan, graph, prediction)
     sections = [
         _summary(plan, graph),
         _mesh(plan.mesh),
@@ -34,13 +35,13 @@ def explain(plan: Plan, graph: ModelGraph, *, prediction: Prediction | None = No
         _unsharded(priced),
         () if prediction is None else _times(prediction),
     ]
-    return "\n\n".join("\n".join(lines) for lines in sections if lines) + "\n"
+    return "\n\n".join(filter(None, ("\n".join(lines) for lines in sections))) + "\n"
 
 
 class _Priced:
-    """A plan with its model's units, priced on a device where only balance counts."""
+    """A plan with its model's units, priced on a device where only balance counts, and with its price where that is known."""
 
-    def __init__(self, plan: Plan, graph: ModelGraph) -> None:
+    def __init__(self, plan: Plan, graph: ModelGraph, prediction: Prediction | None) -> None:
         positions = {op.name: index for index, op in enumerate(graph.ops)}
         boundaries = [positions[stage.first] for stage in plan.stages]
         self.plan = plan
@@ -50,16 +51,50 @@ class _Priced:
         custom = schedule_of(plan) if plan.schedule == "custom" else None
         starts = tuple(self.folded.unit_at(position) for position in boundaries)
         self.setup = setup_of(plan, self.folded, starts, custom)
-        self.profile: Profile = profile(
+        self.prediction = prediction
+        cluster = any_cluster(plan.mesh.world_size)
+        profiler = Profiler(
             self.folded,
-            any_cluster(plan.mesh.world_size),
+            cluster,
             tp=plan.mesh.tp,
-            microbatch=self.setup.microbatch,
             sequence=plan.sequence,
             is_sequence_parallel=plan.is_sequence_parallel,
             replicate=plan.replicate,
-            has_whole_experts=plan.etp == 1,
+            is_compiled=plan.is_compiled,
         )
+        if self.setup.has_whole_experts:
+            profiler = profiler.with_whole_experts()
+        links = Links(
+            cluster,
+            plan.mesh,
+            num_shards=plan.zero_ranks,
+            ep=plan.ep,
+            has_whole_experts=self.setup.has_whole_experts,
+        )
+        self.profile: Profile = profiler.at(self.setup.microbatch, links)
+
+    @property
+    def stages(self) -> tuple[tuple[float, int, int], ...]:
+        """Of each stage its seconds of a microbatch, the parameters and the bytes of a rank."""
+        if self.prediction is not None:
+            stages = self.prediction.stages
+            return tuple((s.forward_s + s.backward_s, s.num_elements, s.memory.total_bytes) for s in stages)
+        units, setup = self.profile.units, self.setup
+        return tuple(
+            (
+                sum(units[i].forward_s + units[i].backward_s for i in setup.units_of(stage, self.profile)),
+                stage_elements(self.profile, setup, stage),
+                stage_memory(self.profile, setup, stage).total_bytes,
+            )
+            for stage in range(setup.num_stages)
+        )
+
+    @property
+    def ranks(self) -> tuple[MemoryUse, ...]:
+        """What the ranks at each pipeline coordinate hold."""
+        if self.prediction is not None:
+            return self.prediction.ranks
+        return tuple(rank_memory(self.profile, self.setup, rank) for rank in range(self.plan.mesh.pp))
 
 
 def _summary(plan: Plan, graph: ModelGraph) -> Iterator[str]:
@@ -70,7 +105,9 @@ def _summary(plan: Plan, graph: ModelGraph) -> Iterator[str]:
     length = "" if plan.sequence is None else f" of {plan.sequence} tokens"
     shares = sorted(set(plan.shares), reverse=True)
     each = f"{shares[0]}" if len(shares) == 1 else f"{shares[-1]} to {shares[0]}"
-    cut = f"{plan.num_microbatches} microbatches of {plan.microbatch}"
+    cut = (
+        f"{plan.num_microbatches} microbatch{'' if plan.num_microbatches == 1 else 'es'} of {plan.microbatch}"
+    )
     yield f"batch    {plan.global_batch} samples{length}: {each} a data-parallel rank, in {cut}"
     recompute = "by stage" if plan.stage_recompute else plan.recompute
     savers = [f"zero={plan.zero}", f"recompute={recompute}"]
@@ -86,45 +123,45 @@ def _summary(plan: Plan, graph: ModelGraph) -> Iterator[str]:
 
 
 def _mesh(mesh: Mesh) -> Iterator[str]:
-    """Ranks as a picture: a block of columns for each stage, a row for each data-parallel rank, neighbours along tp side by side."""
-    yield f"mesh     dp={mesh.dp} × tp={mesh.tp} × pp={mesh.pp} on {mesh.world_size} ranks"
+    """Ranks as a picture: a block of columns for each stage, a row for each data-parallel rank, neighbours along tp side by side; those
+    that share sequences below each other."""
+    shared = f" × cp={mesh.cp}" if mesh.cp > 1 else ""
+    yield f"mesh     dp={mesh.dp} × tp={mesh.tp} × pp={mesh.pp}{shared} on {mesh.world_size} ranks"
     if not 1 < mesh.world_size <= MAX_RANKS_DRAWN:
         return
     width = len(str(mesh.world_size - 1))
-    cells = [
-        [" ".join(f"{mesh.rank(pp=p, dp=d, tp=t):{width}}" for t in range(mesh.tp)) for p in range(mesh.pp)]
-        for d in range(mesh.dp)
-    ]
-    heads = [f"pp={p}" for p in range(mesh.pp)]
-    yield from _table(["", *heads], [[f"dp={d}", *row] for d, row in enumerate(cells)])
+    rows = []
+    for d, c in product(range(mesh.dp), range(mesh.cp)):
+        cells = (
+            " ".join(f"{mesh.rank(pp=p, dp=d, cp=c, tp=t):{width}}" for t in range(mesh.tp))
+            for p in range(mesh.pp)
+        )
+        rows.append([f"dp={d} cp={c}" if mesh.cp > 1 else f"dp={d}", *cells])
+    yield from _table(["", *(f"pp={p}" for p in range(mesh.pp))], rows)
 
 
 def _stages(priced: _Priced) -> Iterator[str]:
     plan, graph, mesh = priced.plan, priced.graph, priced.plan.mesh
-    units = priced.profile.units
-    compute = [
-        sum(units[i].forward_s + units[i].backward_s for i in priced.setup.units_of(s, priced.profile))
-        for s in range(priced.setup.num_stages)
-    ]
+    of_stages = priced.stages
+    compute = [seconds for seconds, _, _ in of_stages]
     of_ranks = [sum(compute[s] for s in priced.setup.stages_of(rank)) for rank in range(mesh.pp)]
     rows = []
-    for stage in range(priced.setup.num_stages):
+    for stage, (seconds, elements, num_bytes) in enumerate(of_stages):
         stop = priced.starts[stage + 1] if stage + 1 < priced.setup.num_stages else len(graph.ops)
-        elements = stage_elements(priced.profile, priced.setup, stage)
         rows.append(
             [
                 str(stage),
                 _modules(op.module for op in graph.ops[priced.starts[stage] : stop]),
                 str(stop - priced.starts[stage]),
-                format_ratio(compute[stage] / sum(compute)),
+                format_ratio(seconds / sum(compute)),
                 str(plan.recompute_of(stage)),
                 format_count(elements),
-                format_bytes(stage_memory(priced.profile, priced.setup, stage).total_bytes),
+                format_bytes(num_bytes),
             ]
         )
     yield "stages"
     yield from _table(
-        ["", "modules", "ops", "compute", "recompute", "parameters a rank", "peak memory a rank"], rows
+        ["", "modules", "ops", "time", "recompute", "parameters a rank", "peak memory a rank"], rows
     )
     if plan.mesh.pp > 1:
         who = "stage" if len(compute) == mesh.pp else "rank"
@@ -141,7 +178,7 @@ def _modules(paths: Iterable[str]) -> str:
 
 def _memory(priced: _Priced) -> Iterator[str]:
     """What the ranks at each pipeline coordinate hold."""
-    uses = [rank_memory(priced.profile, priced.setup, rank) for rank in range(priced.plan.mesh.pp)]
+    uses = priced.ranks
     names = list(dict.fromkeys(name for use in uses for name, _ in use.categories()))
     names += ["host"] if any(use.host for use in uses) else []
     rows = [[str(s), *(format_bytes(getattr(use, name)) for name in names)] for s, use in enumerate(uses)]
@@ -155,6 +192,9 @@ def _talk(priced: _Priced) -> Iterator[str]:
     if rows:
         yield "talk a step, on the busiest rank"
         yield from _table(["axis", "what", "calls", "bytes"], rows)
+    others = [axis for axis, size in (("cp", priced.plan.mesh.cp), ("ep", priced.plan.ep)) if size > 1]
+    if others:
+        yield f"and what is sent along {' and '.join(others)}, which is priced and not counted here"
 
 
 def _tp_rows(priced: _Priced) -> Iterator[list[str]]:
@@ -176,7 +216,7 @@ def _dp_rows(priced: _Priced) -> Iterator[list[str]]:
     setup = priced.setup
     if setup.mesh.dp == 1:
         return
-    elements = max(stage_elements(priced.profile, setup, s) for s in range(setup.num_stages))
+    elements, busiest = max((stage_elements(priced.profile, setup, s), -s) for s in range(setup.num_stages))
     gradients, parameters = elements * setup.gradient_bytes, elements * setup.compute_bytes
     buckets = max(1, -(-parameters // setup.bucket_bytes))
     m = setup.num_microbatches
@@ -186,8 +226,8 @@ def _dp_rows(priced: _Priced) -> Iterator[list[str]]:
         yield ["dp", "reduce_scatter of gradients", str(buckets), format_bytes(gradients)]
         yield ["dp", "all_gather of parameters", str(buckets), format_bytes(parameters)]
     else:
-        units = len(setup.units_of(0, priced.profile))
-        gathers = m * (2 if setup.sharding_level == 3 else 1)
+        units = len(setup.units_of(-busiest, priced.profile))
+        gathers = 2 * m if setup.sharding_level == 3 else 1
         yield ["dp", "reduce_scatter of gradients", str(m * units), format_bytes(m * gradients)]
         yield ["dp", "all_gather of parameters", str(gathers * units), format_bytes(gathers * parameters)]
 
