@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -87,6 +88,28 @@ def test_between_parts_the_network_has_the_lower_bandwidth_and_the_higher_latenc
     assert cluster.notes == (
         "between parts: the slowest of their networks, 1e-08 GB/s and 1.2e+07 µs; nothing was measured there",
     )
+
+
+def test_unlike_gpus_of_one_box_are_told_how_to_say_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two old GPUs of a workstation were planned as two machines on a quarter of an Ethernet adapter."""
+    monkeypatch.chdir(tmp_path)
+    cluster = load("rtx-3090:1+v100-16:1")
+    (note,) = (note for note in cluster.notes if "share a box" in note)
+    code = re.search(r'python -c "(.*)" writes', note)
+    assert code is not None
+    exec(code[1])
+    box = tmp_path / "box.toml"
+    head, network, rest = box.read_text(encoding="utf-8").partition("[network]\n")
+    rest = re.sub("bytes_per_s = .*", "bytes_per_s = 1e10", rest, count=1)
+    box.write_text(head + network + rest, encoding="utf-8")
+    edited = load(box)
+    assert (
+        edited.collective("p2p", [0, 1]).bytes_per_s == 1e10 > cluster.collective("p2p", [0, 1]).bytes_per_s
+    )
+    for larger in ("a100-40:8+h100:8", "rtx-3090:4+v100-16:1", "rtx-3090:1+v100-16:4"):
+        assert not any("share a box" in each for each in load(larger).notes)
 
 
 def test_a_group_over_parts_pays_the_worst_node_and_then_the_network() -> None:

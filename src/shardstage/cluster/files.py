@@ -8,13 +8,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from shardstage.cluster.cluster import Cluster
 from shardstage.cluster.trees import joint_network
 from shardstage.errors import ClusterError
 
 __all__ = ["join", "load", "more_devices", "preset_names", "save"]
+
+LARGEST_BOX: Final = 4
+"""Unlike devices that somebody has in one machine: what a workstation has slots for, our estimate."""
 
 
 def load(spec: str | os.PathLike[str]) -> Cluster:
@@ -53,7 +56,23 @@ def join(clusters: Sequence[Cluster], *, name: str | None = None) -> Cluster:
     speed = f"{network.bytes_per_s / 1e9:g} GB/s and {network.latency_s * 1e6:g} µs"
     notes = [note for cluster in clusters for note in cluster.notes]
     notes.append(f"between parts: the slowest of their networks, {speed}; nothing was measured there")
+    if _fit_one_box(clusters):
+        file = f"from shardstage.cluster import load, save; save(load('{name}'), 'box.toml')"
+        notes.append(
+            "parts that share a box are joined faster than that: edit bytes_per_s and latency_s under [network], and these notes, of the "
+            f'file that python -c "{file}" writes, and plan with --cluster box.toml'
+        )
     return Cluster.of_parts(tuple(clusters), name=name, network=network, notes=tuple(notes))
+
+
+def _fit_one_box(clusters: Sequence[Cluster]) -> bool:
+    """Whether so few GPUs may be in one machine, though each part is a machine of its own."""
+    is_small = sum(cluster.num_devices for cluster in clusters) <= LARGEST_BOX
+    return (
+        is_small
+        and all(each.device.kind == "cuda" for each in clusters)
+        and all(each.num_devices <= each.devices_per(each.levels[0]) for each in clusters)
+    )
 
 
 def save(cluster: Cluster, path: str | os.PathLike[str]) -> None:
