@@ -238,6 +238,18 @@ def test_memory_is_shown_with_what_a_rank_may_hold() -> None:
     )
 
 
+def test_gradients_of_what_stages_share_are_not_said_to_wait_for_dp(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ "dp 14.2 ms" was said of GPT-2 on two stages, where dp=1."""
+    tied = toy_graph(num_layers=6, width=64, hidden=256, is_tied=True)
+    monkeypatch.setattr(verb, "known_model", lambda *_: KnownModel(graph=tied))
+    waits = [
+        _line(said("--cluster", "cpu:4", "--seq", "64", "--plan", plan), "waits")
+        for plan in ("pp=4", "pp=2,dp=2", "tp=4")
+    ]
+    assert "tp 0 s, parameters that stages share " in waits[0] and "dp" not in waits[0]
+    assert all(", dp " in line and "share" not in line for line in waits[1:])
+
+
 def test_the_least_memory_is_told_with_what_it_costs() -> None:
     """Of a plan that was a quarter slower nothing said so, nor what the fastest one takes."""
     asked = ("--cluster", "cpu:4", "--seq", "64")

@@ -13,7 +13,7 @@ from shardstage.cli.comparison import Comparison
 from shardstage.cli.saving import less_with_facts, saving_facts
 from shardstage.cli.short_list import Simulated, short_list_choice, short_list_rows
 from shardstage.cli.told import PLAN, Fact, Rows
-from shardstage.plan import shorthand
+from shardstage.plan import Plan, shorthand
 from shardstage.units import format_bytes, format_dollars, format_ratio, format_s
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class Answer:
             "batch",
             f"{plan.global_batch:,} {samples} in {plan.num_microbatches} microbatch{several} of {each} a data-parallel rank",
         )
-        yield from _price_facts(prediction, has_tokens=plan.sequence is not None)
+        yield from _price_facts(plan, prediction)
         yield from self._memory_facts()
 
     def search_facts(self) -> Iterator[Fact]:
@@ -162,7 +162,8 @@ class Answer:
         return format_ratio(other.step_time_s / self.chosen.prediction.step_time_s - 1)
 
 
-def _price_facts(prediction: Prediction, *, has_tokens: bool) -> Iterator[Fact]:
+def _price_facts(plan: Plan, prediction: Prediction) -> Iterator[Fact]:
+    has_tokens, is_alone = plan.sequence is not None, plan.mesh.num_replicas == 1
     low, expected, high = map(
         format_s, (prediction.step_time_low_s, prediction.step_time_s, prediction.step_time_high_s)
     )
@@ -174,7 +175,10 @@ def _price_facts(prediction: Prediction, *, has_tokens: bool) -> Iterator[Fact]:
         f"{axis} {format_s(seconds)}"
         for axis, seconds in (
             ("tp", prediction.exposed_tp_s),
-            ("dp", prediction.exposed_dp_s),
+            (
+                "parameters that stages share" if is_alone and prediction.exposed_dp_s else "dp",
+                prediction.exposed_dp_s,
+            ),
             ("pp", prediction.exposed_pp_s),
         )
     )
