@@ -19,7 +19,7 @@ from shardstage.errors import PlanError
 from shardstage.plan import named_decisions, parse_request
 from shardstage.planner import Searcher
 from shardstage.planner.chain import ChainCosts
-from shardstage.planner.pricing import TooSlow, _Uncut, _with_stages
+from shardstage.planner.pricing import TooSlow, _Uncut
 from shardstage.planner.space import Choice
 from shardstage.planner.stages import best_cut
 
@@ -60,7 +60,7 @@ def seconds_of_all_cuts(searcher: Searcher, choice: Choice, limit_bytes: int) ->
         fitted = [costs.fitted(stage, *span) for stage, span in enumerate(zip(starts, stops, strict=True))]
         modes = tuple(each.recompute for each in fitted if each is not None)
         if len(modes) == len(starts):
-            yield step_seconds(parts.chain.profile, _with_stages(parts.setup, starts, modes), parts.links)
+            yield step_seconds(parts.chain.profile, parts.setup.with_stages(starts, modes), parts.links)
 
 
 def choices_with_stages(searcher: Searcher) -> list[Choice]:
@@ -122,6 +122,6 @@ def test_over_slow_links_the_first_stage_is_left_what_its_backward_hides() -> No
     parts, costs = uncut(searcher, choice, PLENTY)
     pipeline = best_cut(costs, 2, parts.setup.num_microbatches)
     assert pipeline is not None
-    of_pipeline = _with_stages(parts.setup, pipeline.starts, pipeline.recompute)
+    of_pipeline = parts.setup.with_stages(pipeline.starts, pipeline.recompute)
     assert best.priced.setup.starts[1] < pipeline.starts[1]
     assert best.prediction.step_time_s < 0.96 * step_seconds(parts.chain.profile, of_pipeline, parts.links)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from shardstage.cost.execution import OURS, Execution
@@ -65,6 +65,16 @@ class StepSetup:
     def num_shards(self) -> int:
         """How many ranks share what ZeRO cuts."""
         return self.zero_ranks or self.mesh.num_replicas
+
+    def with_stages(self, starts: tuple[int, ...], recompute: tuple[StageRecompute, ...]) -> StepSetup:
+        """Cut at these units, and what each stage recomputes."""
+        is_alike = len({*recompute}) == 1
+        return replace(
+            self,
+            starts=starts,
+            recompute=recompute[0] if is_alike else self.recompute,
+            recompute_of_stages=() if is_alike else recompute,
+        )
 
     def recompute_of(self, stage: int) -> StageRecompute:
         return self.recompute_of_stages[stage] if self.recompute_of_stages else self.recompute

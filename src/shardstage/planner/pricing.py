@@ -30,7 +30,7 @@ from shardstage.cost.offload import has_host_room
 from shardstage.cost.pipeline import SPLITTING, StageTime, bubble_s, pipeline_s
 from shardstage.cost.profile import RECOMPUTES, Recompute
 from shardstage.cost.readings import Readings
-from shardstage.cost.stages import least_reduction_s, least_update_s
+from shardstage.cost.stages import least_reduction_s
 from shardstage.cost.units import Cases, UnitCosts
 from shardstage.graph import ModelGraph
 from shardstage.graph.cuts import good_positions
@@ -42,7 +42,14 @@ from shardstage.planner.alike import Alike
 from shardstage.planner.chain import Chain, ChainCosts, ShardingWaits
 from shardstage.planner.even import EvenCuts
 from shardstage.planner.figures import Figures
-from shardstage.planner.recut import RunCosts, StepBound, quicker_cut
+from shardstage.planner.recut import (
+    RunCosts,
+    StepBound,
+    least_pipeline_s,
+    least_travel_s,
+    least_update_of_chain_s,
+    quicker_cut,
+)
 from shardstage.planner.space import Choice, Group, Savers
 from shardstage.planner.stages import Cut, best_cut
 
@@ -270,7 +277,7 @@ class Pricing:
     def _quickest(self, uncut: _Uncut, costs: ChainCosts, cut: Cut, below_s: float) -> StepSetup:
         """The setup with the cut, or with one whose whole step is quicker. Factors of a calibration have no say in which that is."""
         choice, chain, setup, links = uncut
-        found = _with_stages(setup, cut.starts, cut.recompute)
+        found = setup.with_stages(cut.starts, cut.recompute)
         if setup.mesh.pp == 1 or self.cluster.calibration is not None:
             _check_seconds(uncut, found, below_s)
             return found
@@ -279,12 +286,12 @@ class Pricing:
             costs,
             RunCosts(chain, setup, links, costs),
             self._step_bound(chain, setup, links),
-            slowest_s=cut.slowest_s,
+            pipeline_s=least_pipeline_s(cut, setup),
             below_s=min(seconds, below_s),
-            seconds_of=lambda *stages: step_seconds(chain.profile, _with_stages(setup, *stages), links),
+            seconds_of=lambda *stages: step_seconds(chain.profile, setup.with_stages(*stages), links),
         )
         if other is not None:
-            return _with_stages(setup, *other)
+            return setup.with_stages(*other)
         if seconds >= below_s:
             raise TooSlow(choice, seconds)
         return found
@@ -297,8 +304,8 @@ class Pricing:
             is_split=setup.schedule in SPLITTING,
             alone_ratio=self.cluster.device.alone_ratio,
             beside_s=self._beside_s(chain, setup, links),
-            update_s=_least_update_s(chain, setup, links),
-            travel_s=_least_travel_s(chain, links),
+            update_s=least_update_of_chain_s(chain, setup, links),
+            travel_s=least_travel_s(chain, links),
             bubble_s=bubble_s,
             weight_s=weight_s,
             hides_sums=setup.sharding_level < 2 or bool(chain.profile.shared_elements),
@@ -340,8 +347,8 @@ class Pricing:
         """What a step takes at least beside what ``best_cut`` counts: transfers, the optimizer, the norm's sum, and the least bubble
         where schedules cut backwards."""
         p = setup.mesh.pp
-        beside_s = links.norm_s() + (p - 1) * _least_travel_s(chain, links)
-        beside_s += _least_update_s(chain, setup, links)
+        beside_s = links.norm_s() + (p - 1) * least_travel_s(chain, links)
+        beside_s += least_update_of_chain_s(chain, setup, links)
         return beside_s + self._least_bubble_s(chain, setup)[0] / self.cluster.device.alone_ratio
 
     def _least_bubble_s(self, chain: Chain, setup: StepSetup) -> tuple[float, float]:
@@ -414,18 +421,6 @@ class _Uncut(NamedTuple):
     links: Links
 
 
-def _least_travel_s(chain: Chain, links: Links) -> float:
-    """Of the first microbatch from one stage to the next, and of the last one's gradient back."""
-    return 2 * links.least_travel_s(min(chain.received[1:], default=0))
-
-
-def _least_update_s(chain: Chain, setup: StepSetup, links: Links) -> float:
-    p, n = setup.mesh.pp, chain.num_units
-    shards = setup.num_shards if setup.sharding_level else 1
-    part = (chain.own[n] - chain.experts[n]) / shards + chain.experts[n] / setup.expert_shards
-    return least_update_s(chain.own[n] / p, chain.experts[n] / p, part / p, setup, links)
-
-
 def _check_seconds(uncut: _Uncut, setup: StepSetup, below_s: float) -> None:
     """Raises ``TooSlow`` where a step of the cut setup takes ``below_s`` or more; that is known sooner than what its ranks hold."""
     if below_s == math.inf:
@@ -474,12 +469,6 @@ def _stage_times(
         )
         for start, stop, mode in zip(starts, stops, modes, strict=True)
     ]
-
-
-def _with_stages(setup: StepSetup, starts: tuple[int, ...], modes: tuple[StageRecompute, ...]) -> StepSetup:
-    if len(set(modes)) == 1:
-        return replace(setup, starts=starts, recompute=modes[0])
-    return replace(setup, starts=starts, recompute_of_stages=modes)
 
 
 def fold_for(graph: ModelGraph, num_ranks: int, modules: tuple[str, ...]) -> Folded:

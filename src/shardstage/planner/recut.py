@@ -16,13 +16,22 @@ from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 from shardstage.cost.links import Links
+from shardstage.cost.pipeline import SPLITTING
 from shardstage.cost.setup import StepSetup
-from shardstage.cost.stages import StageCost, run_cost
+from shardstage.cost.stages import StageCost, least_update_s, run_cost
 from shardstage.graph.recompute import StageRecompute
 from shardstage.planner.chain import Chain, ChainCosts
-from shardstage.planner.stages import StageCosts, earliest_starts
+from shardstage.planner.stages import Cut, StageCosts, earliest_starts
 
-__all__ = ["Run", "RunCosts", "StepBound", "quicker_cut"]
+__all__ = [
+    "Run",
+    "RunCosts",
+    "StepBound",
+    "least_pipeline_s",
+    "least_travel_s",
+    "least_update_of_chain_s",
+    "quicker_cut",
+]
 
 ROUNDING: Final = 1e-12
 """Relative: sums of the same seconds in another order differ by less."""
@@ -173,22 +182,43 @@ class _Begun(NamedTuple):
             before = before.before
 
 
+def least_travel_s(chain: Chain, links: Links) -> float:
+    """Of the first microbatch from one stage to the next, and of the last one's gradient back."""
+    return 2 * links.least_travel_s(min(chain.received[1:], default=0))
+
+
+def least_update_of_chain_s(chain: Chain, setup: StepSetup, links: Links) -> float:
+    """``least_update_s`` of the units on the pipeline's ranks, wherever they are cut."""
+    p, n = setup.mesh.pp, chain.num_units
+    shards = setup.num_shards if setup.sharding_level else 1
+    part = (chain.own[n] - chain.experts[n]) / shards + chain.experts[n] / setup.expert_shards
+    return least_update_s(chain.own[n] / p, chain.experts[n] / p, part / p, setup, links)
+
+
+def least_pipeline_s(cut: Cut, setup: StepSetup) -> float:
+    """What the pipeline takes in no cut less than in its best one, ``best_cut``'s, but for a bubble of a schedule that splits backwards."""
+    m = setup.num_microbatches
+    return m * cut.slowest_s if setup.schedule in SPLITTING else cut.pipeline_s(m)
+
+
 def quicker_cut(
     costs: StageCosts,
     runs: Runs,
     bound: StepBound,
     *,
-    slowest_s: float,
+    pipeline_s: float,
     below_s: float,
     seconds_of: Callable[[tuple[int, ...], tuple[StageRecompute, ...]], float],
 ) -> tuple[tuple[int, ...], tuple[StageRecompute, ...]] | None:
     """First units of stages, and what each recomputes, of the quickest step, ``seconds_of`` them; None where none is below ``below_s``.
 
-    The slowest stage takes ``slowest_s`` in no cut less.
+    The pipeline takes ``pipeline_s`` in no cut less, as ranks alone compute.
     """
     best: tuple[tuple[int, ...], tuple[StageRecompute, ...]] | None = None
     best_s = below_s * (1 - WORTH_TAKING)
-    kept = _ends(costs, runs, bound, slowest_s, best_s)
+    if pipeline_s / bound.alone_ratio + bound.beside_s >= best_s:
+        return None
+    kept = _ends(costs, runs, bound, best_s)
     for least_s, begun in sorted(kept, key=lambda each: each[0]):
         if least_s >= best_s:
             break
@@ -199,14 +229,11 @@ def quicker_cut(
     return best
 
 
-def _ends(
-    costs: StageCosts, runs: Runs, bound: StepBound, slowest_s: float, below_s: float
-) -> list[tuple[float, _Begun]]:
+def _ends(costs: StageCosts, runs: Runs, bound: StepBound, below_s: float) -> list[tuple[float, _Begun]]:
     """Whole cuts whose bounds are below, with these."""
     n, start = costs.num_units, _Begun()
-    all_s = costs.plain_s(bound.num_stages - 1, 0, n)
-    if bound.seconds(start, slowest_s, all_s) >= below_s:
-        return []
+    unlike = range(bound.num_stages) if costs.has_unlike_stages else (0,)
+    all_s = min(costs.plain_s(stage, 0, n) for stage in unlike)
     stages = _stages(costs, bound.num_stages, bound.most_stage_s(below_s, all_s))
     rest = _rest(stages, n)
     reached: dict[int, list[_Kept]] = {0: [_Kept((), 0.0, start)]}
@@ -217,7 +244,7 @@ def _ends(
                 if stop not in after:
                     continue
                 rest_slowest_s, rest_s = after[stop]
-                least_slowest_s = max(slowest_s, own_s, rest_slowest_s)
+                least_slowest_s = max(own_s, rest_slowest_s)
                 for _, _, begun in begun_there:
                     if bound.seconds(begun, max(begun.slowest_s, least_slowest_s), own_s + rest_s) >= below_s:
                         continue

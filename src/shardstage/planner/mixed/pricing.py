@@ -18,7 +18,6 @@ from shardstage.cost.compute import moved_s
 from shardstage.cost.offload import has_host_room
 from shardstage.cost.pipeline import SPLITTING, StageTime, pipeline_s
 from shardstage.cost.readings import Readings
-from shardstage.cost.stages import least_update_s
 from shardstage.graph import ModelGraph
 from shardstage.graph.recompute import StageRecompute
 from shardstage.plan import Plan, Precision
@@ -33,6 +32,7 @@ from shardstage.planner.mixed.lanes import LaneCosts, classes_of_stages, combine
 from shardstage.planner.mixed.priced import MixedPriced, TooLong
 from shardstage.planner.mixed.space import Lane, MixedChoice, Sharding
 from shardstage.planner.pricing import fold_for
+from shardstage.planner.recut import least_pipeline_s, least_travel_s, least_update_of_chain_s, quicker_cut
 from shardstage.planner.space import Savers
 from shardstage.planner.stages import StageCosts, best_cut
 
@@ -70,6 +70,7 @@ class MixedPricing:
         )
         calibrations = (part.calibration for part in self.costs.classes)
         factors = [f for each in calibrations if each is not None for f in each.factors.values()]
+        self._is_calibrated = bool(factors)
         self.least_factor = min([1.0, *factors])
         self.least_ratio = self.least_factor / max(part.device.alone_ratio for part in self.costs.classes)
         self._twins = [unit.twin for unit in self.folded.units]
@@ -213,22 +214,13 @@ class MixedPricing:
         below_s: float,
         firsts: tuple[int, ...],
     ) -> StepSetup | None:
-        """Stages and what they recompute: exact for one lane, for several by the slowest at each stage."""
+        """Stages and what they recompute: exact for one lane, and for its whole step; for several by the slowest at each stage."""
         lanes = choice.arrangement.lanes
-        of_lanes = [
-            LaneAsStages(
-                lane,
-                self._chains_of(choice, lane),
-                setup,
-                self.costs.links(lane, setup),
-                limits,
-                self.asked,
-            )
-            for lane in lanes
-        ]
+        of_lanes = [self.stages_of(choice, lane, setup, limits) for lane in lanes]
         stages = of_lanes[0] if len(lanes) == 1 else LanesAsStages(of_lanes)
+        on_classes = OnClasses(stages, lanes[0].classes, firsts) if firsts else stages
         cut = best_cut(
-            OnClasses(stages, lanes[0].classes, firsts) if firsts else stages,
+            on_classes,
             setup.mesh.pp,
             setup.num_microbatches,
             below_s=max(self._pipeline_below_s(choice, lane, setup, below_s) for lane in lanes)
@@ -237,15 +229,29 @@ class MixedPricing:
         )
         if cut is None:
             return None
-        is_alike = len({*cut.recompute}) == 1
-        found = replace(
-            setup,
-            starts=cut.starts,
-            recompute=cut.recompute[0] if is_alike else "none",
-            recompute_of_stages=() if is_alike else cut.recompute,
+        found = setup.with_stages(cut.starts, cut.recompute)
+        if len(lanes) > 1 or setup.mesh.pp == 1 or self._is_calibrated:
+            self._check_seconds(choice, lanes, found, below_s)
+            return found
+        seconds = self.step_s(choice, lanes, found)
+        other = quicker_cut(
+            on_classes,
+            of_lanes[0].run,
+            of_lanes[0].bound(),
+            pipeline_s=least_pipeline_s(cut, setup),
+            below_s=min(seconds, below_s),
+            seconds_of=lambda *of: self.step_s(choice, lanes, setup.with_stages(*of)),
         )
-        self._check_seconds(choice, lanes, found, below_s)
-        return found
+        if other is None and seconds >= below_s:
+            raise TooLong(seconds)
+        return found if other is None else setup.with_stages(*other)
+
+    def stages_of(
+        self, choice: MixedChoice, lane: Lane, setup: StepSetup, limits: Sequence[int]
+    ) -> LaneAsStages:
+        """A lane's units as stages."""
+        links = self.costs.links(lane, setup)
+        return LaneAsStages(lane, self._chains_of(choice, lane), setup, links, limits, self.asked)
 
     def _pipeline_below_s(self, choice: MixedChoice, lane: Lane, setup: StepSetup, below_s: float) -> float:
         """What a lane's pipeline may take where the step takes ``below_s``: transfers, the optimizer and the norm's sum come on top."""
@@ -259,15 +265,9 @@ class MixedPricing:
 
     def _beside_s(self, choice: MixedChoice, lane: Lane, setup: StepSetup) -> float:
         """What a step takes at least beside the pipeline."""
-        links, p = self.costs.links(lane, setup), setup.mesh.pp
-        chain = self.chain(choice, lane.classes[0], lane.size)
-        experts, received = chain.experts[-1], min(chain.received[1:], default=0)
-        part = (chain.own[-1] - experts) / (setup.num_shards if setup.sharding_level else 1)
-        part += experts / setup.expert_shards
-        travel_s = 2 * (p - 1) * links.least_travel_s(received)
-        return (
-            links.norm_s() + travel_s + least_update_s(chain.own[-1] / p, experts / p, part / p, setup, links)
-        )
+        links, chain = self.costs.links(lane, setup), self.chain(choice, lane.classes[0], lane.size)
+        travel_s = (setup.mesh.pp - 1) * least_travel_s(chain, links)
+        return links.norm_s() + travel_s + least_update_of_chain_s(chain, setup, links)
 
     def _check_seconds(
         self, choice: MixedChoice, lanes: Sequence[Lane], setup: StepSetup, below_s: float
