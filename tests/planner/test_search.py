@@ -250,6 +250,14 @@ def test_nothing_fits_says_what_the_least_is_and_what_to_do() -> None:
     assert "--ranks" in caught.value.hint and "--max-memory" in caught.value.hint
 
 
+def test_no_more_memory_is_asked_for_than_the_device_has() -> None:
+    """``--max-memory 335GiB`` was the hint on a GPU of 24 GiB."""
+    with pytest.raises(PlanError, match="no plan for 1 rank fits into") as caught:
+        found(cluster=round_machine(8, memory_bytes=1024), ranks=1)
+    assert caught.value.hint is not None and "--ranks" in caught.value.hint
+    assert "--max-memory" not in caught.value.hint
+
+
 def test_the_device_s_own_memory_is_the_limit() -> None:
     small = round_machine(8, memory_bytes=found().prediction.peak_bytes)
     result = found(cluster=small)

@@ -43,7 +43,7 @@ def more_savers(searcher: Searcher, found: SearchResult) -> tuple[Saving, ...]:
         with_them = searcher.pricing.price(found.priced.choice, found.limit_bytes)
         return None if with_them is None else with_them.prediction
 
-    savings = tuple(_savings(searcher._ladder, found.savers, found.prediction, priced))
+    savings = tuple(_savings(searcher.rungs, found.savers, found.prediction, priced))
     searcher.use(found.savers)
     return savings
 
@@ -56,7 +56,7 @@ def mixed_more_savers(searcher: MixedSearcher, found: MixedResult) -> tuple[Savi
         with_them = searcher.pricing.price(found.priced.choice, found.limits)
         return None if with_them is None else with_them.prediction
 
-    savings = tuple(_savings(searcher._ladder, found.savers, found.prediction, priced))
+    savings = tuple(_savings(searcher.rungs, found.savers, found.prediction, priced))
     searcher.use(found.savers)
     return savings
 

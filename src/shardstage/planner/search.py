@@ -104,7 +104,8 @@ def usable_bytes(cluster: Cluster) -> int:
 
 
 class Searcher:
-    """One space; it is searched again more quickly under another memory limit, as what units cost does not depend on it."""
+    """One space; it is searched again more quickly under another memory limit, as what units cost does not depend on it. ``rungs`` are the
+    savers that are searched one after the other until something fits."""
 
     def __init__(
         self,
@@ -143,7 +144,7 @@ class Searcher:
             **({"modes": (request.recompute,)} if "recompute" in fixed else {}),
         )
         has_host = host_of(cluster.device) is not None
-        self._ladder = ladder(precision, request, fixed, has_host=has_host)
+        self.rungs = ladder(precision, request, fixed, has_host=has_host)
         self._fixed = fixed
         self._declared = partial(
             declared_space,
@@ -156,17 +157,17 @@ class Searcher:
             may_have_whole_experts=self.pricing.folded.can_have_whole_experts,
             fix=fix,
             is_runnable=is_runnable,
-            savers=self._ladder[0],
+            savers=self.rungs[0],
         )
         self.space: Space = self._declared(fixed=fixed)
         self._settings = _bound_settings(self.pricing, precision, cluster)
         self.lattice = Lattice(self.space, self.pricing.costs, self.pricing.num_units)
-        self.use(self._ladder[0])
+        self.use(self.rungs[0])
 
     def best(self, limit_bytes: int) -> SearchResult:
         """The fastest plan within a limit, with savers only where nothing fits without; ``PlanError`` where nothing does with them."""
         without, found = 0, Found()
-        for savers in self._ladder:
+        for savers in self.rungs:
             self.use(savers)
             found = self._search(limit_bytes)
             if found.best is not None:
@@ -261,7 +262,7 @@ class Searcher:
                 cost_s=best.seconds,
                 counts=found.counts,
                 best_bound_s=found.least_pruned_s,
-                needs=str(self.space.savers.beyond(self._ladder[0])),
+                needs=str(self.space.savers.beyond(self.rungs[0])),
                 without=without,
             ),
             runners_up=tuple(self._runners_up(found, limit_bytes)),
@@ -384,10 +385,13 @@ class Searcher:
         needed = max(least, limit_bytes + 1)
         of_parts = "parameters, optimizer and one microbatch take at least " + format_bytes(least)
         more = num_ranks * max(2, -(-needed // limit_bytes))
+        hint, has_more = _more_ranks(self.cluster, more), 2 * needed <= usable_bytes(self.cluster)
+        if has_more:
+            hint += f", or --max-memory {format_bytes(2 * needed).replace(' ', '')}"
         return PlanError(
-            f"no plan for {num_ranks} ranks fits into {format_bytes(limit_bytes)} a rank; "
+            f"no plan for {_ranks(num_ranks)} fits into {format_bytes(limit_bytes)} a rank; "
             + (of_parts if least > limit_bytes else "whatever the stages recompute, one of them takes more"),
-            hint=f"{_more_ranks(self.cluster, more)}, or --max-memory {format_bytes(2 * needed).replace(' ', '')}",
+            hint=hint,
         )
 
     def _nothing_declared(self) -> PlanError:
@@ -395,13 +399,13 @@ class Searcher:
         num_ranks, batch = self.space.num_ranks, self.global_batch
         if not self._fixed and not self.space.uses_all_ranks:
             return PlanError(
-                f"a batch of {batch} samples cannot be shared by {num_ranks} ranks in any way",
+                f"a batch of {batch} samples cannot be shared by {_ranks(num_ranks)} in any way",
                 hint=f"--batch {num_ranks}",
             )
         spaces = {name: self._declared(fixed=self._fixed - {name}) for name in sorted(self._fixed)}
         costs, num_units = self.pricing.costs, self.pricing.num_units
         opening = tuple(name for name, space in spaces.items() if Lattice(space, costs, num_units).groups)
-        who = f"a batch of {batch} samples on {num_ranks} ranks"
+        who = f"a batch of {batch} samples on {_ranks(num_ranks)}"
         return unmet(who, self.space, self._fixed, num_units, opening=opening)
 
 
@@ -451,6 +455,10 @@ def check_size(cluster: Cluster, num_ranks: int) -> None:
             f"{num_ranks} ranks need as many devices, and cluster {cluster.name!r} has {cluster.num_devices}",
             hint=more_devices(cluster, num_ranks),
         )
+
+
+def _ranks(number: int) -> str:
+    return "1 rank" if number == 1 else f"{number} ranks"
 
 
 def _more_ranks(cluster: Cluster, num_ranks: int) -> str:

@@ -43,7 +43,7 @@ class Verification:
 def verify_certificate(searcher: Searcher, found: SearchResult, *, max_checked: int = 500) -> Verification:
     """Checks the certificate of ``found`` against the space that ``searcher`` declares, pricing about ``max_checked`` choices, and twice as
     many with less savers, where the plan has any that were not asked for."""
-    proof, rungs = found.certificate, searcher._ladder
+    proof, rungs = found.certificate, searcher.rungs
     searcher.use(found.savers)
     choices = list(_choices(searcher)) if proof.enumerated <= MAX_LISTED else None
     num_choices = len(choices) if choices is not None else sum(1 for _ in _choices(searcher))

@@ -80,7 +80,7 @@ class MixedResult:
 
 
 class MixedSearcher:
-    """One space; it may be searched again under other limits."""
+    """One space; it may be searched again under other limits. ``rungs`` are as ``Searcher``'s."""
 
     def __init__(
         self,
@@ -138,10 +138,10 @@ class MixedSearcher:
         )
         has_host = all(host_of(part.device) is not None for part in cluster.parts)
         self.fixed = fixed
-        self._ladder = ladder(precision, request, fixed, has_host=has_host)
+        self.rungs = ladder(precision, request, fixed, has_host=has_host)
         self._figures: dict[Sharding, MixedFigures] = {}
         self._arrangements: dict[Sharding, list[Arrangement]] = {}
-        self.use(self._ladder[0])
+        self.use(self.rungs[0])
 
     def use(self, savers: Savers) -> None:
         """From here on plans are bounded and priced with these savers."""
@@ -184,14 +184,14 @@ class MixedSearcher:
         there = " and ".join(map(format_bytes, limits))
         tried = sum(self.space.num_choices(self.arrangements(each))[0] for each in self.space.shardings)
         return PlanError(
-            f"none of {len(self._ladder) * tried:,} plans for {self.cluster.name} fits into {there} a rank",
+            f"none of {len(self.rungs) * tried:,} plans for {self.cluster.name} fits into {there} a rank",
             hint="--max-memory with more, a larger cluster, or fewer --fix",
         )
 
     def find(self, limits: Sequence[int]) -> MixedResult | None:
         """The fastest plan within limits for each class; None where none fits, savers or not. ``PlanError`` where there is none at all."""
         without = 0
-        for savers in self._ladder:
+        for savers in self.rungs:
             self.use(savers)
             found = _Found()
             self._search(limits, found)
@@ -343,7 +343,7 @@ class MixedSearcher:
                 by_bound=counts.by_bound,
                 by_memory=counts.by_memory,
                 by_rule=counts.by_rule,
-                needs=str(self.pricing.savers.beyond(self._ladder[0])),
+                needs=str(self.pricing.savers.beyond(self.rungs[0])),
                 without=without,
             ),
             cluster=self.cluster.with_parts(best.choice.arrangement.used),

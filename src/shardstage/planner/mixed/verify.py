@@ -22,7 +22,7 @@ __all__ = ["verify_mixed"]
 def verify_mixed(searcher: MixedSearcher, found: MixedResult, *, max_checked: int = 500) -> Verification:
     """Checks the certificate of ``found`` against the space that ``searcher`` declares, pricing about ``max_checked`` choices, and twice as
     many with less savers, where the plan has any that were not asked for."""
-    rungs = searcher._ladder
+    rungs = searcher.rungs
     searcher.use(found.savers)
     limits, used = [share.limit_bytes for share in found.shares], found.cluster
     units = searcher.pricing.folded.starts
