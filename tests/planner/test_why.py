@@ -7,6 +7,7 @@ import re
 from dataclasses import replace
 
 import pytest
+from tests.cost.toy import toy_graph
 from tests.planner.brute import EVEN, MACHINE, SLOW_LINKS, UNEVEN, searcher_of
 
 from shardstage.plan import named_decisions, parse_request
@@ -121,6 +122,15 @@ def test_what_is_slower_as_it_recomputes_says_so() -> None:
     recomputing = [a for a in told if a.reason.endswith("slower: to fit, more is computed again")]
     assert recomputing
     assert not any("products" in a.reason for a in recomputing)
+
+
+def test_stages_that_are_not_equally_long_are_called_so() -> None:
+    """The stage with the vocabulary has other layers than the mean: its matrix products were said to do worse."""
+    graph = toy_graph(num_layers=3, width=128, hidden=512, vocab=8192)
+    searcher = searcher_of(graph, ranks=2, batch=32)
+    told = alternatives(searcher, searcher.best(PLENTY))
+    (cut,) = (a.reason for a in told if a.change.startswith("pp 1 → 2"))
+    assert re.fullmatch(r"[\d.]+ % slower: its stages are not equally long", cut)
 
 
 def fixing(text: str) -> Searcher:

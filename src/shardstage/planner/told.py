@@ -36,6 +36,7 @@ CAUSES: Final = MappingProxyType(
         "tp": "more waiting inside layers",
         "dp": "gradients and parameters are waited for",
         "pp": "a longer pipeline bubble",
+        "uneven": "its stages are not equally long",
     }
 )
 
@@ -80,18 +81,30 @@ def slower_text(best: Prediction, other: Prediction, why: str) -> str:
     return "as fast" if ratio < SHOWN_RATIO else f"{format_ratio(ratio)} slower: {why}"
 
 
-def cause_text(best: Prediction, other: Prediction, *, again_s: float, by_tp: str) -> str:
-    """The cause that grew most. ``again_s`` are seconds that the other plan computes again beyond the best one; ``by_tp`` follows where
-    waiting inside layers is the cause."""
+def cause_text(
+    best: Prediction, other: Prediction, *, again_s: float, by_tp: str, uneven_s: float = 0.0
+) -> str:
+    """The cause that grew most. ``again_s`` are seconds that the other plan computes again beyond the best one, ``uneven_s`` those that its
+    busiest rank computes more than the mean, beyond the best one's; ``by_tp`` follows where waiting inside layers is the cause."""
     if 2 * again_s > other.step_time_s - best.step_time_s:
         return "to fit, more is computed again"
-    cause = grown_most(best, other)
+    grown = _grown(best, other)
+    computed_s = grown["products"] + grown["memory"]
+    if 2 * uneven_s > computed_s:  # the busiest rank has other layers, not slower ones
+        del grown["products"], grown["memory"]
+        grown["uneven"] = computed_s
+    cause = max(grown, key=grown.__getitem__)
     return CAUSES[cause] + (by_tp if cause == "tp" else "")
 
 
 def grown_most(best: Prediction, other: Prediction) -> str:
     """The cause whose seconds grew most."""
-    return max(best.parts, key=lambda cause: other.parts[cause] - best.parts[cause])
+    grown = _grown(best, other)
+    return max(grown, key=grown.__getitem__)
+
+
+def _grown(best: Prediction, other: Prediction) -> dict[str, float]:
+    return {cause: other.parts[cause] - seconds for cause, seconds in best.parts.items()}
 
 
 def excess_text(who: str, num_bytes: int, limit_bytes: int) -> str:

@@ -216,6 +216,7 @@ def _slower(searcher: Searcher, best: Priced, other: Priced) -> str:
         other.prediction,
         again_s=_again_s(searcher, other) - _again_s(searcher, best),
         by_tp=leaving_text(searcher.cluster, other.choice.mesh.tp),
+        uneven_s=_uneven_s(other) - _uneven_s(best),
     )
     return slower_text(best.prediction, other.prediction, why)
 
@@ -227,6 +228,14 @@ def _again_s(searcher: Searcher, priced: Priced) -> float:
     keeping = replace(priced.setup, recompute="none", recompute_of_stages=())
     profile = searcher.pricing.chain(priced.choice.group).profile
     return priced.seconds - step_seconds(profile, keeping, searcher.pricing.links(priced.choice))
+
+
+def _uneven_s(priced: Priced) -> float:
+    """Seconds of a step that the busiest rank computes beyond the mean."""
+    stages, num_ranks = priced.prediction.stages, priced.choice.mesh.pp
+    shares = [sum(stages[n].compute_ratio for n in priced.setup.stages_of(r)) for r in range(num_ranks)]
+    parts = priced.prediction.parts
+    return (parts["products"] + parts["memory"]) * (1 - 1 / (num_ranks * max(shares)))
 
 
 def _excess(searcher: Searcher, variants: Sequence[Choice], limit_bytes: int) -> str:
