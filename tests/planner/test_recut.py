@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from itertools import combinations
 from random import Random
 
 import pytest
 from tests.cost.machines import round_machine
 from tests.cost.toy import toy_graph
-from tests.planner.brute import PLENTY, SHARED_CORES, every_choice
+from tests.planner.brute import PLENTY, UNEVEN, every_choice
+from tests.planner.brute import searcher_of as shared_searcher_of
 from tests.planner.test_random import searcher_of, searcher_of_experts
 
 from shardstage.cost import step_seconds
@@ -24,26 +24,6 @@ from shardstage.planner.space import Choice
 from shardstage.planner.stages import best_cut
 
 MOST_CUTS = 500
-
-
-def searcher_on_shared_cores(random: Random) -> Searcher:
-    num_layers, width = random.randint(2, 7), random.choice((64, 256))
-    device = replace(SHARED_CORES.device, alone_ratio=random.choice((1.2, 1.5, 2.0)))
-    return Searcher(
-        toy_graph(
-            num_layers=num_layers,
-            width=width,
-            hidden=[width * random.choice((1, 2, 4, 8)) for _ in range(num_layers)],
-            vocab=random.choice((128, 4096)),
-            is_tied=random.random() < 0.3,
-        ),
-        replace(SHARED_CORES, device=device),
-        num_ranks=random.randint(2, 4),
-        global_batch=random.randint(1, 7),
-        sequence=16,
-        is_runnable=random.random() < 0.7,
-        fixed=frozenset({"offload"}),
-    )
 
 
 def uncut(searcher: Searcher, choice: Choice, limit_bytes: int) -> tuple[_Uncut, ChainCosts]:
@@ -75,8 +55,8 @@ def choices_with_stages(searcher: Searcher) -> list[Choice]:
     ]
 
 
-@pytest.mark.parametrize("searcher_of", [searcher_of, searcher_of_experts, searcher_on_shared_cores])
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("searcher_of", [searcher_of, searcher_of_experts])
+@pytest.mark.parametrize("seed", range(15))
 def test_no_cut_is_quicker_within_any_memory(searcher_of: Callable[[Random], Searcher], seed: int) -> None:
     random = Random(seed)
     searcher = searcher_of(random)
@@ -125,3 +105,17 @@ def test_over_slow_links_the_first_stage_is_left_what_its_backward_hides() -> No
     of_pipeline = parts.setup.with_stages(pipeline.starts, pipeline.recompute)
     assert best.priced.setup.starts[1] < pipeline.starts[1]
     assert best.prediction.step_time_s < 0.96 * step_seconds(parts.chain.profile, of_pipeline, parts.links)
+
+
+def test_ranks_that_share_cores_are_cut_for_the_pipeline() -> None:
+    """Who computes what hardly matters there: the whole step's cut of a GPT-2 left two of twelve units to the first stage, and was 8 %
+    slower in the simulator."""
+    searcher = shared_searcher_of(UNEVEN, batch=4, shared_cores=True)
+    for choice in choices_with_stages(searcher):
+        parts, costs = uncut(searcher, choice, PLENTY)
+        counts_sum = choice.schedule.name in ("1f1b", "gpipe")
+        pipeline = best_cut(costs, choice.mesh.pp, parts.setup.num_microbatches, counts_sum=counts_sum)
+        price = searcher.pricing.price(choice, PLENTY)
+        assert pipeline is not None
+        assert price is not None
+        assert price.setup.starts == pipeline.starts

@@ -268,17 +268,23 @@ class Pricing:
         cut = best_cut(costs, setup.mesh.pp, setup.num_microbatches, below_s=room_s, counts_sum=counts_sum)
         if cut is None:
             return None
-        if counts_sum:
+        if counts_sum or not self._cuts_for_step:
             times = _stage_times(chain, cut.starts, cut.recompute, self._summing_s(setup))
             if self._least_s(setup, times) >= below_s:
                 raise TooSlow(choice)
         return self._quickest(uncut, costs, cut, below_s)
 
+    @property
+    def _cuts_for_step(self) -> bool:
+        """Not by factors of a calibration; nor where ranks share cores, on which it hardly matters who computes what: the simulator finds
+        such cuts to be no quicker."""
+        return self.cluster.calibration is None and self.cluster.device.alone_ratio == 1
+
     def _quickest(self, uncut: _Uncut, costs: ChainCosts, cut: Cut, below_s: float) -> StepSetup:
-        """The setup with the cut, or with one whose whole step is quicker. Factors of a calibration have no say in which that is."""
+        """The setup with the cut, or with one whose whole step is quicker."""
         choice, chain, setup, links = uncut
         found = setup.with_stages(cut.starts, cut.recompute)
-        if setup.mesh.pp == 1 or self.cluster.calibration is not None:
+        if setup.mesh.pp == 1 or not self._cuts_for_step:
             _check_seconds(uncut, found, below_s)
             return found
         seconds = step_seconds(chain.profile, found, links)
@@ -302,7 +308,6 @@ class Pricing:
             num_stages=setup.mesh.pp,
             num_microbatches=setup.num_microbatches,
             is_split=setup.schedule in SPLITTING,
-            alone_ratio=self.cluster.device.alone_ratio,
             beside_s=self._beside_s(chain, setup, links),
             update_s=least_update_of_chain_s(chain, setup, links),
             travel_s=least_travel_s(chain, links),

@@ -5,7 +5,8 @@
 ``stages.best_cut`` minimises the pipeline alone, which is nearly all of a step of many microbatches. Over slow links, or with few of
 them, a first stage of fewer parameters may spare more than it costs. Stage by stage, for each end that it may have, the beginnings of
 cuts are kept that no other one of the same end is as good as in everything that the rest of the step asks of it, unless a lower bound
-of what they end in says that they cannot be quicker. Exact for steps without a calibration, up to the last bits of sums.
+of what they end in says that they cannot be quicker. Exact, up to the last bits of sums, for ranks that have a device each, without a
+calibration.
 """
 
 from __future__ import annotations
@@ -76,13 +77,11 @@ class StepBound:
 
     ``beside_s`` are least seconds of what is not the pipeline's: ``update_s`` of them the optimizer's, ``travel_s`` those of one
     transfer there and back, and ``bubble_s`` of a schedule that splits backwards, of which so much, ``weight_s``, can be put off at most.
-    ``alone_ratio`` is the device's.
     """
 
     num_stages: int
     num_microbatches: int
     is_split: bool
-    alone_ratio: float
     beside_s: float
     update_s: float
     travel_s: float
@@ -93,25 +92,21 @@ class StepBound:
 
     def seconds(self, of: _Begun, slowest_s: float, rest_s: float) -> float:
         """Where the slowest stage takes so long at least, and all that follow do together."""
-        m, p, ratio = self.num_microbatches, self.num_stages, self.alone_ratio
+        m, p = self.num_microbatches, self.num_stages
         both_s = of.forward_s + of.backward_s + rest_s
         if self.is_split:
             weight_s = of.weight_s if of.num_stages == p else self.weight_s
             bubble_s = (p - 1) / p * (both_s - 2 * weight_s)  # F + I - W of mean stages, or more
-            pipeline_s = (m * slowest_s + max(0.0, bubble_s - self.bubble_s)) / ratio
+            pipeline_s = m * slowest_s + max(0.0, bubble_s - self.bubble_s)
         else:
-            pipeline_s = ((m - 1) * slowest_s + both_s) / ratio
-        if ratio > 1:
-            shared_s = m * (both_s + 4 * of.message_s) / p
-            pipeline_s = max(pipeline_s, shared_s - self.bubble_s / ratio)
-        else:
-            pipeline_s += of.travel_s - max(0, of.num_stages - 1) * self.travel_s
+            pipeline_s = (m - 1) * slowest_s + both_s
         more_s = max(0.0, of.update_s - self.update_s)
+        more_s += of.travel_s - max(0, of.num_stages - 1) * self.travel_s
         return pipeline_s + self.beside_s + more_s + of.summing_s + of.gathering_s
 
     def most_stage_s(self, below_s: float, all_s: float) -> float:
         """What a stage may take where the step is to take less, and all stages take so long together at least."""
-        m, room_s = self.num_microbatches, self.alone_ratio * (below_s - self.beside_s)
+        m, room_s = self.num_microbatches, below_s - self.beside_s
         if self.is_split:
             return room_s / m
         return (room_s - all_s) / (m - 1) if m > 1 else room_s
@@ -126,17 +121,14 @@ class _Begun(NamedTuple):
     recompute: StageRecompute = "none"
     slowest_s: float = 0.0
     forward_s: float = 0.0
-    alone_forward_s: float = 0.0
     backward_s: float = 0.0
-    alone_backward_s: float = 0.0
     weight_s: float = 0.0
     travel_s: float = 0.0
-    message_s: float = 0.0
     update_s: float = 0.0
     summing_s: float = 0.0
     gathering_s: float = 0.0
 
-    def then(self, stop: int, run: Run, ratio: float) -> _Begun:
+    def then(self, stop: int, run: Run) -> _Begun:
         """With one stage more."""
         cost, time = run.cost, run.cost.time
         return _Begun(
@@ -144,29 +136,24 @@ class _Begun(NamedTuple):
             stop=stop,
             num_stages=self.num_stages + 1,
             recompute=run.recompute,
-            slowest_s=max(self.slowest_s, ratio * cost.alone.both_s),
+            slowest_s=max(self.slowest_s, time.both_s),
             forward_s=self.forward_s + time.forward_s,
-            alone_forward_s=self.alone_forward_s + cost.alone.forward_s,
             backward_s=self.backward_s + time.backward_s,
-            alone_backward_s=self.alone_backward_s + cost.alone.backward_s,
             weight_s=self.weight_s + time.weight_s,
             travel_s=self.travel_s + 2 * time.receive_s,
-            message_s=self.message_s + cost.message_s,
             update_s=max(self.update_s, cost.update_s),
             summing_s=max(self.summing_s, cost.reduction_s - self.backward_s),
-            gathering_s=max(self.gathering_s, cost.unshard_s - self.alone_forward_s),
+            gathering_s=max(self.gathering_s, cost.unshard_s - self.forward_s),
         )
 
     def costs(self, bound: StepBound) -> tuple[float, ...]:
         """What the rest of a step asks of it: the less of each, the better."""
         f, b = self.forward_s, self.backward_s
-        alone_f, alone_b = self.alone_forward_s, self.alone_backward_s
         return (
-            *(self.slowest_s, self.travel_s, self.message_s),
-            *(self.update_s, self.summing_s, self.gathering_s),
-            *((f + b, alone_f, alone_b, -self.weight_s) if bound.is_split else (f + b, alone_f + alone_b)),
+            *(self.slowest_s, self.travel_s, self.update_s, self.summing_s, self.gathering_s),
+            *((f, b, -self.weight_s) if bound.is_split else (f + b,)),
             *((-b,) if bound.hides_sums else ()),
-            *((-alone_f,) if bound.hides_gathers else ()),
+            *((-f,) if bound.hides_gathers else ()),
         )
 
     def cut(self) -> tuple[tuple[int, ...], tuple[StageRecompute, ...]]:
@@ -212,11 +199,11 @@ def quicker_cut(
 ) -> tuple[tuple[int, ...], tuple[StageRecompute, ...]] | None:
     """First units of stages, and what each recomputes, of the quickest step, ``seconds_of`` them; None where none is below ``below_s``.
 
-    The pipeline takes ``pipeline_s`` in no cut less, as ranks alone compute.
+    The pipeline takes ``pipeline_s`` in no cut less. Of ranks that have a device each, and no calibration.
     """
     best: tuple[tuple[int, ...], tuple[StageRecompute, ...]] | None = None
     best_s = below_s * (1 - WORTH_TAKING)
-    if pipeline_s / bound.alone_ratio + bound.beside_s >= best_s:
+    if pipeline_s + bound.beside_s >= best_s:
         return None
     kept = _ends(costs, runs, bound, best_s)
     for least_s, begun in sorted(kept, key=lambda each: each[0]):
@@ -248,7 +235,7 @@ def _ends(costs: StageCosts, runs: Runs, bound: StepBound, below_s: float) -> li
                 for _, _, begun in begun_there:
                     if bound.seconds(begun, max(begun.slowest_s, least_slowest_s), own_s + rest_s) >= below_s:
                         continue
-                    then = begun.then(stop, runs(stage, first, stop), bound.alone_ratio)
+                    then = begun.then(stop, runs(stage, first, stop))
                     least_s = bound.seconds(then, max(then.slowest_s, least_slowest_s), rest_s)
                     if least_s < below_s:
                         _keep(following.setdefault(stop, []), _Kept(then.costs(bound), least_s, then))

@@ -88,7 +88,6 @@ class LaneAsStages:
             num_stages=setup.mesh.pp,
             num_microbatches=setup.num_microbatches,
             is_split=setup.schedule in SPLITTING,
-            alone_ratio=links.cluster.device.alone_ratio,
             beside_s=links.norm_s() + (setup.mesh.pp - 1) * travel_s + update_s,
             update_s=update_s,
             travel_s=travel_s,

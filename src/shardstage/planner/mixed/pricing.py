@@ -70,7 +70,8 @@ class MixedPricing:
         )
         calibrations = (part.calibration for part in self.costs.classes)
         factors = [f for each in calibrations if each is not None for f in each.factors.values()]
-        self._is_calibrated = bool(factors)
+        shares_cores = any(part.device.alone_ratio > 1 for part in self.costs.classes)
+        self._cuts_for_step = not factors and not shares_cores
         self.least_factor = min([1.0, *factors])
         self.least_ratio = self.least_factor / max(part.device.alone_ratio for part in self.costs.classes)
         self._twins = [unit.twin for unit in self.folded.units]
@@ -230,7 +231,7 @@ class MixedPricing:
         if cut is None:
             return None
         found = setup.with_stages(cut.starts, cut.recompute)
-        if len(lanes) > 1 or setup.mesh.pp == 1 or self._is_calibrated:
+        if len(lanes) > 1 or setup.mesh.pp == 1 or not self._cuts_for_step:
             self._check_seconds(choice, lanes, found, below_s)
             return found
         seconds = self.step_s(choice, lanes, found)
