@@ -5,8 +5,10 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
+import torch
 from tests.house.source import ROOT, parse
 
 SCRIPTS = "benchmarks"
@@ -105,3 +107,17 @@ def test_a_command_ends_where_prose_begins() -> None:
     )
     found = [("a", {"--rows", "--only"}), ("b", set()), ("c", {"--rates", "--out"}), ("d", {"search"})]
     assert list(commands(text)) == [(f"benchmarks/{name}/run.py", words) for name, words in found]
+
+
+def test_what_enters_a_recorded_unit_dies_with_its_backward() -> None:
+    """A name for it kept it alive: the memory benchmark's replay was told to free what no one had allocated."""
+    path = ROOT / SCRIPTS / "planner" / "memory" / "recorder.py"
+    spec = spec_from_file_location("recorder", path)
+    assert spec is not None and spec.loader is not None
+    recorder = module_from_spec(spec)
+    spec.loader.exec_module(recorder)
+    given = torch.empty(3, 4, device="meta", requires_grad=True)
+    passage = recorder.record(lambda x: torch.tanh(x) * 2, given, ())
+    freed = {event.number for event in (*passage.forward, *passage.backward) if not event.num_bytes}
+    assert passage.entered in freed
+    assert passage.kept_elsewhere == []

@@ -139,8 +139,11 @@ def _pass(
     seen: dict[str, int] = {}
     with recorder:
         recorder.take()
-        entered = _Enter.apply(given, seen, recorder)  # type: ignore[no-untyped-call]  # torch has no types for it
-        left = _Leave.apply(unit(entered), seen, recorder)  # type: ignore[no-untyped-call]  # nor for this
+        left = _Leave.apply(  # type: ignore[no-untyped-call]  # torch has no types for it
+            unit(_Enter.apply(given, seen, recorder)),  # type: ignore[no-untyped-call]  # a name would keep it alive
+            seen,
+            recorder,
+        )
         forward = recorder.take()
         torch.autograd.backward(left, left.detach())
         end()
