@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -104,7 +105,7 @@ def test_the_key_follows_all_that_a_capture_depends_on(
     config.write_text(json.dumps({"layers": 3}), encoding="utf-8")
     keys.append(capture_key(str(config), sequence=32, dtype="float32"))
     monkeypatch.setattr(module, "_versions", module._versions.__wrapped__)  # which a process asks for once
-    monkeypatch.setattr(module, "version", lambda package: f"a new {package}")
+    monkeypatch.setattr(module, "_version", lambda package: f"a new {package}")
     keys.append(capture_key(str(config), sequence=32, dtype="float32"))
     monkeypatch.setattr(module, "code_digest", lambda *_: "new code")
     keys.append(capture_key(str(config), sequence=32, dtype="float32"))
@@ -153,3 +154,14 @@ def test_a_cached_model_is_known_without_torch(folder: Path, tmp_path: Path) -> 
         [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=tmp_path
     )
     assert run.stdout.split() == [str(len(graph.ops)), "64", "False", "False"]
+
+
+@pytest.mark.parametrize("package", ["torch", "transformers", "numpy"])
+def test_versions_are_those_of_the_packages_metadata(package: str) -> None:
+    assert module._version(package) == version(package)
+
+
+def test_a_package_that_is_not_there_has_no_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert module._version("no-such-package") == ""
+    monkeypatch.setattr(sys, "path", [])
+    assert module._version("torch") == ""
