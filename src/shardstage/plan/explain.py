@@ -8,11 +8,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import product
 from typing import Final
 
-from shardstage.cost import Folded, Links, Prediction, Profile, Profiler, fold, rank_memory, stage_memory
+from shardstage.cost import Folded, Prediction, fold, rank_memory, stage_memory
 from shardstage.cost.memory import MOMENTS, MemoryUse, stage_elements
 from shardstage.graph import ModelGraph
 from shardstage.layout import Mesh
-from shardstage.plan.order import any_cluster, setup_of
+from shardstage.plan.order import any_cluster, profile_of, setup_of
 from shardstage.plan.plan import Plan
 from shardstage.plan.schedule import schedule_of
 from shardstage.sharding import shard
@@ -53,25 +53,7 @@ class _Priced:
         self.setup = setup_of(plan, self.folded, starts, custom)
         self.prediction = prediction
         cluster = any_cluster(plan.mesh.world_size)
-        profiler = Profiler(
-            self.folded,
-            cluster,
-            tp=plan.mesh.tp,
-            sequence=plan.sequence,
-            is_sequence_parallel=plan.is_sequence_parallel,
-            replicate=plan.replicate,
-            is_compiled=plan.is_compiled,
-        )
-        if self.setup.has_whole_experts:
-            profiler = profiler.with_whole_experts()
-        links = Links(
-            cluster,
-            plan.mesh,
-            num_shards=plan.zero_ranks,
-            ep=plan.ep,
-            has_whole_experts=self.setup.has_whole_experts,
-        )
-        self.profile: Profile = profiler.at(self.setup.microbatch, links)
+        self.profile, _ = profile_of(plan, self.folded, self.setup, cluster)
 
     @property
     def stages(self) -> tuple[tuple[float, int, int], ...]:

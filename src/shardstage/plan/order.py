@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 from shardstage.cluster import Cluster, LinkLevel
-from shardstage.cost import Folded, Links, Profile, StepSetup, fold, profile, rank_memory, stage_times
+from shardstage.cost import Folded, Links, Profile, Profiler, StepSetup, fold, rank_memory, stage_times
 from shardstage.cost.compute import RELATIVE
 from shardstage.cost.pipeline import cut_backward
 from shardstage.graph import ModelGraph
 from shardstage.plan.plan import Plan
 from shardstage.schedule import Schedule, StageBytes
 
-__all__ = ["any_cluster", "setup_of", "with_optimal_order"]
+__all__ = ["any_cluster", "profile_of", "setup_of", "with_optimal_order"]
 
 
 def with_optimal_order(plan: Plan, graph: ModelGraph, cluster: Cluster | None = None) -> Plan:
@@ -30,16 +30,8 @@ def with_optimal_order(plan: Plan, graph: ModelGraph, cluster: Cluster | None = 
     boundaries = _boundaries(plan, graph)
     folded = fold(graph, boundaries=boundaries, modules=plan.recompute_modules)
     setup = setup_of(named, folded, tuple(folded.unit_at(position) for position in boundaries))
-    priced = profile(
-        folded,
-        machine,
-        tp=plan.mesh.tp,
-        microbatch=setup.microbatch,
-        sequence=plan.sequence,
-        is_sequence_parallel=plan.is_sequence_parallel,
-        replicate=plan.replicate,
-    )
-    times = [cut_backward(time) for time in stage_times(priced, setup, Links(machine, plan.mesh))]
+    priced, links = profile_of(plan, folded, setup, machine)
+    times = [cut_backward(time) for time in stage_times(priced, setup, links)]
     found = optimal(
         times,
         plan.num_microbatches,
@@ -78,6 +70,29 @@ def setup_of(
         is_offloaded=plan.offload == "optimizer",
         bucket_bytes=plan.bucket_bytes,
     )
+
+
+def profile_of(plan: Plan, folded: Folded, setup: StepSetup, cluster: Cluster) -> tuple[Profile, Links]:
+    """What the plan's units cost on a cluster, and what its ranks talk over; ``setup`` is ``setup_of`` it."""
+    profiler = Profiler(
+        folded,
+        cluster,
+        tp=plan.mesh.tp,
+        sequence=plan.sequence,
+        is_sequence_parallel=plan.is_sequence_parallel,
+        replicate=plan.replicate,
+        is_compiled=plan.is_compiled,
+    )
+    if setup.has_whole_experts:
+        profiler = profiler.with_whole_experts()
+    links = Links(
+        cluster,
+        plan.mesh,
+        num_shards=plan.zero_ranks,
+        ep=plan.ep,
+        has_whole_experts=setup.has_whole_experts,
+    )
+    return profiler.at(setup.microbatch, links), links
 
 
 def any_cluster(num_devices: int) -> Cluster:

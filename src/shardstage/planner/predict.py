@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from shardstage.cluster import Cluster, more_devices
-from shardstage.cost import Links, Prediction, Profiler, fold, predict_step
+from shardstage.cost import Prediction, fold, predict_step
 from shardstage.errors import PlanError
 from shardstage.graph import ModelGraph
 from shardstage.plan import Plan
-from shardstage.plan.order import setup_of
+from shardstage.plan.order import profile_of, setup_of
 from shardstage.plan.schedule import schedule_of
 
 __all__ = ["predict"]
@@ -36,22 +36,5 @@ def predict(graph: ModelGraph, plan: Plan, cluster: Cluster, *, units: Sequence[
     folded = fold(graph, boundaries=(*boundaries, *units), modules=plan.recompute_modules)
     custom = schedule_of(plan) if plan.schedule == "custom" else None
     setup = setup_of(plan, folded, tuple(folded.unit_at(position) for position in boundaries), custom)
-    profiler = Profiler(
-        folded,
-        cluster,
-        tp=plan.mesh.tp,
-        sequence=plan.sequence,
-        is_sequence_parallel=plan.is_sequence_parallel,
-        replicate=plan.replicate,
-        is_compiled=plan.is_compiled,
-    )
-    if setup.has_whole_experts:
-        profiler = profiler.with_whole_experts()
-    links = Links(
-        cluster,
-        plan.mesh,
-        num_shards=plan.zero_ranks,
-        ep=plan.ep,
-        has_whole_experts=setup.has_whole_experts,
-    )
-    return predict_step(profiler.at(setup.microbatch, links), setup, links)
+    priced, links = profile_of(plan, folded, setup, cluster)
+    return predict_step(priced, setup, links)

@@ -7,7 +7,7 @@ anew, on the same mesh. A search with them may find more (``--fix grads=bf16``),
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,7 +16,9 @@ from shardstage.planner.search import Searcher, SearchResult
 from shardstage.planner.space import Savers
 
 if TYPE_CHECKING:
+    from shardstage.planner.mixed.priced import MixedPriced
     from shardstage.planner.mixed.search import MixedResult, MixedSearcher
+    from shardstage.planner.pricing import Priced
 
 __all__ = ["Saving", "mixed_more_savers", "more_savers"]
 
@@ -37,35 +39,26 @@ class Saving:
 
 def more_savers(searcher: Searcher, found: SearchResult) -> tuple[Saving, ...]:
     """The best plan's choice with each of the savers that were not searched, as far as it fits."""
-
-    def priced(savers: Savers) -> Prediction | None:
-        searcher.use(savers)
-        with_them = searcher.pricing.price(found.priced.choice, found.limit_bytes)
-        return None if with_them is None else with_them.prediction
-
-    savings = tuple(_savings(searcher.rungs, found.savers, found.prediction, priced))
-    searcher.use(found.savers)
-    return savings
+    return _savings(searcher, found, lambda: searcher.pricing.price(found.priced.choice, found.limit_bytes))
 
 
 def mixed_more_savers(searcher: MixedSearcher, found: MixedResult) -> tuple[Saving, ...]:
     """``more_savers`` of a plan for several classes of devices."""
-
-    def priced(savers: Savers) -> Prediction | None:
-        searcher.use(savers)
-        with_them = searcher.pricing.price(found.priced.choice, found.limits)
-        return None if with_them is None else with_them.prediction
-
-    savings = tuple(_savings(searcher.rungs, found.savers, found.prediction, priced))
-    searcher.use(found.savers)
-    return savings
+    return _savings(searcher, found, lambda: searcher.pricing.price(found.priced.choice, found.limits))
 
 
 def _savings(
-    rungs: Sequence[Savers], used: Savers, best: Prediction, priced: Callable[[Savers], Prediction | None]
-) -> Iterator[Saving]:
-    for savers in rungs[rungs.index(used) + 1 :]:
-        prediction = priced(savers)
-        if prediction is not None:
-            gain = 1 - prediction.step_time_s / best.step_time_s
-            yield Saving(savers=savers.beyond(rungs[0]), prediction=prediction, gain=gain)
+    searcher: Searcher | MixedSearcher,
+    found: SearchResult | MixedResult,
+    price: Callable[[], Priced | MixedPriced | None],
+) -> tuple[Saving, ...]:
+    """``price`` is of the best plan's choice, with the savers that the searcher is told to use."""
+    rungs, savings = searcher.rungs, []
+    for savers in rungs[rungs.index(found.savers) + 1 :]:
+        searcher.use(savers)
+        priced = price()
+        if priced is not None:
+            gain = 1 - priced.prediction.step_time_s / found.prediction.step_time_s
+            savings.append(Saving(savers=savers.beyond(rungs[0]), prediction=priced.prediction, gain=gain))
+    searcher.use(found.savers)
+    return tuple(savings)
