@@ -42,14 +42,7 @@ from shardstage.planner.alike import Alike
 from shardstage.planner.chain import Chain, ChainCosts, ShardingWaits
 from shardstage.planner.even import EvenCuts
 from shardstage.planner.figures import Figures
-from shardstage.planner.recut import (
-    RunCosts,
-    StepBound,
-    least_pipeline_s,
-    least_travel_s,
-    least_update_of_chain_s,
-    quicker_cut,
-)
+from shardstage.planner.recut import RunCosts, StepBound, least_beside_s, least_pipeline_s, quicker_cut
 from shardstage.planner.space import Choice, Group, Savers
 from shardstage.planner.stages import Cut, best_cut
 
@@ -288,10 +281,11 @@ class Pricing:
             _check_seconds(uncut, found, below_s)
             return found
         seconds = step_seconds(chain.profile, found, links)
+        least_bubble_s, most_weight_s = self._least_bubble_s(chain, setup)
         other = quicker_cut(
             costs,
             RunCosts(chain, setup, links, costs),
-            self._step_bound(chain, setup, links),
+            StepBound.of(chain, setup, links, bubble_s=least_bubble_s, weight_s=most_weight_s),
             pipeline_s=least_pipeline_s(cut, setup),
             below_s=min(seconds, below_s),
             seconds_of=lambda *stages: step_seconds(chain.profile, setup.with_stages(*stages), links),
@@ -301,21 +295,6 @@ class Pricing:
         if seconds >= below_s:
             raise TooSlow(choice, seconds)
         return found
-
-    def _step_bound(self, chain: Chain, setup: StepSetup, links: Links) -> StepBound:
-        bubble_s, weight_s = self._least_bubble_s(chain, setup)
-        return StepBound(
-            num_stages=setup.mesh.pp,
-            num_microbatches=setup.num_microbatches,
-            is_split=setup.schedule in SPLITTING,
-            beside_s=self._beside_s(chain, setup, links),
-            update_s=least_update_of_chain_s(chain, setup, links),
-            travel_s=least_travel_s(chain, links),
-            bubble_s=bubble_s,
-            weight_s=weight_s,
-            hides_sums=setup.sharding_level < 2 or bool(chain.profile.shared_elements),
-            hides_gathers=setup.sharding_level >= 2,
-        )
 
     def _stage_costs(self, uncut: _Uncut, limit_bytes: int) -> ChainCosts:
         """Of the choice's stages; kept where no link has a say in it, as the same mesh in another order asks for the same."""
@@ -351,10 +330,8 @@ class Pricing:
     def _beside_s(self, chain: Chain, setup: StepSetup, links: Links) -> float:
         """What a step takes at least beside what ``best_cut`` counts: transfers, the optimizer, the norm's sum, and the least bubble
         where schedules cut backwards."""
-        p = setup.mesh.pp
-        beside_s = links.norm_s() + (p - 1) * least_travel_s(chain, links)
-        beside_s += least_update_of_chain_s(chain, setup, links)
-        return beside_s + self._least_bubble_s(chain, setup)[0] / self.cluster.device.alone_ratio
+        least_bubble_s, _ = self._least_bubble_s(chain, setup)
+        return least_beside_s(chain, setup, links) + least_bubble_s / self.cluster.device.alone_ratio
 
     def _least_bubble_s(self, chain: Chain, setup: StepSetup) -> tuple[float, float]:
         """Of a schedule that splits backwards, on ranks alone, and what can be put off at most; 0 of others."""

@@ -28,9 +28,8 @@ __all__ = [
     "Run",
     "RunCosts",
     "StepBound",
+    "least_beside_s",
     "least_pipeline_s",
-    "least_travel_s",
-    "least_update_of_chain_s",
     "quicker_cut",
 ]
 
@@ -89,6 +88,24 @@ class StepBound:
     weight_s: float
     hides_sums: bool
     hides_gathers: bool
+
+    @classmethod
+    def of(
+        cls, chain: Chain, setup: StepSetup, links: Links, *, bubble_s: float, weight_s: float
+    ) -> StepBound:
+        """However the units are cut."""
+        return cls(
+            num_stages=setup.mesh.pp,
+            num_microbatches=setup.num_microbatches,
+            is_split=setup.schedule in SPLITTING,
+            beside_s=least_beside_s(chain, setup, links) + bubble_s,
+            update_s=_least_update_s(chain, setup, links),
+            travel_s=_least_travel_s(chain, links),
+            bubble_s=bubble_s,
+            weight_s=weight_s,
+            hides_sums=setup.sharding_level < 2 or bool(chain.profile.shared_elements),
+            hides_gathers=setup.sharding_level >= 2,
+        )
 
     def seconds(self, of: _Begun, slowest_s: float, rest_s: float) -> float:
         """Where the slowest stage takes so long at least, and all that follow do together."""
@@ -169,12 +186,18 @@ class _Begun(NamedTuple):
             before = before.before
 
 
-def least_travel_s(chain: Chain, links: Links) -> float:
+def least_beside_s(chain: Chain, setup: StepSetup, links: Links) -> float:
+    """What a step takes at least beside its pipeline, wherever that is cut: transfers, the optimizer, the norm's sum."""
+    travel_s = (setup.mesh.pp - 1) * _least_travel_s(chain, links)
+    return links.norm_s() + travel_s + _least_update_s(chain, setup, links)
+
+
+def _least_travel_s(chain: Chain, links: Links) -> float:
     """Of the first microbatch from one stage to the next, and of the last one's gradient back."""
     return 2 * links.least_travel_s(min(chain.received[1:], default=0))
 
 
-def least_update_of_chain_s(chain: Chain, setup: StepSetup, links: Links) -> float:
+def _least_update_s(chain: Chain, setup: StepSetup, links: Links) -> float:
     """``least_update_s`` of the units on the pipeline's ranks, wherever they are cut."""
     p, n = setup.mesh.pp, chain.num_units
     shards = setup.num_shards if setup.sharding_level else 1

@@ -385,8 +385,8 @@ class Searcher:
         needed = max(least, limit_bytes + 1)
         of_parts = "parameters, optimizer and one microbatch take at least " + format_bytes(least)
         more = num_ranks * max(2, -(-needed // limit_bytes))
-        hint, has_more = _more_ranks(self.cluster, more), 2 * needed <= usable_bytes(self.cluster)
-        if has_more:
+        hint = _more_ranks(self.cluster, more)
+        if 2 * needed <= usable_bytes(self.cluster):
             hint += f", or --max-memory {format_bytes(2 * needed).replace(' ', '')}"
         return PlanError(
             f"no plan for {_ranks(num_ranks)} fits into {format_bytes(limit_bytes)} a rank; "

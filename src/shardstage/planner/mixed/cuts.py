@@ -10,11 +10,10 @@ from dataclasses import replace
 
 from shardstage.cost import Links, StepSetup
 from shardstage.cost.compute import moved_s
-from shardstage.cost.pipeline import SPLITTING
 from shardstage.graph.recompute import StageRecompute
 from shardstage.planner.chain import Chain, ChainCosts, ShardingWaits
 from shardstage.planner.mixed.space import Lane
-from shardstage.planner.recut import Run, RunCosts, StepBound, least_travel_s, least_update_of_chain_s
+from shardstage.planner.recut import Run, RunCosts, StepBound
 from shardstage.planner.stages import Fitted
 
 __all__ = ["LaneAsStages", "LanesAsStages"]
@@ -79,23 +78,10 @@ class LaneAsStages:
         """What a step takes at least, however the lane is cut."""
         chains, setup, links, _ = self._args
         own = [chain for chain in chains if chain is not None]
-        update_s, travel_s = least_update_of_chain_s(own[0], setup, links), least_travel_s(own[0], links)
         added_s = moved_s(own[0].summed[-1] * setup.accumulation_bytes, links.cluster.device)
-        slowest = map(
-            max, zip(*([unit.weight_s for unit in chain.profile.units] for chain in own), strict=True)
-        )
-        return StepBound(
-            num_stages=setup.mesh.pp,
-            num_microbatches=setup.num_microbatches,
-            is_split=setup.schedule in SPLITTING,
-            beside_s=links.norm_s() + (setup.mesh.pp - 1) * travel_s + update_s,
-            update_s=update_s,
-            travel_s=travel_s,
-            bubble_s=0.0,
-            weight_s=added_s + sum(slowest),
-            hides_sums=setup.sharding_level < 2 or bool(own[0].profile.shared_elements),
-            hides_gathers=setup.sharding_level >= 2,
-        )
+        weights = ([unit.weight_s for unit in chain.profile.units] for chain in own)
+        most_weight_s = added_s + sum(map(max, zip(*weights, strict=True)))
+        return StepBound.of(own[0], setup, links, bubble_s=0.0, weight_s=most_weight_s)
 
     def recomputing(self, mode: StageRecompute) -> LaneAsStages:
         """The same where every stage recomputes so."""

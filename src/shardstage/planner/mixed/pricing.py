@@ -32,7 +32,7 @@ from shardstage.planner.mixed.lanes import LaneCosts, classes_of_stages, combine
 from shardstage.planner.mixed.priced import MixedPriced, TooLong
 from shardstage.planner.mixed.space import Lane, MixedChoice, Sharding
 from shardstage.planner.pricing import fold_for
-from shardstage.planner.recut import least_pipeline_s, least_travel_s, least_update_of_chain_s, quicker_cut
+from shardstage.planner.recut import least_beside_s, least_pipeline_s, quicker_cut
 from shardstage.planner.space import Savers
 from shardstage.planner.stages import StageCosts, best_cut
 
@@ -267,8 +267,7 @@ class MixedPricing:
     def _beside_s(self, choice: MixedChoice, lane: Lane, setup: StepSetup) -> float:
         """What a step takes at least beside the pipeline."""
         links, chain = self.costs.links(lane, setup), self.chain(choice, lane.classes[0], lane.size)
-        travel_s = (setup.mesh.pp - 1) * least_travel_s(chain, links)
-        return links.norm_s() + travel_s + least_update_of_chain_s(chain, setup, links)
+        return least_beside_s(chain, setup, links)
 
     def _check_seconds(
         self, choice: MixedChoice, lanes: Sequence[Lane], setup: StepSetup, below_s: float
