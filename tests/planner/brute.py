@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from random import Random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +17,8 @@ from shardstage.cluster import LinearCost
 from shardstage.errors import PlanError
 from shardstage.graph import ModelGraph
 from shardstage.planner import Searcher
-from shardstage.planner.pricing import Priced
+from shardstage.planner.mixed.priced import TooLong
+from shardstage.planner.pricing import Priced, TooSlow
 from shardstage.planner.space import Choice
 
 PLENTY = 2**40
@@ -127,3 +131,21 @@ def assert_bounds_are_below(searcher: Searcher, priced: dict[Choice, Priced | No
     dominated = searcher.space.dominated
     fitting = sum(1 for c in priced if c.schedule not in dominated)
     assert num_bounded == fitting
+
+
+def assert_least_of_cuts(
+    price: Callable[[float], Any | None],
+    least_s: float,
+    *,
+    random: Random,
+    too_slow: type[TooSlow | TooLong],
+) -> None:
+    """``price``, below some seconds, is that of the quickest cut, found where these leave room for it, and nowhere else."""
+    for below_s in (math.inf, least_s * random.uniform(1.0001, 1.2)):
+        found = price(below_s)
+        assert found is not None
+        assert found.seconds == pytest.approx(least_s, rel=2e-9)
+    try:
+        assert price(least_s * 0.9999) is None
+    except too_slow as slower:
+        assert slower.seconds >= least_s * (1 - 1e-9)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import combinations
 from random import Random
 
 import pytest
 from tests.cost.machines import round_machine
 from tests.cost.toy import toy_graph
-from tests.planner.brute import PLENTY, UNEVEN, every_choice
+from tests.planner.brute import PLENTY, UNEVEN, assert_least_of_cuts, every_choice
 from tests.planner.brute import searcher_of as shared_searcher_of
 from tests.planner.test_random import searcher_of, searcher_of_experts
 
@@ -69,19 +70,11 @@ def test_no_cut_is_quicker_within_any_memory(searcher_of: Callable[[Random], Sea
     for choice in random.sample(choices, min(len(choices), 8)):
         limit_bytes = random.choice((PLENTY, int(plenty * random.uniform(0.2, 1.2))))
         least_s = min(seconds_of_all_cuts(searcher, choice, limit_bytes), default=None)
-        price = searcher.pricing.price(choice, limit_bytes)
+        price = partial(searcher.pricing.price, choice, limit_bytes)
         if least_s is None:
-            assert price is None
+            assert price() is None
             continue
-        assert price is not None
-        assert price.seconds == pytest.approx(least_s, rel=2e-9)
-        below = searcher.pricing.price(choice, limit_bytes, least_s * random.uniform(1.0001, 1.2))
-        assert below is not None
-        assert below.seconds == pytest.approx(least_s, rel=2e-9)
-        try:
-            assert searcher.pricing.price(choice, limit_bytes, least_s * 0.9999) is None
-        except TooSlow as slower:
-            assert slower.seconds >= least_s * (1 - 1e-9)
+        assert_least_of_cuts(price, least_s, random=random, too_slow=TooSlow)
 
 
 def test_over_slow_links_the_first_stage_is_left_what_its_backward_hides() -> None:
