@@ -114,14 +114,8 @@ def bert(found: dict[str, Any]) -> Iterator[tuple[str, float, float]]:
 
 def bert_large() -> ModelSource:
     """24 layers and a head of two classes."""
-    config = BertConfig(
-        hidden_size=1024,
-        num_hidden_layers=24,
-        num_attention_heads=16,
-        intermediate_size=4096,
-        attn_implementation="eager",
-        num_labels=2,
-    )
+    config = BertConfig(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096)
+    config.num_labels, config._attn_implementation = 2, "eager"
     example = {
         "input_ids": torch.zeros(2, BERT_TOKENS, dtype=torch.int64),
         "labels": torch.zeros(2, dtype=torch.int64),
@@ -146,8 +140,8 @@ def moonlight(found: dict[str, Any]) -> Iterator[tuple[str, float, float]]:
     if row is None:
         return
     profile, setup, _ = priced(row)
-    num_tokens, tp = setup.microbatch * setup.sequence, setup.mesh.tp
-    loss = loss_core(num_tokens, row["model"]["hidden"], row["model"]["vocab"] // tp)
+    num_tokens = setup.microbatch * row["model"]["seq_len"]
+    loss = loss_core(num_tokens, row["model"]["hidden"], row["model"]["vocab"] // setup.mesh.tp)
     accounting = Accounting(
         gradient_bytes=2,
         copies_reduced_part=False,
