@@ -12,8 +12,9 @@ from tests.graph.small_graphs import call, graph, value
 from shardstage.cost import Profiler, fold
 from shardstage.cost.kernels import Kernel, KernelReader
 from shardstage.graph import ModelGraph, Op
+from shardstage.graph.attention import ATTENTION
 from shardstage.graph.flops import backward_flops, forward_flops
-from shardstage.graph.saved_on import ATTENTION, saved_on
+from shardstage.graph.saved_on import saved_on
 from shardstage.graph.saved_trace import trace_saved
 from shardstage.sharding.kept import kept_of
 

@@ -16,9 +16,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from shardstage.graph import ModelGraph
+from shardstage.graph.attention import ATTENTION
 from shardstage.graph.recompute import Recompute
 from shardstage.graph.saved import peak_extra_bytes, saved_bytes
-from shardstage.graph.saved_on import ATTENTION, attention_kernel, is_fused, saved_on
+from shardstage.graph.saved_on import attention_kernel, is_fused, saved_on
 from shardstage.graph.saved_trace import trace_saved
 
 

@@ -6,9 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.cost.toy import toy_graph
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from shardstage.errors import PlanError
 from shardstage.graph import ModelGraph
+from shardstage.graph.capture import capture
 from shardstage.graph.recompute import PartialRecompute
 from shardstage.layout import Mesh
 from shardstage.plan import Plan, check, complete, parse_request
@@ -75,6 +77,15 @@ def test_more_stages_than_blocks_cut_through_layers() -> None:
     plan = plan_of("pp=20", ranks=20)
     check(plan, SEVEN_LAYERS, num_ranks=20)
     assert len(plan.stages) == 20
+
+
+def test_attention_that_drops_is_cut_off_from_the_products_before_it() -> None:
+    """Where every op is a unit, those of queries, keys and values are alike, and priced as one: two of three names were missing."""
+    config = GPT2Config(n_layer=2, n_embd=32, n_head=2, vocab_size=64, n_positions=64, attn_pdrop=0.1)
+    graph = capture(lambda: GPT2LMHeadModel(config), sequence=16)
+    plan = complete(parse_request("pp=12"), graph, num_ranks=12, global_batch=16, sequence=16)
+    check(plan, graph, num_ranks=12)
+    assert len(plan.stages) == 12
 
 
 def test_more_stages_than_positions_are_refused() -> None:

@@ -7,11 +7,13 @@ from dataclasses import replace
 
 import pytest
 from tests.cost.machines import round_machine
-from tests.simulator.planned_cases import CLUSTER, Planned, analytic, planned
+from tests.simulator.planned_cases import CLUSTER, GRAPH, Planned, analytic, planned
 from tests.simulator.programs import pipeline, prices
 
 from shardstage.cluster import Cluster
 from shardstage.cluster.links import LinearCost
+from shardstage.cost.step import CALIBRATIONS
+from shardstage.planner import predict
 from shardstage.simulator import parse_change, simulate, step_time, what_if
 from shardstage.simulator.acts import ALONE, COMPUTE, RECEIVE, SEND, Act, Departure
 from shardstage.simulator.run import run
@@ -173,6 +175,20 @@ def test_a_pipeline_on_shared_cores_takes_what_the_formula_says(
     case, apart = planned(text, cluster=cluster), planned(text)
     assert simulated_s(case) == pytest.approx(analytic(case.plan, cluster)[1], rel=0.05)
     assert simulated_s(case) < simulated_s(apart) or message
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "gpipe", "zb-h1"])
+@pytest.mark.parametrize("text", ["tp=2,pp=2,mb=32", "dp=2,pp=2,mb=16,zero=3"])
+@pytest.mark.parametrize("ratio", [2.2, 3.0])
+def test_ranks_of_a_stage_compute_at_a_time_and_nobody_does_while_they_talk(
+    text: str, schedule: str, ratio: float
+) -> None:
+    """A single microbatch on less than a core for each stage's ranks. One rank alone was priced, as if the others of its stage waited,
+    and weight gradients as if they had cores of their own: up to 17 % too fast."""
+    cluster = shared(ratio)
+    case = planned(f"{text},schedule={schedule}", cluster=cluster)
+    found_s = predict(GRAPH, case.plan, cluster).step_time_s / CALIBRATIONS["cuda"].expected
+    assert found_s == pytest.approx(simulated_s(case), rel=0.01)
 
 
 def test_devices_of_several_classes_share_nothing() -> None:

@@ -14,8 +14,9 @@ from dataclasses import replace
 from itertools import groupby
 from operator import itemgetter
 
-from shardstage.cost.kernels import is_attention, is_expert
+from shardstage.cost.kernels import is_expert
 from shardstage.graph import ModelGraph, Op, Ref, Value, substitute
+from shardstage.graph.attention import is_attention
 
 __all__ = ["routed_ops", "with_whole_experts"]
 

@@ -23,11 +23,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Final, Literal, NamedTuple
 
 from shardstage.graph import ModelGraph, Op, Ref, Value
+from shardstage.graph.attention import (
+    DROPPING_ATTENTION,
+    attention_operands,
+    is_attention,
+    kept_scores,
+)
 from shardstage.graph.flops import backward_flops, forward_flops
-from shardstage.graph.saved import kept_scores
 from shardstage.units import dtype_bytes
 
-__all__ = ["SPLIT_TARGETS", "Kernel", "KernelReader", "is_attention", "is_expert", "num_experts"]
+__all__ = ["SPLIT_TARGETS", "Kernel", "KernelReader", "is_expert", "num_experts"]
 
 SPLIT_TARGETS: Final = frozenset(
     {"aten.linear.default", "aten.matmul.default", "aten.mm.default", "aten.addmm.default"}
@@ -236,14 +241,14 @@ class KernelReader:
     def _written_out(self, op: Op, *, is_backward: bool) -> Iterator[Kernel]:
         """Products [s, d] · [d, t] and [s, t] · [t, e] of each head, all positions, and what goes over scores [.., s, t] between them."""
         values, drops = self._graph.values, op.target == DROPPING_ATTENTION
-        query, key, value = op.inputs[:3]
+        query, key, value, mask = attention_operands(op)
         q, k, v = (values[name] for name in (query, key, value))
         s, t, d, e = q.shape[-2], k.shape[-2], q.shape[-1], v.shape[-1]
         wide = q.dtype if q.dtype == "float64" else "float32"
         dtype = q.dtype if drops else wide
         num_heads = q.numel // (s * d * self._graph.microbatch)
         width, wide_width = dtype_bytes(dtype), dtype_bytes(wide)
-        is_masked = len(op.inputs) > 3 or dict(op.kwargs).get("is_causal") is True or True in op.args[5:6]
+        is_masked = mask is not None or dict(op.kwargs).get("is_causal") is True or True in op.args[5:6]
         passes = _score_passes(width, wide_width, is_backward=is_backward, drops=drops, is_masked=is_masked)
         result = next(name for name in op.outputs if name is not None)
         scores, weighted = ((s, t, d), (query, key)), ((s, e, t), (value, result))
@@ -356,14 +361,6 @@ def _activations(values: Mapping[str, Value], names: list[str]) -> list[str]:
 def _is_view(graph: ModelGraph, op: Op) -> bool:
     outputs = [graph.values[name] for name in op.outputs if name is not None]
     return bool(outputs) and all(value.alias_of for value in outputs) and not _family(op).endswith("_")
-
-
-def is_attention(op: Op) -> bool:
-    """Whether the op is all of attention: one kernel, or several where it is written out."""
-    return _family(op) in ("aten.scaled_dot_product_attention", DROPPING_ATTENTION)
-
-
-DROPPING_ATTENTION: Final = "shardstage.attention"
 
 
 def is_expert(op: Op) -> bool:

@@ -145,6 +145,12 @@ class Links:
             num_shards=max(1, holders * replicas.num_shards // self.ep),
         )
 
+    @property
+    def alone_ratio(self) -> float:
+        """How many times quicker the ranks of a stage compute while those of the others wait: they compute at the same time, so that a
+        pipeline has its part of the cores, however many a rank alone could use."""
+        return min(self.cluster.device.alone_ratio, float(self.mesh.pp))
+
     def transfer_s(self, num_bytes: int) -> float:
         """Seconds from one stage to the next."""
         return self._group("p2p", min(2, self.mesh.pp), self.mesh.stride("pp")).seconds(num_bytes)

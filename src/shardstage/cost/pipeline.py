@@ -37,7 +37,17 @@ import numpy as np
 
 from shardstage.schedule import Schedule, StageTimes, make_schedule, run_schedule
 
-__all__ = ["StageTime", "cut_backward", "idle_cores_s", "pipeline_s", "rank_seconds", "run_pipeline"]
+__all__ = [
+    "StageTime",
+    "bubble_s",
+    "cut_backward",
+    "exposed_talk_s",
+    "idle_cores_s",
+    "mean_stage",
+    "pipeline_s",
+    "rank_seconds",
+    "run_pipeline",
+]
 
 
 class StageTime(NamedTuple):
@@ -71,7 +81,7 @@ def bubble_s(schedule: str, stages: Sequence[StageTime], num_ranks: int, num_mic
     if schedule in ("gpipe", "1f1b"):
         ranks = rank_seconds(schedule, stages, p)
         return sum(ranks) - max(ranks)
-    mean = _mean(stages)
+    mean = mean_stage(stages)
     if schedule == "forward-only":
         return (p - 1) * mean.forward_s
     times = (mean.forward_s, mean.backward_s, mean.weight_s)
@@ -108,19 +118,35 @@ def each_bubble_s(
     return np.where(m <= p, of_few + n * weight, n * (longer + unfilled) + late)
 
 
-def idle_cores_s(
-    schedule: str, stages: Sequence[StageTime], num_ranks: int, num_microbatches: int, num_cores: float
-) -> float:
+def idle_cores_s(bubble: float, num_ranks: int, num_cores: float) -> float:
     """Seconds that each of ``num_cores`` idles while a pipeline fills and drains, whose more ranks share them: the bubble of mean stages
-    on as many ranks as there are cores. ``stages`` take what they take a rank alone.
+    on as many ranks as there are cores. ``bubble`` is theirs on all ranks, where a rank computes alone."""
+    return max(0.0, num_cores - 1) / (num_ranks - 1) * bubble
+
+
+def exposed_talk_s(
+    talk_s: float, bubble: float, compute_s: float, num_ranks: int, num_microbatches: int
+) -> float:
+    """Seconds that cores which the ranks of a pipeline share idle because ranks talk, of all microbatches.
+
+    A rank talks for ``talk_s`` a microbatch, and a pipeline of nothing but talk has the ``bubble``: while it fills and drains one rank at a
+    time is at work, and nobody computes while it talks. Otherwise others do: a closed queueing network of p ranks that in turn talk and
+    want the cores, all of them for ``compute_s`` a microbatch. Its cycle is found by mean value analysis (Reiser, Lavenberg 1980,
+    "Mean-Value Analysis of Closed Multichain Queuing Networks").
     """
-    if num_cores <= 1:
+    if not talk_s:
         return 0.0
-    bubble = bubble_s(schedule, [_mean(stages)] * len(stages), num_ranks, num_microbatches)
-    return (num_cores - 1) / (num_ranks - 1) * bubble
+    p, m = num_ranks, num_microbatches
+    num_waiting, cycle_s = 0.0, 0.0
+    for number in range(1, p + 1):
+        computing_s = compute_s * (1 + num_waiting)
+        cycle_s = computing_s + talk_s
+        num_waiting = number * computing_s / cycle_s
+    num_lonely = bubble / ((p - 1) * talk_s)
+    return num_lonely * p * talk_s + max(0.0, m - num_lonely) * (cycle_s - p * compute_s)
 
 
-def _mean(stages: Sequence[StageTime]) -> StageTime:
+def mean_stage(stages: Sequence[StageTime]) -> StageTime:
     return StageTime(*(sum(seconds) / len(stages) for seconds in zip(*stages, strict=True)))
 
 

@@ -11,8 +11,9 @@ from typing import Final, NamedTuple
 from shardstage.cluster import CollectiveKind
 from shardstage.cost.collective import calls_of
 from shardstage.cost.fusion import kernels_of
-from shardstage.cost.kernels import Kernel, KernelReader, is_attention, is_expert
+from shardstage.cost.kernels import Kernel, KernelReader, is_expert
 from shardstage.graph import ModelGraph, Op
+from shardstage.graph.attention import attention_operands, is_attention
 from shardstage.graph.blocks import Block
 from shardstage.graph.cuts import all_crossing_bytes
 from shardstage.graph.flops import backward_flops, forward_flops
@@ -178,7 +179,7 @@ class Reading:
         return found
 
     def _attention(self, op: Op) -> Attention:
-        query, key, value = op.inputs[:3]
+        query, key, value, _ = attention_operands(op)
         outputs = [name for name in op.outputs if name is not None]
         return Attention(
             keys=self._bytes((key, value)),

@@ -39,7 +39,7 @@ class Gathered(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StageCost:
-    """Of one stage: ``time`` and its ``parts`` for a microbatch (``alone`` where no other rank computes on its cores).
+    """Of one stage: ``time`` and its ``parts`` for a microbatch (``alone`` while no other stage computes on its cores).
 
     ``message_s`` is what one message into it takes of cores that ranks share. ``waits_s`` of ``time`` are for ZeRO-2/3, ``compute_s`` and
     ``talk_s`` plain compute and talk along tp.
@@ -145,8 +145,8 @@ def _time(
 
 
 def _alone(units: Sequence[UnitCost], time: StageTime, waits: tuple[float, float], links: Links) -> StageTime:
-    """The same where compute is as quick as on a rank alone; talk is not."""
-    ratio = links.cluster.device.alone_ratio
+    """The same where compute is as quick as while other stages wait; talk is not."""
+    ratio = links.alone_ratio
     if ratio == 1:
         return time
     forward_s, backward_s = (

@@ -23,7 +23,15 @@ from typing import Final, NamedTuple
 from shardstage.cost.links import Links
 from shardstage.cost.memory import MemoryModel, MemoryUse
 from shardstage.cost.parts import Parts
-from shardstage.cost.pipeline import StageTime, idle_cores_s, pipeline_s, run_pipeline
+from shardstage.cost.pipeline import (
+    StageTime,
+    bubble_s,
+    exposed_talk_s,
+    idle_cores_s,
+    mean_stage,
+    pipeline_s,
+    run_pipeline,
+)
 from shardstage.cost.profile import Profile
 from shardstage.cost.setup import StepSetup
 from shardstage.cost.stages import StageCost, stage_costs
@@ -162,16 +170,52 @@ def _pipeline_s(setup: StepSetup, links: Links, stages: Sequence[StageCost]) -> 
         alone_s = pipeline_s(setup.schedule, alone, setup.mesh.pp, setup.num_microbatches)
     if links.cluster.device.alone_ratio == 1:
         return alone_s
-    p, m = setup.mesh.pp, setup.num_microbatches
-    num_cores = p / links.cluster.device.alone_ratio
-    idle_s = 0.0 if setup.custom else idle_cores_s(setup.schedule, alone, p, m, num_cores)
-    ends_s = [
-        2 * stage.message_s / links.cluster.device.alone_ratio for stage in stages
-    ]  # work, and in receive_s
+    p = setup.mesh.pp
+    ends_s = [2 * stage.message_s / links.alone_ratio for stage in stages]  # work, and in receive_s
     travel_s = 2 * sum(
         max(0.0, stage.receive_s - own_s) for stage, own_s in zip(alone[1:p], ends_s[1:p], strict=True)
     )
-    return max(alone_s, _shared_s(setup, links, stages) + idle_s + _messages_s(setup, stages) + travel_s)
+    return max(alone_s, _together_s(setup, links, stages) + _messages_s(setup, stages) + travel_s)
+
+
+def _together_s(setup: StepSetup, links: Links, stages: Sequence[StageCost]) -> float:
+    """Of a pipeline on cores that its ranks share: what all of them compute, and what cores idle as it fills and drains or ranks talk."""
+    shared_s, p, m = _shared_s(setup, links, stages), setup.mesh.pp, setup.num_microbatches
+    if p == 1:
+        return shared_s
+    alone, num_cores = [stage.alone for stage in stages], p / links.cluster.device.alone_ratio
+    talks = [_talk(stage, links.alone_ratio) for stage in stages]
+    compute = [_without(stage, talk) for stage, talk in zip(alone, talks, strict=True)]
+    talk_s = sum(talk.both_s for talk in talks) / p
+    compute_s = shared_s - m * talk_s
+    exposed_s = exposed_talk_s(talk_s, _mean_bubble_s(setup, talks), compute_s / m / p, p, m)
+    return max(
+        shared_s + idle_cores_s(_mean_bubble_s(setup, alone), p, num_cores),
+        compute_s + idle_cores_s(_mean_bubble_s(setup, compute), p, num_cores) + exposed_s,
+    )
+
+
+def _mean_bubble_s(setup: StepSetup, stages: Sequence[StageTime]) -> float:
+    """Of stages that all take what these do in the mean."""
+    p, m = setup.mesh.pp, setup.num_microbatches
+    mean = [mean_stage(stages)._replace(receive_s=0.0)] * len(stages)
+    if setup.custom is None:
+        return bubble_s(setup.schedule, mean, p, m)
+    return max(run_pipeline(mean, m, setup.custom)) - m * len(stages) / p * mean[0].both_s
+
+
+def _talk(stage: StageCost, ratio: float) -> StageTime:
+    """What a stage waits for others in a microbatch: what is no quicker where compute is so many times quicker."""
+    time, alone = stage.time, stage.alone
+    forward_s = (ratio * alone.forward_s - time.forward_s) / (ratio - 1)
+    backward_s = (ratio * alone.backward_s - time.backward_s) / (ratio - 1)
+    return StageTime(max(0.0, forward_s), max(0.0, backward_s))
+
+
+def _without(stage: StageTime, talk: StageTime) -> StageTime:
+    return StageTime(
+        stage.forward_s - talk.forward_s, stage.backward_s - talk.backward_s, weight_s=stage.weight_s
+    )
 
 
 def _messages_s(setup: StepSetup, stages: Sequence[StageCost]) -> float:

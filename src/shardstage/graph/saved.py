@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
 
+from shardstage.graph.attention import ATTENTION, DROPPING_ATTENTION, is_attention, kept_scores
 from shardstage.graph.blocks import Block, within
 from shardstage.graph.flops import forward_flops
 from shardstage.graph.model_graph import ModelGraph, Op
@@ -26,7 +27,6 @@ __all__ = [
     "SELECTIVE_TARGETS",
     "extra_values",
     "is_of_batch",
-    "kept_scores",
     "peak_extra_bytes",
     "recompute_flops",
     "recomputed_of",
@@ -47,7 +47,7 @@ SELECTIVE_TARGETS: Final = (
     *("aten.conv1d.padding", "aten.conv2d.padding", "aten.conv3d.padding"),
     *("aten.conv_transpose1d.default", "aten.conv_transpose2d.input", "aten.conv_transpose3d.input"),
     "aten.convolution.default",
-    *("aten.scaled_dot_product_attention.default", "shardstage.attention"),
+    *(ATTENTION, DROPPING_ATTENTION),
     "aten._scaled_dot_product_flash_attention_for_cpu.default",
     "aten._scaled_dot_product_flash_attention.default",
     "aten._scaled_dot_product_efficient_attention.default",
@@ -240,16 +240,8 @@ def _kept_within(graph: ModelGraph, op: Op) -> Iterator[str]:
     """Results of products inside an op: fused attention returns its log-sum-exp, attention written out has scores [.., s, t]."""
     if "attention" in op.target:
         own = [name for name in op.saved if graph.values[name].kind == "saved"]
-        yield from kept_scores(graph, op)[:1] or own
-
-
-def kept_scores(graph: ModelGraph, op: Op) -> list[str]:
-    """What attention keeps of the size of its scores [.., s, t] within itself: only where it is written out."""
-    query, key = (graph.values[name] for name in op.inputs[:2])
-    rows, columns = query.shape[-2], key.shape[-2]
-    num_scores = query.numel // query.shape[-1] * columns
-    own = ((name, graph.values[name]) for name in op.saved if graph.values[name].kind == "saved")
-    return [n for n, v in own if v.numel >= num_scores and v.shape[-2:] == (rows, columns)]
+        scores = kept_scores(graph, op) if is_attention(op) else []
+        yield from scores[:1] or own
 
 
 def _is_selected(op: Op) -> bool:

@@ -31,12 +31,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Final, Literal
 
-from shardstage.graph.model_graph import ModelGraph, Op, Ref, Value
-from shardstage.graph.saved import kept_scores
+from shardstage.graph.attention import ATTENTION, attention_operands, kept_scores
+from shardstage.graph.model_graph import ModelGraph, Op, Value
 
-__all__ = ["ATTENTION", "attention_kernel", "is_fused", "saved_on"]
+__all__ = ["attention_kernel", "is_fused", "saved_on"]
 
-ATTENTION: Final = "aten.scaled_dot_product_attention.default"
 AttentionKernel = Literal["flash", "efficient", "written out"]
 
 HEAD_ALIGNMENT: Final = {"float16": 8, "bfloat16": 8, "float32": 4}
@@ -136,12 +135,11 @@ def _statistics(graph: ModelGraph, op: Op) -> Value:
 
 def _kept_of_attention(graph: ModelGraph, op: Op, capability: float | None) -> tuple[Value, ...]:
     """What CUDA keeps where only one of it and a CPU, whose kernel wants equally many features, writes attention out; else nothing."""
-    names = ("query", "key", "value", "attn_mask", "dropout_p")
-    named = dict(zip(names, op.args, strict=False)) | dict(op.kwargs)
-    operands = {name: graph.values[given.name] for name, given in named.items() if isinstance(given, Ref)}
-    query, key, value = (operands[name] for name in ("query", "key", "value"))
-    bias = operands.get("attn_mask")
-    if named.get("dropout_p") or (bias is not None and bias.requires_grad):
+    *names, mask = attention_operands(op)
+    query, key, value = (graph.values[name] for name in names)
+    bias = graph.values[mask] if mask is not None else None
+    drops = op.args[4] if len(op.args) > 4 else dict(op.kwargs).get("dropout_p")
+    if drops or (bias is not None and bias.requires_grad):
         return ()
     shapes = (query.shape, key.shape, value.shape)
     kernel = attention_kernel(*shapes, query.dtype, has_mask=bias is not None, capability=capability)

@@ -13,11 +13,11 @@ from shardstage.cost.memory import MOMENTS
 from shardstage.cost.offload import has_host_room
 from shardstage.errors import PlanError
 from shardstage.graph import ModelGraph
+from shardstage.graph.attention import ATTENTION
 from shardstage.graph.blocks import within
 from shardstage.graph.positions import num_positions
 from shardstage.graph.recompute import num_counted
 from shardstage.graph.saved import recomputed_ops
-from shardstage.graph.saved_on import ATTENTION
 from shardstage.layout import AXES, Shard, balanced_sizes
 from shardstage.plan.experts import require_dealt
 from shardstage.plan.modules import require_modules

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from shardstage.cost.kernels import is_attention
 from shardstage.errors import PlanError
 from shardstage.graph import ModelGraph, Op
+from shardstage.graph.attention import is_attention
 from shardstage.sharding.rules import is_random
 
 __all__ = ["can_share_sequences", "require_shared"]

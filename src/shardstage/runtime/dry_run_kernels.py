@@ -13,7 +13,8 @@ from torch.autograd import Function
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from shardstage.graph.saved_on import ATTENTION, attention_kernel, is_fused
+from shardstage.graph.attention import ATTENTION
+from shardstage.graph.saved_on import attention_kernel, is_fused
 
 __all__ = ["cuda_kernels"]
 

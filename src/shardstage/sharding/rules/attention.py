@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from shardstage.graph import Op, Ref
+from shardstage.graph.attention import DROPPING_ATTENTION
 from shardstage.layout import Placement, Shard
 from shardstage.sharding.call import Call, LocalCall
 from shardstage.sharding.state import SUMMED, Blocked, Placing, Refine, State
@@ -142,7 +143,7 @@ def _with_own_dropout(call: LocalCall, op: Op) -> Op:
     intervals = heads.intervals(call.rank) if isinstance(heads, Shard) else ((0, num_heads),)
     return replace(
         op,
-        target="shardstage.attention",
+        target=DROPPING_ATTENTION,
         args=(*given, call.random_ordinal, num_heads, intervals),
         kwargs=(),
     )

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from shardstage.graph import Op
+from shardstage.graph.attention import ATTENTION
 from shardstage.sharding.call import Call, Place, Rewrite, Rule
 from shardstage.sharding.rules import (
     along,
@@ -50,7 +51,7 @@ def is_random(op: Op) -> bool:
     """Whether the op draws random numbers that are ours to draw."""
     if op.target == "aten.dropout.default":
         return dropout.draws_dropout(op)
-    if op.target == "aten.scaled_dot_product_attention.default":
+    if op.target == ATTENTION:
         return attention.draws_attention(op)
     return random.draws_otherwise(op)
 
@@ -127,9 +128,7 @@ RULES: Mapping[str, Rule] = MappingProxyType(
         **_family("layer_norm rms_norm", along.place_normalise),
         **_moves(),
         **_products(),
-        "aten.scaled_dot_product_attention.default": Rule(
-            attention.place_attention, attention.rewrite_attention
-        ),
+        ATTENTION: Rule(attention.place_attention, attention.rewrite_attention),
         "aten.embedding.default": Rule(vocabulary.place_embedding, vocabulary.rewrite_embedding),
         "aten.cross_entropy_loss.default": Rule(
             vocabulary.place_cross_entropy, vocabulary.rewrite_cross_entropy
