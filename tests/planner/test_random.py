@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from random import Random
 
 import pytest
@@ -9,12 +10,13 @@ from tests.cost.machines import round_machine
 from tests.cost.toy import Experts, toy_graph
 from tests.planner.brute import PLENTY, assert_best
 
+from shardstage.cluster.links import LinearCost
 from shardstage.errors import PlanError
 from shardstage.plan import named_decisions, parse_request
 from shardstage.planner import Searcher
 
 
-def searcher_of(random: Random) -> Searcher:
+def searcher_of(random: Random, *, shares_cores: bool = False) -> Searcher:
     num_layers, width = random.randint(2, 7), random.choice((64, 128, 256))
     hidden = [width * random.choice((1, 2, 4, 8)) for _ in range(num_layers)]
     graph = toy_graph(
@@ -30,6 +32,9 @@ def searcher_of(random: Random) -> Searcher:
         latency_s=random.choice((0.0, 1e-6, 1e-4, 1e-3)),
         op_latency_s=random.choice((0.0, 1e-5)),
     )
+    if shares_cores:
+        ratio, message = random.choice((1.2, 2.0, 2.4, 7.5)), random.choice((None, LinearCost(1e-4, 1e9)))
+        machine = replace(machine, device=replace(machine.device, alone_ratio=ratio, message=message))
     return Searcher(
         graph,
         machine,
@@ -89,4 +94,13 @@ def test_the_best_of_a_random_space_is_found_within_any_memory(seed: int) -> Non
     except PlanError:
         assert not searcher.lattice.groups
         return
+    assert_best(searcher, ratios=(random.uniform(0.15, 1.0),))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_so_is_that_of_ranks_that_share_cores(seed: int) -> None:
+    """Whose talk, cores that idle and messages come on top of what bounds count."""
+    random = Random(2000 + seed)
+    searcher = searcher_of(random, shares_cores=True)
+    searcher.best(PLENTY)
     assert_best(searcher, ratios=(random.uniform(0.15, 1.0),))
