@@ -18,7 +18,9 @@ from shardstage.graph.attention import (
     DROPPING_ATTENTION,
     AttentionOperands,
     attention_operands,
+    draws_attention,
     is_attention,
+    is_causal,
     kept_scores,
 )
 from shardstage.graph.capture import capture
@@ -73,6 +75,14 @@ def test_a_value_may_be_all_of_them() -> None:
 def test_keys_that_are_the_values_are_named_twice() -> None:
     op = call("y", ATTENTION, "q", "kv", "kv")
     assert attention_operands(op)[:3] == ("q", "kv", "kv")
+
+
+def test_dropout_and_causality_are_known_by_place_and_by_name() -> None:
+    plain = call("y", ATTENTION, "q", "k", "v")
+    by_place = call("y", ATTENTION, "q", "k", "v", None, 0.1, True)
+    by_name = replace(plain, kwargs=(("dropout_p", 0.1), ("is_causal", True)))
+    for op, is_asked in ((plain, False), (by_place, True), (by_name, True)):
+        assert draws_attention(op) is is_causal(op) is is_asked
 
 
 def test_scores_are_found_by_their_shape() -> None:

@@ -27,6 +27,7 @@ from shardstage.graph.attention import (
     DROPPING_ATTENTION,
     attention_operands,
     is_attention,
+    is_causal,
     kept_scores,
 )
 from shardstage.graph.flops import backward_flops, forward_flops
@@ -197,7 +198,7 @@ class KernelReader:
         values = self._graph.values
         dtype = next(values[name].dtype for name in op.inputs if "float" in values[name].dtype)
         if is_attention(op):
-            causal = 0.5 if dict(op.kwargs).get("is_causal") is True or True in op.args[5:6] else 1.0
+            causal = 0.5 if is_causal(op) else 1.0
             a_sample = causal * flops / self._graph.microbatch
             return Kernel("attention", is_backward, *moved, dtype=dtype, flops=a_sample)
         m, n, k, count = _shape(values, op, flops)
@@ -248,7 +249,7 @@ class KernelReader:
         dtype = q.dtype if drops else wide
         num_heads = q.numel // (s * d * self._graph.microbatch)
         width, wide_width = dtype_bytes(dtype), dtype_bytes(wide)
-        is_masked = mask is not None or dict(op.kwargs).get("is_causal") is True or True in op.args[5:6]
+        is_masked = mask is not None or is_causal(op)
         passes = _score_passes(width, wide_width, is_backward=is_backward, drops=drops, is_masked=is_masked)
         result = next(name for name in op.outputs if name is not None)
         scores, weighted = ((s, t, d), (query, key)), ((s, e, t), (value, result))

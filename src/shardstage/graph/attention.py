@@ -1,4 +1,4 @@
-"""Attention as one op of a graph: what it reads, and whether it keeps its scores."""
+"""Attention as one op of a graph: what it reads, how it is asked for, and whether it keeps its scores."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ __all__ = [
     "DROPPING_ATTENTION",
     "AttentionOperands",
     "attention_operands",
+    "draws_attention",
     "is_attention",
+    "is_causal",
     "kept_scores",
 ]
 
@@ -41,6 +43,16 @@ def attention_operands(op: Op) -> AttentionOperands:
     query, key, value = (given[name].name for name in ("query", "key", "value"))
     mask = given.get("attn_mask")
     return AttentionOperands(query, key, value, mask.name if isinstance(mask, Ref) else None)
+
+
+def draws_attention(op: Op) -> bool:
+    """Whether it drops probabilities."""
+    return bool((op.args[4] if len(op.args) > 4 else dict(op.kwargs).get("dropout_p", 0.0)) > 0)
+
+
+def is_causal(op: Op) -> bool:
+    """Whether no token attends to a later one."""
+    return (op.args[5] if len(op.args) > 5 else dict(op.kwargs).get("is_causal")) is True
 
 
 def kept_scores(graph: ModelGraph, op: Op) -> list[str]:

@@ -31,7 +31,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Final, Literal
 
-from shardstage.graph.attention import ATTENTION, attention_operands, kept_scores
+from shardstage.graph.attention import ATTENTION, attention_operands, draws_attention, kept_scores
 from shardstage.graph.model_graph import ModelGraph, Op, Value
 
 __all__ = ["attention_kernel", "is_fused", "saved_on"]
@@ -138,8 +138,7 @@ def _kept_of_attention(graph: ModelGraph, op: Op, capability: float | None) -> t
     *names, mask = attention_operands(op)
     query, key, value = (graph.values[name] for name in names)
     bias = graph.values[mask] if mask is not None else None
-    drops = op.args[4] if len(op.args) > 4 else dict(op.kwargs).get("dropout_p")
-    if drops or (bias is not None and bias.requires_grad):
+    if draws_attention(op) or (bias is not None and bias.requires_grad):
         return ()
     shapes = (query.shape, key.shape, value.shape)
     kernel = attention_kernel(*shapes, query.dtype, has_mask=bias is not None, capability=capability)

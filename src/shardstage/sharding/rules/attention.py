@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 from shardstage.graph import Op, Ref
-from shardstage.graph.attention import DROPPING_ATTENTION
+from shardstage.graph.attention import DROPPING_ATTENTION, draws_attention
 from shardstage.layout import Placement, Shard
 from shardstage.sharding.call import Call, LocalCall
 from shardstage.sharding.state import SUMMED, Blocked, Placing, Refine, State
 
-__all__ = ["draws_attention", "place_attention", "rewrite_attention"]
+__all__ = ["place_attention", "rewrite_attention"]
 
 _HEADS = -3
 """Dim of the heads in ``[.., heads, tokens, features]``."""
@@ -80,12 +80,6 @@ def _misaligned(call: Call, query: str, key: str, value: str, group: int) -> Exc
 def _mask_placement(shape: tuple[int, ...], heads: Shard) -> Placement:
     is_cut = len(shape) >= -_HEADS and shape[_HEADS] == heads.length and heads.length > 1
     return heads.with_dim(len(shape) + _HEADS) if is_cut else SUMMED
-
-
-def draws_attention(op: Op) -> bool:
-    """Whether attention drops probabilities."""
-    keywords = dict(op.kwargs)
-    return bool((op.args[4] if len(op.args) > 4 else keywords.get("dropout_p", 0.0)) > 0)
 
 
 def rewrite_attention(call: LocalCall) -> tuple[Op, ...]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from shardstage.graph import Op
-from shardstage.graph.attention import ATTENTION
+from shardstage.graph.attention import ATTENTION, draws_attention
 from shardstage.sharding.call import Call, Place, Rewrite, Rule
 from shardstage.sharding.rules import (
     along,
@@ -52,7 +52,7 @@ def is_random(op: Op) -> bool:
     if op.target == "aten.dropout.default":
         return dropout.draws_dropout(op)
     if op.target == ATTENTION:
-        return attention.draws_attention(op)
+        return draws_attention(op)
     return random.draws_otherwise(op)
 
 
